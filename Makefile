@@ -1,0 +1,26 @@
+# `make demo`, `make test`, `make lint`: each does all its own set-up, in the active environment or else in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
+PY := $(ENV)/bin/python
+STAMP := $(ENV)/.losa$(subst /,-,$(CURDIR))
+
+.PHONY: demo test lint setup
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(ENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m losa demo
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy

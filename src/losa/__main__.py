@@ -1,0 +1,5 @@
+"""`python -m losa`."""
+
+from losa.cli import main
+
+main()

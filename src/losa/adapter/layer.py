@@ -1,0 +1,173 @@
+"""`MaskedLinear`: a linear layer with a frozen base, an explicit keep-mask and a low-rank adapter under that mask.
+
+Own code rather than a `peft` layer, after weighing both: peft registers custom LoRA layers through an underscore API,
+and an adapter it saves is loaded by plain peft *unmasked*, silently. The product here is the merged checkpoint, no adapter
+is ever handed out, and what is left to write is this file.
+
+The adapter is allocated once at `max_rank` rows and sliced to the active rank, so parameter shapes, optimizer state and
+checkpoints never change when a block is given another rank.
+
+Legend: `O` out_features, `I` in_features, `R` active rank.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from losa.adapter.function import MaskedLowRankLinear, effective_weight
+from losa.models import check_supported, find_decoder
+
+
+class MaskedLinear(nn.Linear):
+    """`y = x (M * (W + s B A))^T + b`.
+
+    Attributes:
+        weight: frozen base weight `(O, I)`.
+        keep_OI: bool mask, True keeps. Changed only by `set_solution`, only from True to False.
+        lora_A, lora_B: float32 (float64 over a float64 base), `(max_rank, I)` and `(O, max_rank)`.
+        rank: active rank; rows of `lora_A` at and above it do nothing.
+        scale: `alpha / r`, the same at every rank.
+        dense_OI: the original weight, on the host, kept from the moment the base first differs from it.
+        dense: when True, forward runs the original dense layer (the teacher of reconstruction errors).
+    """
+
+    keep_OI: Tensor
+
+    def __init__(self, linear: nn.Linear, max_rank: int, scale: float, generator: torch.Generator) -> None:
+        # nn.Linear's own initialiser would allocate and fill a weight only to drop it.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        device = self.weight.device
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.register_buffer("keep_OI", torch.ones_like(self.weight, dtype=torch.bool), persistent=False)
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5)), as LoRA and peft initialise A
+        A_RI = torch.empty(max_rank, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A_RI.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
+        self.rank, self.scale = max_rank, scale
+        self.dense_OI: Tensor | None = None
+        self.dense = False
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The active slices of A `(R, I)` and B `(O, R)`."""
+        return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+
+    def effective(self) -> Tensor:
+        """The merged weight, `(O, I)` in the base dtype, bitwise zero outside the mask."""
+        return effective_weight(self.weight, self.keep_OI, *self.factors, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any leading shape, `(..., I) -> (..., O)`."""
+        if self.dense:
+            weight = self.weight if self.dense_OI is None else self.dense_OI.to(x.device)
+            return nn.functional.linear(x, weight, self.bias)
+        if torch.is_grad_enabled():
+            y: Tensor = MaskedLowRankLinear.apply(x, self.weight, self.bias, self.keep_OI, *self.factors, self.scale)
+            return y
+        return nn.functional.linear(x, self.effective(), self.bias)
+
+    @torch.no_grad()
+    def set_solution(self, keep_OI: Tensor, weight_OI: Tensor | None = None) -> None:
+        """Takes a pruner's answer: a nested mask and, if survivors changed, the merged weights they should now be.
+
+        The adapter keeps what it learned: the base absorbs the difference, `W <- W' - s B A`.
+
+        Raises:
+            ValueError: the mask revives a weight that was pruned before.
+        """
+        if (keep_OI & ~self.keep_OI).any():
+            raise ValueError("a pruned weight came back; masks must be nested")
+        self.keep_OI.copy_(keep_OI)
+        if weight_OI is not None:
+            A_RI, B_OR = self.factors
+            self._set_base(torch.addmm(weight_OI.to(A_RI.dtype), B_OR, A_RI, alpha=-self.scale))
+
+    @torch.no_grad()
+    def set_rank(self, rank: int) -> None:
+        """Gives the adapter another active rank. What dropped components had learned is folded into the base."""
+        if not 1 <= rank <= self.lora_A.shape[0]:
+            raise ValueError(f"rank is {rank}, expected 1..{self.lora_A.shape[0]}")
+        dropped = slice(rank, self.rank)
+        if rank < self.rank and self.lora_B[:, dropped].any():
+            kept_OR = self.lora_B[:, dropped]
+            self._set_base(torch.addmm(self.weight.to(kept_OR.dtype), kept_OR, self.lora_A[dropped], alpha=self.scale))
+            kept_OR.zero_()
+        self.rank = rank
+
+    def _set_base(self, weight_OI: Tensor) -> None:
+        if self.dense_OI is None:
+            self.dense_OI = self.weight.detach().cpu().clone()
+        self.weight.copy_(weight_OI)
+
+    @torch.no_grad()
+    def restore(self, keep_OI: Tensor, weight_OI: Tensor | None) -> None:
+        """Mask and, if it had changed, base weight of a saved stage."""
+        self.keep_OI.copy_(keep_OI)
+        if weight_OI is not None:
+            self._set_base(weight_OI)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the dense layer it was made from; the adapter's `B` to zero."""
+        if self.dense_OI is not None:
+            self.weight.copy_(self.dense_OI)
+            self.dense_OI = None
+        self.keep_OI.fill_(True)
+        self.lora_B.zero_()
+
+
+def masked_linears(model: PreTrainedModel) -> dict[str, MaskedLinear]:
+    """The masked layers of a model by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+
+
+def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def attach(model: PreTrainedModel, max_rank: int = 16, scale: float = 2.0, seed: int = 0) -> PreTrainedModel:
+    """Replaces, in place, every linear layer of every decoder block by a `MaskedLinear`, and freezes all else.
+
+    The model computes what it did before: masks are full, `B` is zero.
+
+    Args:
+        max_rank: rows allocated for each adapter, the largest rank any block can be given.
+        scale: `alpha / r`.
+        seed: of the initial `A`; drawn on the CPU, so the same on every device.
+
+    Raises:
+        ValueError: the model is not supported (see `models.check_supported`).
+    """
+    check_supported(model)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in find_decoder(model).linears().items():
+        _replace(model, name, MaskedLinear(linear, max_rank, scale, generator))
+    return model
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Replaces, in place, every `MaskedLinear` by a plain `nn.Linear` holding the merged weight.
+
+    Summed in float32 and cast once. Every weight outside the mask is bitwise zero afterwards.
+
+    Returns:
+        The keep-masks by parameter name, on the CPU, to check any saved file against.
+    """
+    masks = {}
+    for name, layer in masked_linears(model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(layer.effective(), requires_grad=False)
+        if layer.bias is not None:
+            linear.bias = layer.bias
+        _replace(model, name, linear)
+        masks[f"{name}.weight"] = layer.keep_OI.cpu()
+    return masks

@@ -1,0 +1,202 @@
+"""Files: stages a killed run resumes from, and the sparse checkpoint with its proof.
+
+A stage is a directory that appears whole or not at all: it is written under a temporary name, its files are flushed to disk,
+its manifest is written last, and only then is it renamed. It holds masks (a bit a weight), adapters, the base weights that
+differ from the source checkpoint, and the run's record so far. The newest stage replaces the older ones.
+
+The final checkpoint is written to a hidden directory, re-opened, checked zero by zero against the masks, and moved into place
+file by file, `config.json` and `losa.json` last: until then `from_pretrained` refuses the directory.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+from losa.adapter import masked_linears
+from losa.config import LosaConfig, differences
+from losa.pruning.masks import pack_bits, unpack_bits
+
+MANIFEST = "stage.json"
+RECORD = "losa.json"
+FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+def work_dir(output: Path) -> Path:
+    """Where a run keeps what is not its result; removed when the run is complete."""
+    return output / ".losa"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConfig, record: dict[str, Any]) -> None:
+    """Writes stage `name` atomically, then removes the stages before it."""
+    root = work_dir(output)
+    temporary, final = root / f"tmp-{name}", root / name
+    for stale in (temporary, final):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    for key, layer in masked_linears(model).items():
+        tensors[f"{key}.mask"] = pack_bits(layer.keep_OI).cpu()
+        tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"] = layer.lora_A.data, layer.lora_B.data
+        if layer.dense_OI is not None:
+            tensors[f"{key}.weight"] = layer.weight.data
+    save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary / "state.safetensors")
+    _sync(temporary / "state.safetensors")
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "config": config.to_dict(),
+        "fingerprint": config.fingerprint(),
+        "record": record,
+    }
+    _write_json(temporary / MANIFEST, manifest)
+    temporary.rename(final)
+    _sync(root)
+    for old in root.iterdir():
+        if old.is_dir() and old != final and (old / MANIFEST).exists():
+            shutil.rmtree(old)
+
+
+def latest_stage(output: Path, config: LosaConfig) -> dict[str, Any] | None:
+    """The manifest of the newest complete stage of `output`, or None.
+
+    Raises:
+        ValueError: it was written with another configuration; the message lists the differences.
+    """
+    stages = sorted(path.parent for path in work_dir(output).glob(f"*/{MANIFEST}") if not path.parent.name.startswith("tmp-"))
+    if not stages:
+        return None
+    manifest: dict[str, Any] = json.loads((stages[-1] / MANIFEST).read_text("utf-8"))
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{stages[-1]} has format {manifest.get('format')!r}, expected {FORMAT}; start the run anew without --resume"
+        )
+    if manifest["fingerprint"] != config.fingerprint():
+        lines = "\n  ".join(differences(manifest["config"], config.to_dict() | {"output": manifest["config"]["output"]}))
+        raise ValueError(
+            f"cannot resume {output}: the configuration changed\n  {lines}\nrestore it, or start anew without --resume"
+        )
+    return manifest
+
+
+@torch.no_grad()
+def load_stage(output: Path, manifest: dict[str, Any], model: PreTrainedModel) -> None:
+    """Puts a stage's masks, adapters and changed weights into a freshly attached model."""
+    tensors = load_file(work_dir(output) / manifest["name"] / "state.safetensors")
+    for key, layer in masked_linears(model).items():
+        layer.lora_A.copy_(tensors[f"{key}.lora_A"])
+        layer.lora_B.copy_(tensors[f"{key}.lora_B"])
+        layer.restore(unpack_bits(tensors[f"{key}.mask"], layer.weight.shape), tensors.get(f"{key}.weight"))
+
+
+def clear_stages(output: Path) -> None:
+    """Forgets an earlier run in `output`."""
+    shutil.rmtree(work_dir(output), ignore_errors=True)
+
+
+def shard_size(source: str) -> str | int:
+    """Largest shard of the source checkpoint in bytes, so that the result is sharded alike; 50 GB when it is one file."""
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return "50GB"
+    folder = Path(index).parent
+    shards = set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values())
+    return max((folder / shard).stat().st_size for shard in shards)
+
+
+def verify_zeros(directory: Path, masks: dict[str, Tensor]) -> None:
+    """Re-opens a saved checkpoint and checks every pruned weight, bit by bit.
+
+    Args:
+        masks: keep-mask by parameter name, as `adapter.merge` returns them.
+
+    Raises:
+        RuntimeError: a tensor is missing, or a pruned weight is not bitwise zero.
+    """
+    missing = set(masks)
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in missing & set(tensors.keys()):
+                pruned = tensors.get_tensor(key).masked_select(~masks[key])
+                if pruned.contiguous().view(torch.uint8).any():
+                    raise RuntimeError(
+                        f"{key} in {file.name}: {int((pruned != 0).sum())} pruned weights are not zero; the result is void"
+                    )
+                missing.discard(key)
+    if missing:
+        raise RuntimeError(f"the saved checkpoint lacks {sorted(missing)[0]} and {len(missing) - 1} more pruned tensors")
+
+
+def save_sparse(
+    output: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    masks: dict[str, Tensor],
+    record: dict[str, Any],
+    card: str,
+    source: str,
+) -> None:
+    """Saves the merged model, verifies the re-opened files, and only then moves them into place.
+
+    Raises:
+        RuntimeError: a pruned weight of the saved file is not zero; `output` then holds no loadable model.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    staging = work_dir(output) / "final"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging, max_shard_size=shard_size(source))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+    verify_zeros(staging, masks)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    _write_json(staging / RECORD, record)
+    last = ["config.json", RECORD]
+    for name in last:
+        (output / name).unlink(missing_ok=True)
+    for stale in output.glob("*.safetensors*"):
+        stale.unlink()
+    for file in sorted(staging.iterdir(), key=lambda file: (last.index(file.name) if file.name in last else -1, file.name)):
+        _sync(file)
+        file.rename(output / file.name)
+    _sync(output)
+    clear_stages(output)
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The `losa.json` of a finished run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = directory / RECORD
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {RECORD}; it is not a finished LoSA run")
+    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return record

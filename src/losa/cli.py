@@ -1,0 +1,244 @@
+"""The `losa` command. Thin: every command reads options, calls one function of the package and prints what it returned."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from losa.config import LosaConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Sparse language models with their quality recovered (dynamic low-rank sparse adaptation).
+
+    Start with `losa demo`. Then `losa plan MODEL` to see what a run needs, and `losa run MODEL --data TEXT --output DIR`.""",
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Local directory or hub name of a causal language model.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Training text: a file or directory (.txt, .json, .jsonl, .gz) or a hub dataset, `name[:config[:split]]`."),
+]
+Calibration = Annotated[str | None, typer.Option(help="Calibration text; the training text when not given.")]
+EvalData = Annotated[str | None, typer.Option(help="Text to measure perplexity on; a held-out part of --data when not given.")]
+Sparsity = Annotated[float | None, typer.Option(help="Ratio of zeros in the decoder's linear layers. The one dial. Default 0.7.")]
+PrunerName = Annotated[str | None, typer.Option(help="`wanda` (default), `sparsegpt` or `magnitude`.")]
+PatternName = Annotated[str | None, typer.Option(help="`unstructured` (default), or `n:m` such as `2:4` or `4:8`.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the sparse checkpoint.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys.")]
+SetKeys = Annotated[list[str] | None, typer.Option("--set", help="`key=value` for any other key, e.g. `--set train.lr=1e-3`.")]
+Preset = Annotated[str | None, typer.Option(help="Start from a shipped configuration: `paper`, the released recipe.")]
+Device = Annotated[str | None, typer.Option(help="`auto` (default), `cpu`, `cuda`, `cuda:1`.")]
+Offload = Annotated[bool | None, typer.Option("--offload", help="Calibrate with one block at a time on the device.")]
+Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.")]
+Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def run(
+    model: Model,
+    output: Output,
+    sparsity: Sparsity = None,
+    data: Data = None,
+    calibration: Calibration = None,
+    eval_data: EvalData = None,
+    pruner: PrunerName = None,
+    pattern: PatternName = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: SetKeys = None,
+    device: Device = None,
+    offload: Offload = None,
+    seed: Seed = None,
+    trust_remote_code: Trust = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete stage in --output.")] = False,
+) -> None:
+    """Prune MODEL in five dynamic steps, recover its quality, save a sparse checkpoint that transformers opens as it is.
+
+    Example: `losa run meta-llama/Llama-2-7b-hf --sparsity 0.7 --data alpaca.json --output llama-sparse`
+    """
+    from losa.models import load
+    from losa.report.table import summary
+    from losa.run import run as run_losa
+    from losa.session import check_output
+
+    resolved = _config(
+        preset, config, set_,
+        model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, device=device, offload=offload,
+        seed=seed, trust_remote_code=trust_remote_code,
+        **{"train.data": data, "calibration.data": calibration, "eval.data": eval_data},
+    )  # fmt: skip
+    check_output(resolved, resume)
+    _heavy()
+    sparse = run_losa(*load(resolved), resolved, resume=resume)
+    out.print(summary(sparse.losa_record))
+    out.print(f"saved and verified: {output}", highlight=False)
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output,
+    sparsity: Sparsity = None,
+    calibration: Calibration = None,
+    eval_data: EvalData = None,
+    pruner: PrunerName = None,
+    pattern: PatternName = None,
+    config: ConfigFile = None,
+    set_: SetKeys = None,
+    device: Device = None,
+    offload: Offload = None,
+    seed: Seed = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Prune MODEL once, at one rate for all layers, without training: the baselines to compare with.
+
+    `--set delta=0.03` gives layers their own rates by importance.
+    """
+    from losa.models import load
+    from losa.report.table import summary
+    from losa.run import prune as prune_once
+    from losa.session import check_output
+
+    resolved = _config(
+        None, config, ["delta=0", *(set_ or [])],
+        model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, device=device, offload=offload,
+        seed=seed, trust_remote_code=trust_remote_code, **{"calibration.data": calibration, "eval.data": eval_data},
+    )  # fmt: skip
+    check_output(resolved, resume=False)
+    _heavy()
+    pruned = prune_once(*load(resolved), resolved)
+    out.print(summary(pruned.losa_record))
+    out.print(f"saved and verified: {output}", highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name, dense or sparse.")],
+    data: Annotated[str, typer.Option(help="Text to measure on: file, directory or hub dataset.")],
+    length: Annotated[list[int] | None, typer.Option(help="Window in tokens; 2048 and 4096, or what the model allows.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Use at most so many windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="`auto` (the checkpoint's), `float32`, `bfloat16`, `float16`.")] = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Perplexity of a checkpoint on a text, at named window lengths."""
+    from losa.evaluation import evaluate_checkpoint
+    from losa.report.table import perplexity_table
+
+    config = _config(None, None, None, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    _heavy()
+    results = evaluate_checkpoint(config, data, length or [], windows)
+    out.print_json(data=results) if as_json else out.print(perplexity_table(results))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Directory of a checkpoint.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One row a layer instead of one a block.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Sparsity per block or layer, straight from the safetensors, without loading the model."""
+    from losa.inspect import inspect as read
+    from losa.report.table import sparsity_json, sparsity_table
+
+    found = read(directory)
+    out.print_json(data=sparsity_json(found)) if as_json else out.print(sparsity_table(found, layers))
+
+
+@app.command()
+def plan(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result would go; its disk is checked.")] = None,
+    sparsity: Sparsity = None,
+    pruner: PrunerName = None,
+    pattern: PatternName = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: SetKeys = None,
+    device: Device = None,
+    offload: Offload = None,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Memory, time and disk of a run, before anything is loaded. Exit status 1 if it cannot fit."""
+    from losa.plan import plan as make_plan
+    from losa.report.table import plan_table
+
+    resolved = _config(
+        preset, config, set_,
+        model=model, output=str(output) if output else None, sparsity=sparsity, pruner=pruner, pattern=pattern, device=device,
+        offload=offload, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    made = make_plan(resolved)
+    out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and a five-second self-test of the whole method on a toy model."""
+    from losa.doctor import environment, self_test
+    from losa.report.table import pairs
+
+    out.print(pairs("environment", environment()))
+    out.print(pairs("self-test: passed", {key: f"{value:.4f}" for key, value in self_test().items()}))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the sparse checkpoint here.")] = None,
+) -> None:
+    """A small real Llama pruned to 70 % and recovered, offline, in two or three minutes on two CPU cores."""
+    from losa.demo import PROMPT
+    from losa.demo import demo as run_demo
+    from losa.report.table import pairs, summary
+
+    _heavy()
+    result = run_demo(str(output) if output else None)
+    out.print(summary(result.record))
+    out.print(pairs(f'samples, prompt: "{PROMPT}"', result.samples))
+    if output:
+        out.print(f"saved and verified: {output}", highlight=False)
+
+
+def _config(preset: str | None, path: Path | None, sets: list[str] | None, **options: Any) -> "LosaConfig":
+    """Defaults < preset < file < options < --set."""
+    from losa.config import LosaConfig, parse_set
+
+    return LosaConfig.load(str(path) if path else None, preset, options | parse_set(sets or []))
+
+
+def _heavy() -> None:
+    """Before work that takes minutes: memory settings for the CPU, quiet libraries, our own log lines."""
+    import transformers
+
+    from losa.environment import keep_freed_memory
+
+    keep_freed_memory()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("losa").setLevel(logging.INFO)
+
+
+def main() -> None:
+    """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback."""
+    try:
+        app()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("LOSA_DEBUG"):
+            raise
+        err.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(2)

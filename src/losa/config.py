@@ -1,0 +1,287 @@
+"""The configuration of a run: one dataclass tree, YAML in and out, checked before any weight is loaded.
+
+`--sparsity` is the one dial; every other field has a default that follows from it or from the paper. Fields that are None are
+decided when the model is known, and the resolved configuration is what gets printed, saved and hashed.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from losa.allocation import default_delta
+from losa.pruning import Pattern, get_pruner
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def _require(condition: bool, name: str, found: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {found!r}, expected {expected}")
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibrationConfig:
+    """Text that importance, pruning and reconstruction errors are measured on."""
+
+    data: str | None = None  # a text source (see data.py); the training text when None
+    sequences: int = 128  # for pruning and errors
+    rmi_sequences: int = 64  # of these, for representation mutual information
+    length: int | None = None  # tokens of each; min(2048, what the model allows) when None
+
+    def __post_init__(self) -> None:
+        _require(self.sequences >= 1, "calibration.sequences", self.sequences, "at least 1")
+        _require(self.rmi_sequences >= 2, "calibration.rmi_sequences", self.rmi_sequences, "at least 2")
+        _require(self.length is None or self.length >= 8, "calibration.length", self.length, "at least 8 tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """Ranks of the low-rank adapters."""
+
+    omega_first: float = 6.0  # mean rank in the first dynamic step
+    omega_last: float = 10.0  # in the last one; linear in between, so 6, 7, 8, 9, 10 over five steps
+    max_rank: int = 16  # of any block
+    scale: float = 2.0  # alpha / r
+    allocation: str = "error"  # ranks follow reconstruction errors, or "uniform"
+
+    def __post_init__(self) -> None:
+        _require(self.max_rank >= 1, "adapter.max_rank", self.max_rank, "at least 1")
+        for name in ("omega_first", "omega_last"):
+            value = getattr(self, name)
+            _require(1 <= value <= self.max_rank, f"adapter.{name}", value, f"1..adapter.max_rank = {self.max_rank}")
+        _require(self.scale > 0, "adapter.scale", self.scale, "a positive number")
+        _require(self.allocation in ("error", "uniform"), "adapter.allocation", self.allocation, "'error' or 'uniform'")
+
+    def omega(self, step: int, steps: int) -> float:
+        """Mean rank of dynamic step `step` (1-based) of `steps`."""
+        if steps == 1:
+            return self.omega_last
+        return self.omega_first + (self.omega_last - self.omega_first) * (step - 1) / (steps - 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Training of the adapters."""
+
+    data: str | None = None  # a text source; required by `losa run`
+    tokens: int = 2_200_000  # over all dynamic steps; the released recipe sees about as many
+    samples: int | None = None  # instead of tokens: documents, one a row, padded, not packed (the released recipe)
+    last_share: float = 0.6  # of them in the last dynamic step; the earlier steps share the rest evenly
+    length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
+    batch_size: int = 8  # rows of one forward
+    accumulation: int = 1  # forwards of one optimizer step
+    lr: float | None = None  # peak; 2e-4 * sqrt(4096 / hidden size) when None
+    weight_decay: float = 0.001
+    warmup: float = 0.3  # ratio of a step's updates
+    schedule: str = "linear"
+    max_grad_norm: float = 0.3
+    gradient_checkpointing: bool = False
+    report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size", "accumulation"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.samples is None or self.samples >= 1, "train.samples", self.samples, "at least 1")
+        _require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
+        _require(self.length is None or self.length >= 8, "train.length", self.length, "at least 8 tokens")
+        _require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
+        _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
+
+    def shares(self, steps: int) -> list[float]:
+        """Ratio of the budget spent in each dynamic step; sums to 1."""
+        if steps == 1:
+            return [1.0]
+        return [(1 - self.last_share) / (steps - 1)] * (steps - 1) + [self.last_share]
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Perplexity before and after."""
+
+    data: str | None = None  # a text source; a held-out part of the training text when None
+    length: int | None = None  # tokens of a window; min(2048, what the model allows) when None
+    windows: int | None = None  # at most so many; all when None
+
+    def __post_init__(self) -> None:
+        _require(self.length is None or self.length >= 2, "eval.length", self.length, "at least 2 tokens")
+        _require(self.windows is None or self.windows >= 1, "eval.windows", self.windows, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class LosaConfig:
+    """Everything that decides the result of a run."""
+
+    model: str = ""  # local directory or hub name
+    output: str | None = None  # directory of the sparse checkpoint; a Python call without one keeps the model in memory
+    sparsity: float | None = None  # ratio of zeros in the decoder's linear layers; .7, or what an n:m pattern implies, when None
+    pruner: str = "wanda"  # magnitude, wanda, sparsegpt
+    pattern: str = "unstructured"  # or n:m, such as 2:4
+    steps: int = 5  # dynamic steps T
+    delta: float | None = None  # how far a block's rate may leave the mean; .01/.02/.03 by sparsity when None; 0 is uniform
+    seed: int = 0
+    device: str = "auto"  # cuda if there is one, else cpu
+    dtype: str = "auto"  # of the base weights; the checkpoint's own when auto
+    offload: bool = False  # calibrate with one block at a time on the device
+    trust_remote_code: bool = False
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        get_pruner(self.pruner)
+        pattern = Pattern.parse(self.pattern)
+        if self.sparsity is None:
+            self.sparsity = pattern.sparsity if pattern.structured else 0.7
+        _require(0 < self.sparsity < 1, "sparsity", self.sparsity, "a ratio between 0 and 1, such as 0.7")
+        if pattern.structured:
+            fits = abs(self.sparsity - pattern.sparsity) < 1e-9
+            _require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
+        if self.delta is None:
+            self.delta = 0.0 if pattern.structured else default_delta(self.sparsity)
+        _require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
+        _require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
+        _require(self.steps >= 1, "steps", self.steps, "at least 1")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
+
+    def resolve(self, hidden_size: int, max_length: int) -> "LosaConfig":
+        """A copy with every field decided that depends on the model.
+
+        Raises:
+            ValueError: a length is longer than the model allows.
+        """
+        config = LosaConfig.from_dict(self.to_dict())
+        for name, longest in (("calibration", 2048), ("train", 1024), ("eval", 2048)):
+            part = getattr(config, name)
+            part.length = min(longest, max_length) if part.length is None else part.length
+            _require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
+        if config.train.lr is None:
+            # The released 2e-4 was set for a hidden size of 4096. Narrower layers want larger steps: docs/LOG.md has the sweep.
+            config.train.lr = round(2e-4 * (4096 / hidden_size) ** 0.5, 8)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """YAML that `from_yaml` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LosaConfig":
+        """Builds the tree, converting and checking every value.
+
+        Raises:
+            ValueError: unknown key (with the nearest known one), wrong type, or value out of range.
+        """
+        return _build(cls, values, "")
+
+    @classmethod
+    def load(cls, path: str | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None) -> "LosaConfig":
+        """Defaults, then `preset`, then the YAML file `path`, then `overrides` (dotted keys; None values are skipped).
+
+        Raises:
+            ValueError: as `from_dict`; no such preset; the YAML is not a mapping.
+        """
+        values: dict[str, Any] = {}
+        if preset is not None:
+            known = sorted(p.name[:-5] for p in resources.files("losa").joinpath("presets").iterdir())
+            _require(preset in known, "preset", preset, "one of " + ", ".join(known))
+            _merge(values, yaml.safe_load(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
+        if path is not None:
+            try:
+                loaded = yaml.safe_load(Path(path).read_text("utf-8"))
+            except (OSError, yaml.YAMLError) as error:
+                raise ValueError(f"cannot read the config {path}: {error}") from error
+            _require(isinstance(loaded, dict), f"the config {path}", type(loaded).__name__, "a mapping of keys to values")
+            _merge(values, loaded)
+        for key, value in (overrides or {}).items():
+            if value is not None:
+                nested: Any = value
+                for part in reversed(key.split(".")):
+                    nested = {part: nested}
+                _merge(values, nested)
+        return cls.from_dict(values)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every field but the output directory, to recognise a changed configuration on resume."""
+        values = self.to_dict() | {"output": None}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def parse_set(items: list[str]) -> dict[str, Any]:
+    """`["train.lr=1e-3"]` -> `{"train.lr": "1e-3"}`; values are read as YAML.
+
+    Raises:
+        ValueError: an item without `=`.
+    """
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        _require(bool(equals and key), "--set", item, "key=value, such as train.lr=1e-3")
+        pairs[key] = yaml.safe_load(value)
+    return pairs
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for all leaves that differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _build(cls: Any, values: Any, prefix: str) -> Any:
+    _require(isinstance(values, dict), prefix.rstrip(".") or "the config", values, "a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, 1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys are {', '.join(hints)}"
+            raise ValueError(f"unknown key {prefix}{key}; {hint}")
+    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name + ".")
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML reads 1e-3 as a string
+        except (TypeError, ValueError):
+            number = float("nan")
+        if kind is float and number == number:
+            return number
+        if kind is int and number == number and number == int(number):
+            return int(number)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{name} is {value!r}, expected {'a whole number' if kind is int else kind.__name__}")

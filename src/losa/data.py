@@ -1,0 +1,283 @@
+"""Text, wherever it is, to blocks of tokens.
+
+A source is a local file (`.txt`, `.md`, `.raw`, `.json`, `.jsonl`, each also `.gz`), a directory of such files, or the name of
+a hub dataset, written `name`, `name:config` or `name:config:split`. A document is a string; an instruction record
+(`instruction`, `input`, `output`) becomes the Alpaca prompt followed by its answer.
+
+Training text is *packed*: documents are tokenised, ended by EOS, joined and cut into full blocks, so no token is padding.
+
+Legend: `S` sequences, `T` tokens of each.
+"""
+
+import gzip
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from losa.config import LosaConfig
+
+TEXT_SUFFIXES = {".txt", ".md", ".raw"}
+RECORD_SUFFIXES = {".json", ".jsonl"}
+MAX_HUB_ROWS = 50_000  # of a hub dataset
+PIECE = 8192  # characters: long documents are cut at line ends near this, so that shuffling mixes books as it mixes web pages
+
+PROMPT = (
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n{output}"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_documents(source: str) -> list[str]:
+    """All documents of a source that are not blank, in a fixed order.
+
+    Raises:
+        ValueError: nothing there, nothing readable in it, a record without text, or nothing but blanks.
+    """
+    documents = [document for document in _read(source) if document.strip()]
+    if not documents:
+        raise ValueError(f"{source} holds no text")
+    return documents
+
+
+def _read(source: str) -> list[str]:
+    path = Path(source)
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if _suffix(file) in TEXT_SUFFIXES | RECORD_SUFFIXES)
+        if not files:
+            raise ValueError(f"no .txt, .md, .raw, .json or .jsonl file in {source}")
+        return [document for file in files for document in _read_file(file)]
+    return _read_hub(source)
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _read_file(path: Path) -> list[str]:
+    if _suffix(path) not in TEXT_SUFFIXES | RECORD_SUFFIXES:
+        raise ValueError(f"cannot read {path.name}; expected .txt, .md, .raw, .json or .jsonl, each also .gz")
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
+    if _suffix(path) in TEXT_SUFFIXES:
+        return [text]
+    try:
+        records = [json.loads(line) for line in text.splitlines() if line.strip()] if _suffix(path) == ".jsonl" else _json(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}") from error
+    return [_document(record, path.name) for record in records]
+
+
+def _json(text: str) -> list[Any]:
+    """A JSON list or object, or one object a line: files named .json hold either."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return value if isinstance(value, list) else [value]
+
+
+def _document(record: Any, where: str) -> str:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"]
+    if isinstance(record, dict) and "instruction" in record and "output" in record:
+        extra = record.get("input") or ""
+        return PROMPT.format(
+            with_input=", paired with an input that provides further context" if extra else "",
+            instruction=record["instruction"],
+            input=f"\n\n### Input:\n{extra}" if extra else "",
+            output=record["output"],
+        )
+    keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+    raise ValueError(f"a record of {where} has {keys}; expected 'text', or 'instruction' and 'output'")
+
+
+def _read_hub(source: str) -> list[str]:
+    from datasets import load_dataset  # slow to import, and local text does not need it
+
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        # Streamed: C4 is 300 GB, and no run needs more than its first rows.
+        rows = list(load_dataset(name, config or None, split=split or "train", streaming=True).take(MAX_HUB_ROWS))
+    except Exception as error:
+        raise ValueError(f"{source!r} is neither a local file or directory nor a hub dataset that loads: {error}") from error
+    return [_document(row, name) for row in rows]
+
+
+def pieces(documents: Sequence[str], seed: int) -> list[str]:
+    """Documents cut near `PIECE` characters, shuffled by `seed`."""
+    parts = [part for document in documents for part in _cut(document)]
+    random.Random(seed).shuffle(parts)
+    return parts
+
+
+def _cut(document: str) -> Iterator[str]:
+    start = 0
+    while len(document) - start > 2 * PIECE:
+        end = document.find("\n", start + PIECE, start + 2 * PIECE) + 1 or start + PIECE
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:
+    """The first `count` blocks of `length` tokens of the joined documents; each is begun and ended as the tokenizer does.
+
+    Returns:
+        int64 `(S, T)` with `S <= count`; the rest that fills no block is dropped.
+    """
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    stream: list[int] = []
+    for start in range(0, len(documents), 64):
+        for ids in tokenizer(list(documents[start : start + 64]), verbose=False)["input_ids"]:
+            stream += ids if ids[-1:] == eos else ids + eos
+        if len(stream) >= count * length:
+            break
+    rows = min(count, len(stream) // length)
+    return torch.tensor(stream[: rows * length], dtype=torch.int64).view(rows, length)
+
+
+def windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None) -> Tensor:
+    """Non-overlapping windows of one text for perplexity, int64 `(S, T)`; the tail that fills no window is dropped.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    if most is not None:
+        text = text[: most * length * 32]  # no tokenizer averages 32 characters a token
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    rows = min(len(ids) // length, most or len(ids))
+    if not rows:
+        raise ValueError(f"the text has {len(ids)} tokens, expected at least one window of {length}; give a longer text")
+    return torch.tensor(ids[: rows * length], dtype=torch.int64).view(rows, length)
+
+
+def calibration_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:
+    """`count` calibration sequences of `length` tokens.
+
+    Raises:
+        ValueError: the text is shorter than that.
+    """
+    ids_ST = pack(documents, tokenizer, length, count)
+    if len(ids_ST) < count:
+        found = f"the calibration text has {len(ids_ST)} windows of {length} tokens, expected {count}"
+        raise ValueError(f"{found}; give more text (--calibration) or set calibration.sequences or calibration.length")
+    return ids_ST
+
+
+def training_blocks(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:
+    """`count` packed training blocks; if the text is shorter it is repeated, with a warning that says how often.
+
+    Raises:
+        ValueError: the text does not fill one block.
+    """
+    ids_ST = pack(documents, tokenizer, length, count)
+    if not len(ids_ST):
+        raise ValueError(f"the training text does not fill one block of {length} tokens; give more text or set train.length")
+    if len(ids_ST) < count:
+        logger.warning("the training text has %d tokens; seen %.1f times", ids_ST.numel(), count / len(ids_ST))
+        ids_ST = ids_ST.repeat(-(-count // len(ids_ST)), 1)[:count]
+    return ids_ST
+
+
+def padded_samples(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+) -> list[dict[str, list[int]]]:
+    """One document a sample, cut at `length` tokens, neither packed nor padded yet: the released recipe.
+
+    Raises:
+        ValueError: fewer documents than `count`.
+    """
+    if len(documents) < count:
+        raise ValueError(f"the training data has {len(documents)} samples, expected {count} (train.samples)")
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer(list(documents[:count]), verbose=False)["input_ids"]
+    return [{"input_ids": (ids + eos)[:length]} for ids in encoded]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a run reads, tokenised before anything expensive starts.
+
+    Attributes:
+        train: packed blocks `(S, T)`, or samples when `train.samples` is set; None when nothing is to be trained.
+        calibration: `(S, T)`.
+        evaluation: `(S, T)`, None when there is no text to measure on.
+    """
+
+    train: Tensor | list[dict[str, list[int]]] | None
+    calibration: Tensor
+    evaluation: Tensor
+
+    def step_rows(self, step: int, shares: Sequence[float]) -> Tensor | list[dict[str, list[int]]]:
+        """The rows of dynamic step `step` (1-based). Steps never share a row."""
+        assert self.train is not None
+        start, stop = (round(sum(shares[:bound]) * len(self.train)) for bound in (step - 1, step))
+        return self.train[start:stop]
+
+
+def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bool = True) -> RunData:
+    """Reads and tokenises the training, calibration and evaluation texts of a resolved configuration.
+
+    What is not given is taken from the training text: the last 2 % of its shuffled pieces for evaluation, never trained on,
+    and pieces from the end of the rest for calibration.
+
+    Raises:
+        ValueError: a text is missing, unreadable or too short.
+    """
+    source = config.train.data or config.calibration.data
+    if source is None:
+        raise ValueError("no text: give training text with --data, a file, a directory or a hub dataset name")
+    parts = pieces(load_documents(source), config.seed)
+    held: list[str] = []
+    if config.eval.data is None:
+        held, parts = parts[: max(1, len(parts) // 50)], parts[max(1, len(parts) // 50) :]
+        if not parts:
+            raise ValueError(f"{source} is too short to hold a part out; give a text to evaluate on with --eval-data")
+    length, calibrating = config.train.length, config.calibration
+    assert length is not None and calibrating.length is not None and config.eval.length is not None
+    train: Tensor | list[dict[str, list[int]]] | None = None
+    if training and config.train.samples is not None:
+        train = padded_samples(parts, tokenizer, length, config.train.samples)
+    elif training:
+        rows = max(config.train.tokens // length, config.steps)
+        train = training_blocks(parts, tokenizer, length, rows)
+    own = calibrating.data is not None and calibrating.data != source
+    text = pieces(load_documents(str(calibrating.data)), config.seed) if own else parts[::-1]
+    evaluation = evaluation_text(config.eval.data) if config.eval.data is not None else "\n\n".join(held)
+    return RunData(
+        train=train,
+        calibration=calibration_windows(
+            text, tokenizer, calibrating.length, max(calibrating.sequences, calibrating.rmi_sequences)
+        ),
+        evaluation=windows(evaluation, tokenizer, config.eval.length, config.eval.windows),
+    )
+
+
+def evaluation_text(source: str) -> str:
+    """One text for perplexity: the rows of a source, blank ones too, joined by a blank line.
+
+    A `.raw` file is WikiText as its authors ship it. It is read as the hub data set is, one row a line and blank lines empty, so
+    that its figures are those of the literature.
+    """
+    rows = _read(source)
+    if _suffix(Path(source)) == ".raw":
+        rows = [line if line.strip() else "" for line in "".join(rows).splitlines(keepends=True)]
+    return "\n\n".join(rows)

@@ -1,0 +1,71 @@
+"""Is this machine ready? Versions, devices, and the whole method on a toy model in about five seconds."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from losa.config import LosaConfig
+from losa.environment import versions
+from losa.inspect import inspect
+from losa.run import run
+
+TOY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices, by name."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    free, total = psutil.virtual_memory().available / 2**30, psutil.virtual_memory().total / 2**30
+    return versions() | {
+        "gpu": ", ".join(gpus) or "none visible to torch",
+        "memory": f"{free:.1f} of {total:.1f} GiB available",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """A character tokenizer of 64 pieces, made in memory."""
+    characters = {chr(code): code - 32 for code in range(32, 95)}
+    vocabulary = characters | {"</s>": len(characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def self_test(device: str = "auto") -> dict[str, float]:
+    """Runs two dynamic steps on a toy Llama, saves, re-opens and counts zeros.
+
+    Returns:
+        Sparsity asked, read back from the file, and perplexities.
+
+    Raises:
+        RuntimeError: the result is not what it should be.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TOY, max_position_embeddings=64))
+    with TemporaryDirectory() as folder:
+        text, output = Path(folder, "text.txt"), Path(folder, "sparse")
+        text.write_text("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG. " * 400, encoding="utf-8")
+        values = {
+            "output": str(output),
+            "sparsity": 0.6,
+            "steps": 2,
+            "device": device,
+            "calibration": {"sequences": 8, "rmi_sequences": 8, "length": 32},
+            "train": {"data": str(text), "tokens": 4096, "length": 32},
+            "eval": {"length": 32, "windows": 4, "data": str(text)},
+        }
+        sparse = run(model, toy_tokenizer(), LosaConfig.from_dict(values))
+        layers = inspect(output)
+        zeros = sum(layer.zeros for layer in layers) / sum(layer.numel for layer in layers)
+        reopened = AutoModelForCausalLM.from_pretrained(output)
+        same = all(torch.equal(a.cpu(), b) for a, b in zip(sparse.parameters(), reopened.parameters(), strict=True))
+        if abs(zeros - 0.6) > 1e-3 or not same:
+            raise RuntimeError(f"self-test failed: sparsity {zeros:.4f} (0.6 asked), re-opened model equal: {same}")
+        return {"sparsity asked": 0.6, "sparsity in the file": zeros} | sparse.losa_record["perplexity"]

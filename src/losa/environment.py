@@ -1,0 +1,65 @@
+"""The machine: what computes, with which packages, on which device, and how its memory behaves."""
+
+import ctypes
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
+
+
+def versions() -> dict[str, str]:
+    """What computed the result: packages, Python, processor."""
+    packages = ("losa", "torch", "transformers", "accelerate", "safetensors")
+    return {name: version(name) for name in packages} | {"python": platform.python_version(), "machine": machine()}
+
+
+def machine() -> str:
+    """The GPU's name, or the CPU's model and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines() if path.is_file() else []
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc's malloc to keep freed memory in the process. For commands; a library should not decide this.
+
+    glibc returns every large freed block to the system and maps it anew, page by page, at the next allocation. A training step
+    allocates and frees the same tensors again and again; where page faults are slow, most of its time goes there. No effect on
+    results, nor on systems without glibc.
+
+    Returns:
+        Whether it took effect.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False  # another C library
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_TOP_PAD, 1 << 28)])

@@ -1,0 +1,175 @@
+"""Any causal language model, by structure: its decoder blocks, their linear layers, and how to run one block alone.
+
+No architecture is known by name. A decoder is the `ModuleList` that holds most of the model's linear weights; a block
+is one of its entries; what a block is called with (rotary embeddings, masks of sliding or full attention, position ids)
+is recorded from the model's own forward, block by block, so nothing here repeats what a modelling file does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from losa.config import LosaConfig
+
+
+def load(config: LosaConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of `config.model`, from safetensors only: no pickle is ever opened."""
+    trust = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(config.model, **trust)
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The blocks of a model, in order, and the dotted name of the list that holds them."""
+
+    name: str
+    blocks: nn.ModuleList
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """All linear layers of all blocks, by their name in the whole model."""
+        return {
+            f"{self.name}.{index}.{name}": linear
+            for index, block in enumerate(self.blocks)
+            for name, linear in block_linears(block).items()
+        }
+
+    def sizes(self) -> list[int]:
+        """Prunable weights of each block."""
+        return [sum(linear.weight.numel() for linear in block_linears(block).values()) for block in self.blocks]
+
+
+def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of one block, by their name in the block, in the model's order."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def find_decoder(model: PreTrainedModel) -> Decoder:
+    """Finds the decoder blocks by structure.
+
+    Raises:
+        ValueError: no block list with linear layers; the message says what the model has instead.
+    """
+    if "Conv1D" in {type(module).__name__ for module in model.modules()}:
+        raise ValueError(f"{type(model).__name__} is built of Conv1D layers (GPT-2 style), LoSA needs nn.Linear")
+    lists = [Decoder(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    # An outer list also counts the linears of the lists inside it, and comes first: max returns the outermost.
+    decoder = max(lists, key=lambda candidate: sum(candidate.sizes()), default=None)
+    if decoder is None or not sum(decoder.sizes()):
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks made of nn.Linear; nothing to prune")
+    return decoder
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuses, in one sentence, what LoSA cannot prune honestly.
+
+    Raises:
+        ValueError: quantised base, Conv1D, fused experts, encoder-decoder, weights that are not finite or not float.
+    """
+    kind = type(model).__name__
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{kind} is quantised; LoSA prunes bf16, fp16 or fp32 weights, so load the original checkpoint")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder; LoSA supports causal language models")
+    decoder = find_decoder(model)
+    for name, parameter in decoder.blocks.named_parameters():
+        if parameter.ndim == 3:
+            found = f"{decoder.name}.{name} {tuple(parameter.shape)}"
+            raise ValueError(f"{kind} keeps fused experts in {found}; LoSA needs one nn.Linear per matrix")
+    for name, linear in decoder.linears().items():
+        if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+            raise ValueError(f"{name} is a {type(linear).__name__} of {linear.weight.dtype}, expected a plain float nn.Linear")
+        if linear.weight.device.type != "meta" and not torch.isfinite(linear.weight).all():
+            raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged")
+
+
+def max_length(config: Any) -> int:
+    """Longest window the model allows, in tokens (`max_position_embeddings`), or 2048 where it does not say."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+
+@dataclass
+class BlockInputs:
+    """Hidden states at the input of the current block, and the keyword arguments of each block's call.
+
+    Attributes:
+        hidden: `S` sequences in batches, each `(b, T, H)`; replaced, batch by batch, as the stream advances.
+        kwargs: one dict a block; the same for all sequences, as all have the same length and no padding.
+    """
+
+    hidden: list[Tensor]
+    kwargs: list[dict[str, Any]]
+
+    def clone(self) -> "BlockInputs":
+        """A second stream from the same place. Tensors are shared until one of the two advances."""
+        return BlockInputs(list(self.hidden), self.kwargs)
+
+    def outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
+        """Runs block number `index`, on the device it is on, batch by batch; the stream itself stays where it is."""
+        device = next(block.parameters()).device
+        kwargs = _to(self.kwargs[index], device)
+        for batch in self.hidden:
+            output = block(batch.to(device), **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replaces the hidden states by the block's outputs, kept on the device the inputs were on."""
+        for position, output in enumerate(self.outputs(block, index)):
+            self.hidden[position] = output.to(self.hidden[position].device)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Moves the tensors of a nested argument."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return type(value)(_to(item, device) for item in value) if isinstance(value, tuple | list) else value
+
+
+class _Recorder:
+    """Stands in for a block's forward: notes how it is called and passes the hidden states through."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise ValueError(f"blocks take positional arguments {[type(a).__name__ for a in args]}; not supported")
+        self.hidden, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+@torch.no_grad()
+def block_inputs(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8) -> BlockInputs:
+    """Embeds the sequences and records how each block is called, without running any block.
+
+    The model's own forward runs with every block replaced by a recorder, so it costs an embedding lookup and the head
+    of one token. The arguments are recorded on one sequence: masks and positions then broadcast over any batch.
+
+    Args:
+        ids_ST: token ids, `S` sequences of `T` tokens, no padding.
+        batch_size: sequences advanced together.
+    """
+    blocks = find_decoder(model).blocks
+    recorders = [_Recorder() for _ in blocks]
+    ids_ST = ids_ST.to(model.get_input_embeddings().weight.device)
+    hidden = []
+    try:
+        for block, recorder in zip(blocks, recorders, strict=True):
+            block.forward = recorder
+        for batch in ids_ST.split(batch_size):
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)
+            assert recorders[0].hidden is not None
+            hidden.append(recorders[0].hidden)
+        model(input_ids=ids_ST[:1], use_cache=False, logits_to_keep=1)
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own forward shows again
+    return BlockInputs(hidden, [recorder.kwargs for recorder in recorders])

@@ -1,0 +1,43 @@
+"""The model card of a sparse checkpoint."""
+
+from typing import Any
+
+TITLES = {"dense": "dense", "pruned": "pruned only", "losa": "LoSA"}
+
+
+def model_card(record: dict[str, Any], name: str) -> str:
+    """Markdown with the front matter the hub reads: what was done, with which figures, and how to load it.
+
+    Args:
+        record: content of `losa.json`.
+        name: of the output directory, shown as the title.
+    """
+    config, sparsity, evaluation = record["config"], record["sparsity"], record["evaluation"]
+    base = config["model"]
+    method = "LoSA (dynamic low-rank sparse adaptation)" if record["kind"] == "run" else "one-shot pruning"
+    rows = "\n".join(f"| {TITLES[key]} | {value:.3f} |" for key, value in record["perplexity"].items())
+    return f"""---
+library_name: transformers
+base_model: {base or "unknown"}
+tags: [sparse, losa, {config["pruner"]}]
+---
+# {name}
+
+A sparse version of `{base}`: {sparsity["achieved"]:.2%} of the {sparsity["weights"]:,} weights of its decoder's linear layers are
+exactly zero. Made by {method} with the {config["pruner"]} criterion, pattern {config["pattern"]}, seed {config["seed"]}.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+| model | perplexity |
+|---|---|
+{rows}
+
+Windows of {evaluation["window"]} tokens, {evaluation["windows"]} of them, from: {evaluation["data"]}.
+The configuration, versions, layer rates, ranks and errors of every step are in `losa.json`.
+
+The licence and the limits of use of the base model apply.
+"""

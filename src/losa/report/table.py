@@ -1,0 +1,119 @@
+"""Tables for the terminal, made of records and plans. Nothing here computes a result."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from losa.inspect import LayerSparsity
+from losa.plan import Plan
+from losa.report.card import TITLES
+
+
+def pairs(title: str, values: Mapping[str, str]) -> Table:
+    """Two columns, names and values."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        table.add_row(name, value)
+    return table
+
+
+def summary(record: dict[str, Any]) -> Group:
+    """The end of a run: perplexities, sparsity asked and achieved, time per stage."""
+    evaluation, sparsity, seconds = record["evaluation"], record["sparsity"], record["seconds"]
+    found = record["perplexity"]
+    quality = Table(title=f"perplexity, {evaluation['windows']} windows of {evaluation['window']} tokens", title_justify="left")
+    for column in ("model", "perplexity", "sparsity"):
+        quality.add_column(column, justify="left" if column == "model" else "right")
+    for name, value in found.items():
+        quality.add_row(TITLES[name], f"{value:.2f}", "0 %" if name == "dense" else f"{sparsity['achieved']:.2%}")
+    parts = [f"sparsity asked {sparsity['asked']:.4f}, achieved {sparsity['achieved']:.4f}"]
+    if "losa" in found and found["pruned"] > found["dense"]:
+        parts.append(f"gap in log-perplexity closed: {gap_closed(found):.1%}")
+    time = Table(title="time", title_justify="left")
+    time.add_column("stage")
+    time.add_column("seconds", justify="right")
+    time.add_column("share", justify="right")
+    total = sum(seconds.values())
+    for stage, value in seconds.items():
+        time.add_row(stage, f"{value:.1f}", f"{value / total:.0%}")
+    time.add_row("total", f"{total:.1f}", "", style="bold")
+    return Group(quality, "\n".join(parts), time)
+
+
+def gap_closed(found: Mapping[str, float]) -> float:
+    """Share of the log-perplexity that pruning lost and training won back; above 1 is better than dense."""
+    from math import log
+
+    return log(found["pruned"] / found["losa"]) / log(found["pruned"] / found["dense"])
+
+
+def perplexity_table(results: list[dict[str, Any]]) -> Table:
+    """Output of `losa eval`."""
+    table = Table(title="perplexity", title_justify="left")
+    for column in ("window (tokens)", "windows", "perplexity", "text"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for row in results:
+        table.add_row(str(row["window"]), str(row["windows"]), f"{row['perplexity']:.4f}", row["data"])
+    return table
+
+
+def sparsity_table(layers: list[LayerSparsity], each: bool) -> Table:
+    """Output of `losa inspect`: a row a block, or a row a layer."""
+    table = Table(title="sparsity", title_justify="left")
+    for column in ("layer" if each else "block", "weights", "zeros", "sparsity", "pattern"):
+        table.add_column(column, justify="left" if column in ("layer", "block", "pattern") else "right")
+    groups: dict[Any, list[LayerSparsity]] = {}
+    for layer in layers:
+        groups.setdefault(layer.name if each else layer.block, []).append(layer)
+    for name, members in groups.items():
+        table.add_row(str(name), *_cells(members))
+    table.add_section()
+    table.add_row("all", *_cells(layers), style="bold")
+    return table
+
+
+def _cells(layers: Iterable[LayerSparsity]) -> list[str]:
+    layers = list(layers)
+    zeros, numel = sum(layer.zeros for layer in layers), sum(layer.numel for layer in layers)
+    patterns = set.intersection(*(set(layer.patterns) for layer in layers))
+    return [f"{numel:,}", f"{zeros:,}", f"{zeros / numel:.4%}", " ".join(sorted(patterns))]
+
+
+def sparsity_json(layers: list[LayerSparsity]) -> dict[str, Any]:
+    """`losa inspect --json`."""
+    zeros, numel = sum(layer.zeros for layer in layers), sum(layer.numel for layer in layers)
+    rows = [{"name": la.name, "block": la.block, "sparsity": la.sparsity, "patterns": la.patterns} for la in layers]
+    return {"sparsity": zeros / numel, "weights": numel, "zeros": zeros, "layers": rows}
+
+
+def plan_table(plan: Plan) -> Group:
+    """Output of `losa plan`."""
+    table = Table(title=f"plan on {plan.device}", title_justify="left", show_header=False)
+    table.add_row("parameters", f"{plan.parameters:,}, of which {plan.prunable:,} prunable")
+    rows = ("weights", "masks", "dense_copy", "adapters", "activations", "calibration", "transient")
+    for name in rows:
+        table.add_row(name.replace("_", " "), size(getattr(plan, name)))
+    table.add_section()
+    table.add_row("peak memory", f"{size(plan.peak_memory)} of {size(plan.available_memory)} available", style="bold")
+    table.add_row("disk", f"{size(plan.disk)} of {size(plan.available_disk)} available", style="bold")
+    table.add_row("time", f"at least {duration(plan.seconds)}, at the speed this device multiplies now", style="bold")
+    return Group(table, "it fits" if plan.fits else "[bold red]it does not fit[/]; lower train.batch_size or train.length")
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,129 @@
+"""The method on one page: a dense model becomes a sparse one in T dynamic steps. LoSA, algorithm 1.
+
+for t = 1..T:
+    target    s_t = s (1 - (1 - t/T)^3)                        allocation.cubic_sparsity
+    importance of each block, by mutual information             importance.rmi_importance
+    layer rates that spend s_t on the least important blocks    allocation.layer_rates
+    prune the merged weights, block by block                    calibration.prune_blocks -> reconstruction errors
+    adapter ranks by reconstruction error                       allocation.allocate_ranks
+    train the adapters under the mask                           training.train
+merge; save; re-open; verify every zero                         session.Session.finish
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from losa.adapter import masked_linears
+from losa.allocation import allocate_ranks, cubic_sparsity, layer_rates
+from losa.calibration import block_grams, prune_blocks
+from losa.config import LosaConfig
+from losa.importance import cka_matrix, rmi_importance
+from losa.pruning import Pattern, get_pruner
+from losa.session import Session
+from losa.training import train
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LosaConfig,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PreTrainedModel:
+    """Prunes `model` to `config.sparsity` and recovers its quality, in `config.steps` dynamic steps.
+
+    Args:
+        model: a dense causal language model; changed in place.
+        tokenizer: its tokenizer.
+        config: with `train.data`; without `output`, nothing is written.
+        resume: go on from the last complete stage in `config.output`.
+        callbacks: `transformers.TrainerCallback`s, passed to every training.
+
+    Returns:
+        The sparse model, of the class it came with and without any trace of this package; what happened is in its attribute
+        `losa_record`, the content of `losa.json`.
+
+    Raises:
+        ValueError: something in the request is wrong; raised before the first pruning.
+        FloatingPointError: training met a loss or gradient that is not finite.
+        RuntimeError: a pruned weight of the saved file is not zero.
+    """
+    session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
+    session.phase("00-baselines", measure_baselines)
+    for step in range(1, session.config.steps + 1):
+        session.phase(f"{step:02d}-pruned", sparsify, step)
+        session.phase(f"{step:02d}-trained", adapt, step)
+    return session.finish("losa")
+
+
+def prune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> PreTrainedModel:
+    """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `delta: 0`).
+
+    Returns and raises as `run`.
+    """
+    session = Session.start(model, tokenizer, config, kind="prune")
+    session.measure("dense")
+    sparsify(session, session.config.steps)
+    return session.finish("pruned")
+
+
+def measure_baselines(session: Session) -> None:
+    """Perplexity of the dense model, and of what one-shot pruning with the same pruner makes of it."""
+    session.measure("dense")
+    assert session.config.sparsity is not None
+    with session.timed("baseline"):
+        _prune_to(session, [session.config.sparsity] * len(session.decoder.blocks), share=1.0)
+    session.measure("pruned")
+    for layer in masked_linears(session.model).values():
+        layer.reset()
+
+
+def sparsify(session: Session, step: int) -> None:
+    """First half of dynamic step `step`: target, importance, layer rates, pruning, reconstruction errors, ranks."""
+    config, blocks = session.config, session.decoder.blocks
+    assert config.sparsity is not None and config.delta is not None
+    target = cubic_sparsity(step, config.steps, config.sparsity)
+    rates, importance = [target] * len(blocks), None
+    if config.delta > 0:
+        with session.timed("importance"):
+            ids_ST = session.data.calibration[: config.calibration.rmi_sequences]
+            grams = block_grams(session.model, ids_ST, device=session.device)
+            importance = rmi_importance(cka_matrix(grams)).tolist()
+        previous = session.record["steps"][-1]["rates"] if session.record["steps"] else None
+        rates = layer_rates(importance, session.decoder.sizes(), target, config.delta, previous)
+    with session.timed("pruning"):
+        errors = _prune_to(session, rates, share=target / config.sparsity)
+    omega = config.adapter.omega(step, config.steps)
+    uniform = config.adapter.allocation == "uniform"
+    ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, omega, config.adapter.max_rank)
+    session.set_ranks(ranks)
+    session.record["steps"].append(
+        {"step": step, "target": target, "importance": importance, "rates": rates, "errors": errors, "ranks": ranks}
+    )
+
+
+def _prune_to(session: Session, rates: Sequence[float], share: float) -> list[float]:
+    config = session.config
+    ids_ST = session.data.calibration[: config.calibration.sequences]
+    pruner, pattern = get_pruner(config.pruner), Pattern.parse(config.pattern)
+    return prune_blocks(session.model, ids_ST, rates, pruner, pattern, share, device=session.device)
+
+
+def adapt(session: Session, step: int) -> None:
+    """Second half: trains the adapters under the mask, on rows no other step sees."""
+    config = session.config
+    rows = session.data.step_rows(step, config.train.shares(config.steps))
+    with session.timed("training"), session.whole_model() as model, TemporaryDirectory() as scratch:
+        session.record["steps"][-1]["loss"] = train(
+            model,
+            rows,
+            config.train,
+            name=f"training, step {step}/{config.steps}",
+            seed=config.seed * 1000 + step,
+            work_dir=Path(config.output or scratch) / ".losa" / "trainer",
+            callbacks=session.callbacks,
+        )

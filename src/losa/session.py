@@ -1,0 +1,186 @@
+"""A run under way: its model, texts, resolved configuration, clock and record. Everything in a run that is not the method.
+
+`Session.phase` runs a piece of the method once, whole, and leaves a stage on disk to resume from.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from losa import checkpoint
+from losa.adapter import attach, merge
+from losa.config import LosaConfig
+from losa.data import RunData, prepare
+from losa.environment import resolve_device, versions
+from losa.evaluation import perplexity
+from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length
+from losa.pruning import Pattern
+from losa.report.card import model_card
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """See the module's docstring; made by `start`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: LosaConfig
+    data: RunData
+    device: torch.device
+    callbacks: Sequence[TrainerCallback]
+    record: dict[str, Any]
+    done: str  # the last complete phase, "" at first
+
+    @classmethod
+    def start(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: LosaConfig,
+        *,
+        kind: str,
+        resume: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> "Session":
+        """Checks everything, reads the texts, attaches the masked layers and, to resume, restores the last stage.
+
+        Args:
+            kind: "run", or "prune" for a session without training.
+
+        Raises:
+            ValueError: something in the request is wrong.
+        """
+        check_output(config, resume)
+        check_supported(model)
+        check_pattern(find_decoder(model), Pattern.parse(config.pattern))
+        config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
+        device = resolve_device(config.device)
+        output = Path(config.output) if config.output else None
+        manifest = checkpoint.latest_stage(output, config) if output and resume else None
+        record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": {}}
+        session = cls(model, tokenizer, config, None, device, callbacks, record, "")  # type: ignore[arg-type]
+        with session.timed("reading text"):
+            session.data = prepare(config, tokenizer, training=kind == "run")
+        attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
+        if output and manifest:
+            checkpoint.load_stage(output, manifest, model)
+            session.record, session.done = manifest["record"], manifest["name"]
+            if session.record["steps"]:
+                session.set_ranks(session.record["steps"][-1]["ranks"])
+            logger.info("resuming after %s", session.done)
+        elif output:
+            checkpoint.clear_stages(output)
+        model.eval()
+        model.to("cpu" if config.offload else device)
+        return session
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model's decoder blocks."""
+        return find_decoder(self.model)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the wall-clock seconds of a piece of work to `record["seconds"][stage]`."""
+        start = time.perf_counter()
+        yield
+        seconds = self.record["seconds"]
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[PreTrainedModel]:
+        """The model, all of it on the device."""
+        self.model.to(self.device)
+        yield self.model
+        if self.config.offload:
+            self.model.to("cpu")
+
+    def phase(self, name: str, work: Callable[..., None], *args: Any) -> None:
+        """Does `work(session, *args)` unless a resumed run has it behind it, and saves a stage afterwards.
+
+        Names sort in the order of the phases.
+        """
+        if name <= self.done:
+            return
+        work(self, *args)
+        self.done = name
+        if self.config.output:
+            with self.timed("saving"):
+                checkpoint.save_stage(Path(self.config.output), name, self.model, self.config, self.record)
+
+    def measure(self, name: str) -> None:
+        """Perplexity of the model as it is, into `record["perplexity"][name]`."""
+        with self.timed("evaluation"), self.whole_model() as model:
+            self.record["perplexity"][name] = perplexity(model, self.data.evaluation, label=f"perplexity ({name})")
+        logger.info("perplexity, %s: %.3f", name, self.record["perplexity"][name])
+
+    def set_ranks(self, ranks: Sequence[int]) -> None:
+        """Gives all adapters of each block that block's rank."""
+        for block, rank in zip(self.decoder.blocks, ranks, strict=True):
+            for layer in block_linears(block).values():
+                layer.set_rank(rank)  # type: ignore[operator]
+
+    def finish(self, measure: str) -> PreTrainedModel:
+        """Merges, measures, saves and verifies. The record becomes the model's attribute `losa_record`."""
+        with self.timed("saving"):
+            masks = merge(self.model)
+        self.measure(measure)
+        pruned = sum(int((~keep).sum()) for keep in masks.values())
+        total = sum(keep.numel() for keep in masks.values())
+        windows, tokens = self.data.evaluation.shape
+        evaluation = {
+            "data": self.config.eval.data or "held out of the training text",
+            "window": tokens,
+            "windows": windows,
+        }
+        self.record |= {
+            "sparsity": {"asked": self.config.sparsity, "achieved": pruned / total, "weights": total},
+            "evaluation": evaluation,
+            "config": self.config.to_dict(),
+            "versions": versions(),
+        }
+        if self.config.output:
+            output = Path(self.config.output)
+            card = model_card(self.record, output.name)
+            checkpoint.save_sparse(output, self.model, self.tokenizer, masks, self.record, card, self.config.model)
+        setattr(self.model, "losa_record", self.record)  # noqa: B010 - PreTrainedModel declares no such attribute
+        return self.model
+
+
+def check_pattern(decoder: Decoder, pattern: Pattern) -> None:
+    """Refuses n:m where it does not divide.
+
+    Raises:
+        ValueError: a layer's in_features is not a multiple of m.
+    """
+    for name, linear in decoder.linears().items():
+        if pattern.structured and linear.in_features % pattern.m:
+            found = f"{name} has {linear.in_features} inputs"
+            raise ValueError(f"{found}, not a multiple of {pattern.m}; pattern {pattern.n}:{pattern.m} cannot be applied")
+
+
+def check_output(config: LosaConfig, resume: bool) -> None:
+    """Refuses an output directory that holds something else, before any work.
+
+    Raises:
+        ValueError: it is a file, the source model, someone's files, or a finished run that was to be resumed.
+    """
+    if config.output is None:
+        return
+    output = Path(config.output)
+    if output.is_file() or (config.model and output.resolve() == Path(config.model).resolve()):
+        raise ValueError(f"output {output} is {'a file' if output.is_file() else 'the model itself'}; choose another directory")
+    finished, started = (output / checkpoint.RECORD).exists(), checkpoint.work_dir(output).exists()
+    if output.is_dir() and any(output.iterdir()) and not (finished or started):
+        raise ValueError(f"output {output} is not empty and not an earlier run; choose another directory")
+    if resume and finished and not started:
+        raise ValueError(f"the run in {output} is complete; there is nothing to resume")
