@@ -53,12 +53,14 @@ def layer_rates(
         `L` rates in [0, 1) whose weighted mean is `target` to rounding.
 
     Raises:
-        ValueError: lengths differ, `target` outside [0, 1), or below the weighted mean of `previous`.
+        ValueError: lengths differ, a block without weights, a negative `delta`, a NaN, `target` outside [0, 1), or below the weighted mean of `previous`.
     """
     count = len(importance)
     previous = [0.0] * count if previous is None else list(previous)
     if not count or len(sizes) != count or len(previous) != count:
         raise ValueError(f"got {count} importances, {len(sizes)} sizes and {len(previous)} previous rates; expected as many")
+    if min(sizes) < 1 or delta < 0 or any(value != value for value in importance):
+        raise ValueError(f"expected sizes >= 1, delta >= 0 and no NaN; found {list(sizes)}, {delta} and {list(importance)}")
     if not 0 <= target < 1:
         raise ValueError(f"target is {target}, expected a ratio in [0, 1)")
     total = sum(sizes)

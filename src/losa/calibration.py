@@ -69,8 +69,16 @@ class InputStatistics:
     owner: dict[int, int] = field(default_factory=dict)
 
     def of(self, layer: nn.Module) -> Tensor | None:
-        """The statistic of a layer, None for pruners that need none."""
-        return self.values.get(self.owner.get(id(layer), 0))
+        """The statistic of a layer, None for pruners that need none.
+
+        Raises:
+            ValueError: no calibration token reached the layer.
+        """
+        if self.pruner.collect is None:
+            return None
+        if id(layer) not in self.owner:
+            raise ValueError("no calibration token reached this layer; use more calibration text or --pruner magnitude")
+        return self.values[self.owner[id(layer)]]
 
     def collect(self, block: nn.Module, index: int, stream: BlockInputs) -> None:
         """Runs the block over the stream, without advancing it."""
@@ -163,9 +171,9 @@ def prune_blocks(
             statistics.collect(block, index, sparse)
             for name, layer in block_linears(block).items():
                 assert isinstance(layer, MaskedLinear)
-                merged_OI = layer.effective().float()
                 try:
-                    solution = pruner.solve(merged_OI, layer.keep_OI, statistics.of(layer), rates[index], pattern, share)
+                    statistic = statistics.of(layer)
+                    solution = pruner.solve(layer.effective().float(), layer.keep_OI, statistic, rates[index], pattern, share)
                 except ValueError as error:
                     raise ValueError(f"block {index}, {name}: {error}") from error
                 layer.set_solution(solution.keep_OI, solution.weight_OI if pruner.updates_weights else None)

@@ -69,7 +69,7 @@ def run(
     from losa.models import load
     from losa.report.table import summary
     from losa.run import run as run_losa
-    from losa.session import check_output
+    from losa.session import check_request
 
     resolved = _config(
         preset, config, set_,
@@ -77,7 +77,7 @@ def run(
         seed=seed, trust_remote_code=trust_remote_code,
         **{"train.data": data, "calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
-    check_output(resolved, resume)
+    check_request(resolved, training=True, resume=resume)
     _heavy()
     sparse = run_losa(*load(resolved), resolved, resume=resume)
     out.print(summary(sparse.losa_record))
@@ -107,14 +107,14 @@ def prune(
     from losa.models import load
     from losa.report.table import summary
     from losa.run import prune as prune_once
-    from losa.session import check_output
+    from losa.session import check_request
 
     resolved = _config(
         None, config, ["delta=0", *(set_ or [])],
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, device=device, offload=offload,
         seed=seed, trust_remote_code=trust_remote_code, **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
-    check_output(resolved, resume=False)
+    check_request(resolved, training=False)
     _heavy()
     pruned = prune_once(*load(resolved), resolved)
     out.print(summary(pruned.losa_record))

@@ -236,39 +236,59 @@ class RunData:
 def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bool = True) -> RunData:
     """Reads and tokenises the training, calibration and evaluation texts of a resolved configuration.
 
-    What is not given is taken from the training text: the last 2 % of its shuffled pieces for evaluation, never trained on,
-    and pieces from the end of the rest for calibration.
+    What is not given is taken from the training text: 2 % of its shuffled pieces for evaluation, never trained on, and pieces
+    from the other end for calibration.
 
     Raises:
         ValueError: a text is missing, unreadable or too short.
     """
-    source = config.train.data or config.calibration.data
-    if source is None:
-        raise ValueError("no text: give training text with --data, a file, a directory or a hub dataset name")
+    calibrating, evaluating = config.calibration, config.eval
+    assert calibrating.length is not None and evaluating.length is not None
+    source = str(config.train.data or calibrating.data)
     parts = pieces(load_documents(source), config.seed)
-    held: list[str] = []
-    if config.eval.data is None:
-        held, parts = parts[: max(1, len(parts) // 50)], parts[max(1, len(parts) // 50) :]
+    if evaluating.data is None:
+        held = max(1, len(parts) // 50)
+        evaluation, parts = "\n\n".join(parts[:held]), parts[held:]
         if not parts:
             raise ValueError(f"{source} is too short to hold a part out; give a text to evaluate on with --eval-data")
-    length, calibrating = config.train.length, config.calibration
-    assert length is not None and calibrating.length is not None and config.eval.length is not None
-    train: Tensor | list[dict[str, list[int]]] | None = None
-    if training and config.train.samples is not None:
-        train = padded_samples(parts, tokenizer, length, config.train.samples)
-    elif training:
-        rows = max(config.train.tokens // length, config.steps)
-        train = training_blocks(parts, tokenizer, length, rows)
-    own = calibrating.data is not None and calibrating.data != source
-    text = pieces(load_documents(str(calibrating.data)), config.seed) if own else parts[::-1]
-    evaluation = evaluation_text(config.eval.data) if config.eval.data is not None else "\n\n".join(held)
+    else:
+        evaluation = evaluation_text(evaluating.data)
+    train = _training_rows(config, parts, tokenizer) if training else None
+    own_text = calibrating.data is not None and calibrating.data != source
+    text = pieces(load_documents(str(calibrating.data)), config.seed) if own_text else parts[::-1]
+    count = max(calibrating.sequences, calibrating.rmi_sequences)
     return RunData(
         train=train,
-        calibration=calibration_windows(
-            text, tokenizer, calibrating.length, max(calibrating.sequences, calibrating.rmi_sequences)
-        ),
-        evaluation=windows(evaluation, tokenizer, config.eval.length, config.eval.windows),
+        calibration=calibration_windows(text, tokenizer, calibrating.length, count),
+        evaluation=windows(evaluation, tokenizer, evaluating.length, evaluating.windows),
     )
+
+
+def _training_rows(
+    config: LosaConfig, parts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Tensor | list[dict[str, list[int]]]:
+    length = config.train.length
+    assert length is not None
+    if config.train.samples is not None:
+        return padded_samples(parts, tokenizer, length, config.train.samples)
+    return training_blocks(parts, tokenizer, length, max(config.train.tokens // length, config.steps))
+
+
+def check_sources(config: LosaConfig, training: bool) -> None:
+    """Finds a missing text before a model is loaded. Hub names can only be checked by loading them.
+
+    Raises:
+        ValueError: no text given, or a path that does not exist.
+    """
+    if training and config.train.data is None:
+        raise ValueError("no training text; give one with --data: a file, a directory or a hub dataset name")
+    if config.train.data is None and config.calibration.data is None:
+        raise ValueError("no calibration text; give one with --calibration: a file, a directory or a hub dataset name")
+    for source in (config.train.data, config.calibration.data, config.eval.data):
+        if source is not None and not Path(source).exists():
+            like_a_path = source.startswith((".", "/", "~")) or _suffix(Path(source)) in TEXT_SUFFIXES | RECORD_SUFFIXES
+            if like_a_path or source.count("/") > 1:
+                raise ValueError(f"no such file or directory: {source}")
 
 
 def evaluation_text(source: str) -> str:

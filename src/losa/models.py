@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
@@ -84,7 +85,8 @@ def check_supported(model: PreTrainedModel) -> None:
     for name, linear in decoder.linears().items():
         if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
             raise ValueError(f"{name} is a {type(linear).__name__} of {linear.weight.dtype}, expected a plain float nn.Linear")
-        if linear.weight.device.type != "meta" and not torch.isfinite(linear.weight).all():
+        real = linear.weight.device.type != "meta" and not isinstance(linear.weight.data, FakeTensor)
+        if real and not torch.isfinite(linear.weight).all():
             raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged")
 
 

@@ -1,8 +1,8 @@
 """What a run will need, before anything is loaded: the model is built on the meta device, where tensors have shapes and no bytes.
 
 Exact: weights, masks, adapters, optimizer state, hidden states, Hessians. Activations of a training step are counted by running
-the forward pass on the meta device and adding up what autograd keeps. Estimated: transient buffers, and time, which is the FLOPs
-of the large products over the speed of one such product measured here, so a lower bound.
+its forward pass on fake tensors (the device's own operators, no bytes) and adding up what autograd keeps. Estimated: transient
+buffers, and time, which is the FLOPs of the large products over the speed of one such product measured here, so a lower bound.
 
 Legend: `S` sequences, `T` tokens, `H` hidden, `O` out_features, `I` in_features, `V` vocabulary.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from losa.adapter import attach
@@ -78,8 +79,7 @@ def plan(config: LosaConfig) -> Plan:
     largest = max(linear.weight.numel() for linear in decoder.linears().values())
     adapter_values = config.adapter.max_rank * sum(li.in_features + li.out_features for li in decoder.linears().values())
     calibration = _calibration_bytes(config, decoder, text_config.hidden_size, dtype.itemsize)
-    attach(model, config.adapter.max_rank, config.adapter.scale)
-    activations = training_activations(model, config)
+    activations = training_activations(model_config, config, dtype, device)
     tokens = config.train.batch_size * (config.train.length or 0)
     logits = tokens * text_config.vocab_size
     weights, masks = parameters * dtype.itemsize, prunable
@@ -117,11 +117,18 @@ def _dtype(config: LosaConfig, model_config: Any) -> torch.dtype:
     return dtype
 
 
-def training_activations(model: PreTrainedModel, config: LosaConfig) -> int:
+def training_activations(model_config: Any, config: LosaConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes autograd keeps for one training forward, parameters and buffers not counted.
 
     With `train.gradient_checkpointing` only block inputs are kept, and one block's activations at a time.
     """
+    with FakeTensorMode(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        attach(model, config.adapter.max_rank, config.adapter.scale)
+        return _kept_by_autograd(model, config)
+
+
+def _kept_by_autograd(model: PreTrainedModel, config: LosaConfig) -> int:
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, tuple[Tensor, int]] = {}
 
@@ -131,7 +138,7 @@ def training_activations(model: PreTrainedModel, config: LosaConfig) -> int:
             kept[storage._cdata] = (tensor, storage.nbytes())  # the tensor is held, so that no address is used twice
         return tensor
 
-    ids = torch.zeros(config.train.batch_size, config.train.length or 0, dtype=torch.int64, device="meta")
+    ids = torch.zeros(config.train.batch_size, config.train.length or 0, dtype=torch.int64)
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from losa import checkpoint
 from losa.adapter import attach, merge
 from losa.config import LosaConfig
-from losa.data import RunData, prepare
+from losa.data import RunData, check_sources, prepare
 from losa.environment import resolve_device, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length
@@ -59,17 +59,18 @@ class Session:
         Raises:
             ValueError: something in the request is wrong.
         """
-        check_output(config, resume)
+        check_request(config, training=kind == "run", resume=resume)
         check_supported(model)
         check_pattern(find_decoder(model), Pattern.parse(config.pattern))
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
         device = resolve_device(config.device)
         output = Path(config.output) if config.output else None
         manifest = checkpoint.latest_stage(output, config) if output and resume else None
-        record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": {}}
-        session = cls(model, tokenizer, config, None, device, callbacks, record, "")  # type: ignore[arg-type]
-        with session.timed("reading text"):
-            session.data = prepare(config, tokenizer, training=kind == "run")
+        began = time.perf_counter()
+        data = prepare(config, tokenizer, training=kind == "run")
+        seconds = {"reading text": round(time.perf_counter() - began, 3)}
+        record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds}
+        session = cls(model, tokenizer, config, data, device, callbacks, record, "")
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         if output and manifest:
             checkpoint.load_stage(output, manifest, model)
@@ -168,12 +169,13 @@ def check_pattern(decoder: Decoder, pattern: Pattern) -> None:
             raise ValueError(f"{found}, not a multiple of {pattern.m}; pattern {pattern.n}:{pattern.m} cannot be applied")
 
 
-def check_output(config: LosaConfig, resume: bool) -> None:
-    """Refuses an output directory that holds something else, before any work.
+def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -> None:
+    """Refuses missing texts and an output directory that holds something else, before any model is loaded.
 
     Raises:
-        ValueError: it is a file, the source model, someone's files, or a finished run that was to be resumed.
+        ValueError: a text is missing; the output is a file, the source model, someone's files, or a finished run to be resumed.
     """
+    check_sources(config, training)
     if config.output is None:
         return
     output = Path(config.output)

@@ -1,0 +1,87 @@
+"""Fixtures of the whole suite: tiny random models of every family, fixed seeds, no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("LOSA_PROGRESS", "0")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+VOCABULARY = 64
+WINDOW = 5  # of sliding attention; shorter than any test sequence, so that masks differ from block to block
+
+# What each family needs beyond the common sizes. Sliding families mix, where they can, full and sliding blocks.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gemma": {},
+    "gemma2": {"sliding_window": WINDOW},
+    "gemma3_text": {"sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "phi": {},
+    "phi3": {"sliding_window": WINDOW},
+    "gpt_neox": {},
+}
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make_tiny_model(family: str, **sizes: Any) -> PreTrainedModel:
+    """A random float32 model in eval mode; `sizes` override the configuration."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **sizes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    return make_tiny_model
+
+
+@pytest.fixture
+def shared() -> Callable[[str], Path]:
+    """Path below the shared directory; skips the test where it is missing."""
+
+    def path(name: str) -> Path:
+        if not (SHARED / name).exists():
+            pytest.skip(f"needs {SHARED / name}")
+        return SHARED / name
+
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1234)
+
+
+@pytest.fixture
+def token_ids() -> Callable[..., torch.Tensor]:
+    """Random token ids `(sequences, length)`, the same at every call."""
+
+    def ids(sequences: int = 5, length: int = 16) -> torch.Tensor:
+        return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(7))
+
+    return ids

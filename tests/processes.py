@@ -1,0 +1,73 @@
+"""Processes of their own, for what only they can show: a SIGKILL, an exit status, a model opened without losa.
+
+They are forked from a server that has imported torch and transformers, but not losa, so each starts at once. This module is
+imported there, so it must not import losa either.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "typer"])
+
+
+def start(log: Path, function: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """Runs `function(*args)` in a new process; what it prints goes to the file `log`."""
+    process = _context.Process(target=_child, args=(str(log), function, args))
+    process.start()
+    return process
+
+
+def call(log: Path, function: Callable[..., None], *args: Any) -> int:
+    """As `start`, and waits. Returns the exit status, negative for a signal."""
+    process = start(log, function, *args)
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode is not None, "still running after two minutes"
+    return process.exitcode
+
+
+def _child(log: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    function(*args)
+
+
+def losa(arguments: list[str], kill: tuple[str, str] | None = None) -> None:
+    """The `losa` command. `kill=("before", name)` sends SIGKILL where a file or directory would be renamed to `name`."""
+    if kill is not None:
+        when, name = kill
+        rename = Path.rename
+
+        def rename_and_die(self: Path, target: Path) -> Path:
+            if when == "before" and Path(target).name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done = rename(self, target)
+            if when == "after" and Path(target).name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+        Path.rename = rename_and_die  # type: ignore[method-assign]
+    sys.argv = ["losa", *arguments]
+    from losa.cli import main
+
+    main()
+
+
+def open_without_losa(directory: str, ids_file: str, logits_file: str) -> None:
+    """Opens a checkpoint with transformers alone and writes its logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.load(ids_file)).logits, logits_file)
+    assert "losa" not in sys.modules

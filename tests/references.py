@@ -1,0 +1,171 @@
+"""Independent reference implementations, in plain float64 and written for clarity. They import nothing of losa's.
+
+Where the package uses a trick (chunks, Cholesky factors, closed forms, sorts), the reference uses the definition.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gram(features: Tensor) -> Tensor:
+    """All inner products of the rows."""
+    features = features.double()
+    return torch.tensor([[float(a @ b) for b in features] for a in features], dtype=torch.float64)
+
+
+def hsic_cka(gram_a: Tensor, gram_b: Tensor) -> float:
+    """`HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` with `HSIC(K, L) = trace(K H L H)`, H the centring matrix."""
+    n = len(gram_a)
+    centring = torch.eye(n, dtype=torch.float64) - 1.0 / n
+
+    def hsic(k: Tensor, other: Tensor) -> float:
+        return float(torch.trace(k @ centring @ other @ centring))
+
+    return hsic(gram_a, gram_b) / math.sqrt(hsic(gram_a, gram_a) * hsic(gram_b, gram_b))
+
+
+def importance(similarity: list[list[float]], beta: float) -> list[float]:
+    """`exp(-beta * (similarity to the other blocks) / (all similarities between different blocks))`."""
+    count = len(similarity)
+    to_others = [sum(similarity[i][j] for j in range(count) if j != i) for i in range(count)]
+    return [math.exp(-beta * one / sum(to_others)) for one in to_others]
+
+
+def linprog_rates(
+    importance: list[float], sizes: list[int], target: float, delta: float, previous: list[float]
+) -> tuple[float, list[float]]:
+    """Optimum of the layer-rate programme by scipy: objective and rates. Fails where it is infeasible."""
+    from scipy.optimize import linprog
+
+    share = [size / sum(sizes) for size in sizes]
+    half = min(delta, (1 - target) / 2)
+    bounds = [(max(target - half, 0.0, past), max(target + half, past)) for past in previous]
+    costs = [w * i for w, i in zip(share, importance, strict=True)]
+    answer = linprog(costs, A_eq=[share], b_eq=[target], bounds=bounds, method="highs")
+    assert answer.success, answer.message
+    return float(answer.fun), list(answer.x)
+
+
+def keep_rows(scores: Tensor, keep: Tensor, rate: float) -> Tensor:
+    """Row-wise unstructured mask: each row loses equally many, the remainder goes where the next score is lowest."""
+    rows, columns = scores.shape
+    total = max(round(rows * columns * rate), int((~keep).sum()))
+    everyone, extra = total // rows, total % rows
+
+    def value(row: int, column: int) -> float:
+        return float(scores[row, column]) if keep[row, column] else -math.inf
+
+    mask = keep.clone()
+    following = []
+    for row in range(rows):
+        ranked = sorted(range(columns), key=lambda column: (value(row, column), column))
+        for column in ranked[:everyone]:
+            mask[row, column] = False
+        if extra:
+            following.append((value(row, ranked[everyone]), row, ranked[everyone]))
+    for _, row, column in sorted(following)[:extra]:
+        mask[row, column] = False
+    return mask
+
+
+def keep_groups(scores: Tensor, keep: Tensor, n: int, m: int) -> Tensor:
+    """The whole n:m pattern: of every m neighbours the n highest scores stay."""
+    rows, columns = scores.shape
+    mask = keep.clone()
+    for row in range(rows):
+        for start in range(0, columns, m):
+            group = range(start, start + m)
+            ranked = sorted(group, key=lambda c: (float(scores[row, c]) if keep[row, c] else -math.inf, c))
+            for column in ranked[: m - n]:
+                mask[row, column] = False
+    return mask
+
+
+def wanda_scores(weight: Tensor, inputs: Tensor) -> Tensor:
+    """`|W_oi| * ||X_i||_2`."""
+    return weight.double().abs() * inputs.double().square().sum(0).sqrt()
+
+
+def damped_inverse(hessian: Tensor, damping: float) -> Tensor:
+    """`(H + damping * mean diagonal)^-1`; a feature that never fired first gets a diagonal of 1."""
+    hessian, columns = hessian.double().clone(), len(hessian)
+    added = damping * sum(float(hessian[i, i]) for i in range(columns)) / columns
+    for i in range(columns):
+        hessian[i, i] = (float(hessian[i, i]) or 1.0) + added
+    return torch.linalg.inv(hessian)
+
+
+def eliminate(inverse: Tensor, i: int) -> Tensor:
+    """The inverse Hessian of the columns after i, from that of the columns from i on: one step of Gaussian elimination."""
+    return inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+
+
+def removal_costs(weight: Tensor, inverse: Tensor, columns: range, dead: set[int]) -> Tensor:
+    """`w_i^2 / P_ii`, with the `P_ii` each column will have when its turn comes; nothing for features that never fired."""
+    costs = []
+    for i in columns:
+        costs.append(torch.zeros(len(weight), dtype=torch.float64) if i in dead else weight[:, i].square() / inverse[i, i])
+        inverse = eliminate(inverse, i)
+    return torch.stack(costs, dim=1)
+
+
+def drop_cheapest(costs: Tensor, keep: Tensor, count: int) -> Tensor:
+    """Mask without the `count` cheapest entries; what is gone already counts, and comes first."""
+    rows, columns = costs.shape
+    ranked = sorted((float(costs[r, c]) if keep[r, c] else -math.inf, r, c) for r in range(rows) for c in range(columns))
+    mask = keep.clone()
+    for _, row, column in ranked[: max(count, int((~keep).sum()))]:
+        mask[row, column] = False
+    return mask
+
+
+def obs_prune(
+    weight: Tensor, keep: Tensor, hessian: Tensor, rate: float, n: int = 0, m: int = 0, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Optimal brain surgeon, column by column, with the inverse Hessian of the columns that remain at hand at all times.
+
+    Removing `w_i` costs `w_i^2 / P_ii` and moves the other weights by `-w_i / P_ii * P_i,:`, `P` being that inverse. Masks are
+    chosen for 128 columns at a time, or for groups of m. No factorisation, nothing delayed.
+    """
+    rows, columns = weight.shape
+    weight, mask = weight.double().clone(), keep.clone()
+    dead = {i for i in range(columns) if hessian[i, i] == 0}
+    inverse = damped_inverse(hessian, damping)
+    width = m or 128
+    for i in range(columns):
+        if i % width == 0:
+            chosen = range(i, min(i + width, columns))
+            part = slice(chosen.start, chosen.stop)
+            costs = removal_costs(weight, inverse, chosen, dead)
+            if m:
+                mask[:, part] = keep_groups(costs, keep[:, part], n, m)
+            else:
+                zeros_so_far = int((~mask[:, :i]).sum())
+                mask[:, part] = drop_cheapest(costs, keep[:, part], round(rows * chosen.stop * rate) - zeros_so_far)
+        for row in range(rows):
+            if not mask[row, i]:
+                weight[row, i:] -= weight[row, i] / inverse[i, i] * inverse[i, i:]
+                weight[row, i] = 0.0
+        inverse = eliminate(inverse, i)
+    return weight, mask
+
+
+def masked_low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """`x (M * (W + s B A))^T + bias` as it is written, for autograd to differentiate."""
+    y = x @ (keep * (weight + scale * (b @ a))).T
+    return y if bias is None else y + bias
+
+
+def reconstruction_error(dense: Tensor, sparse: Tensor) -> float:
+    """`sum over channels of ||(Y_dense - Y_sparse) / ||Y_dense||_channel||^2`, over the number of channels."""
+    dense, sparse = dense.double().flatten(0, -2), sparse.double().flatten(0, -2)
+    total = 0.0
+    for channel in range(dense.shape[1]):
+        norm = float(dense[:, channel].norm())
+        if norm:
+            total += float(((dense[:, channel] - sparse[:, channel]) / norm).square().sum())
+    return total / dense.shape[1]

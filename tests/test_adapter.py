@@ -1,0 +1,371 @@
+"""Promised: exact gradients under the mask, little memory, logits unchanged by attaching and by merging, ranks that come
+and go without a loss, zeros that stay bitwise zero, and a merged model that is an ordinary one."""
+
+import pytest
+import references
+import torch
+from torch import nn
+
+from losa.adapter import MaskedLinear, attach, masked_linears, merge
+from losa.adapter.function import MaskedLowRankLinear, effective_weight
+
+O, I, R, SCALE = 7, 10, 3, 2.0  # noqa: E741 - the project's legend
+
+
+def parts(dtype=torch.float64, bias=True, shape=(5, I)):
+    """x, W, bias, M, A, B of one layer, all random."""
+    torch.manual_seed(3)
+    x = torch.randn(*shape, dtype=dtype, requires_grad=True)
+    a, b = torch.randn(R, I, dtype=dtype, requires_grad=True), torch.randn(O, R, dtype=dtype, requires_grad=True)
+    return (
+        x,
+        torch.randn(O, I, dtype=dtype),
+        torch.randn(O, dtype=dtype) if bias else None,
+        torch.rand(O, I) > 0.5,
+        a,
+        b,
+    )
+
+
+def learned(layer, seed=5):
+    """Gives an adapter something to say, in its active rank."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.lora_B[:, : layer.rank] = 0.1 * torch.randn(layer.out_features, layer.rank, generator=generator)
+
+
+def masked(linear=None, max_rank=8, keep=0.5):
+    """A layer with a mask and a trained adapter."""
+    torch.manual_seed(3)
+    layer = MaskedLinear(linear or nn.Linear(I, O), max_rank, SCALE, torch.Generator().manual_seed(0))
+    layer.set_solution(torch.rand_like(layer.weight, dtype=torch.float32) < keep)
+    learned(layer)
+    return layer
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view({4: torch.int32, 2: torch.int16, 8: torch.int64}[tensor.element_size()])
+
+
+# the autograd function
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(5, I), (2, 3, I), (1, I), (I,)], ids=str)
+def test_gradients_are_exact(bias, shape):
+    x, W, b_O, M, a, b = parts(bias=bias, shape=shape)
+    assert torch.autograd.gradcheck(lambda x, a, b: MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE), (x, a, b))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(5, I), (2, 3, I)], ids=str)
+def test_outputs_and_gradients_equal_autograd_of_the_formula(bias, shape):
+    x, W, b_O, M, a, b = parts(torch.float32, bias, shape)
+    ours = MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE)
+    plain = references.masked_low_rank_linear(x, W, b_O, M, a, b, SCALE)
+    torch.testing.assert_close(ours, plain)
+    dy = torch.randn_like(plain)
+    for got, expected in zip(torch.autograd.grad(ours, (x, a, b), dy), torch.autograd.grad(plain, (x, a, b), dy), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    x, W, b_O, M, a, b = parts()
+    y = MaskedLowRankLinear.apply(x.detach(), W, b_O, M, a, b, SCALE)
+    y.sum().backward()
+    assert x.grad is None and a.grad is not None and b.grad is not None
+
+
+def bfloat16_errors():
+    """Largest errors against float64 of y, dx, dA, dB: ours, and F.linear with a weight composed in bf16, base in bf16."""
+    torch.manual_seed(0)
+    width, out, tokens = 64, 48, 128
+    W, M = torch.randn(out, width).bfloat16(), torch.rand(out, width) > 0.5
+    a, b = torch.randn(4, width) / 8, torch.randn(out, 4) / 8
+    x, dy = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, out).bfloat16()
+
+    def outputs(function, dtype, adapter_dtype):
+        leaves = [
+            x.to(dtype).requires_grad_(),
+            a.to(adapter_dtype).requires_grad_(),
+            b.to(adapter_dtype).requires_grad_(),
+        ]
+        y = function(leaves[0], W.to(dtype), leaves[1], leaves[2])
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    def plain(x, W, a, b):
+        return nn.functional.linear(x, M * (W + SCALE * (b @ a).to(W.dtype)))
+
+    truth = outputs(plain, torch.float64, torch.float64)
+    ours = outputs(lambda x, W, a, b: MaskedLowRankLinear.apply(x, W, None, M, a, b, SCALE), torch.bfloat16, torch.float32)
+    composed = outputs(plain, torch.bfloat16, torch.bfloat16)
+    return [[float((g.double() - t).abs().max()) for g, t in zip(got, truth, strict=True)] for got in (ours, composed)]
+
+
+@pytest.mark.parametrize("what", range(4), ids=["y", "dx", "dA", "dB"])
+def test_bfloat16_errors_are_at_most_twice_those_of_plain_operations(what):
+    ours, composed = bfloat16_errors()
+    assert ours[what] <= 2 * composed[what]
+
+
+def saved_tensors(run):
+    found = []
+
+    def keep(tensor):
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return found
+
+
+def test_no_composed_weight_is_kept_for_backward():
+    x, W, b_O, M, a, b = parts(torch.float32, shape=(4, I))
+    saved = saved_tensors(lambda: MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE))
+    assert {t.data_ptr() for t in saved if t.numel() >= O * I} == {W.data_ptr(), M.data_ptr()}
+
+
+def test_the_input_is_kept_and_not_copied():
+    x, W, b_O, M, a, b = parts(torch.float32)
+    saved = saved_tensors(lambda: MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE))
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, W, M, a, b)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_effective_weight_is_bitwise_zero_outside_the_mask(dtype):
+    _, W, _, M, a, b = parts(dtype)
+    adapter_dtype = torch.promote_types(dtype, torch.float32)
+    weight = effective_weight(-W.abs() - 1, M, a.to(adapter_dtype), b.to(adapter_dtype), SCALE)
+    assert weight.dtype == dtype
+    assert not bits(weight)[~M].any()
+
+
+def test_the_effective_weight_equals_the_formula():
+    _, W, _, M, a, b = parts()
+    torch.testing.assert_close(effective_weight(W, M, a, b, SCALE), M * (W + SCALE * (b @ a)), rtol=1e-14, atol=1e-14)
+
+
+def test_infinite_products_outside_the_mask_are_zero_too():
+    _, W, _, M, a, b = parts()
+    W = W.masked_fill(~M, float("inf"))
+    assert not bits(effective_weight(W, M, a, b, SCALE))[~M].any()
+
+
+# attaching
+
+
+FAMILIES = ["llama", "opt", "qwen2", "gemma2", "gpt_neox"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_attaching_leaves_logits_bitwise_equal(tiny_model, token_ids, family):
+    model, ids = tiny_model(family), token_ids()
+    before = model(ids).logits
+    assert torch.equal(attach(model)(ids).logits, before)
+
+
+def test_attaching_leaves_logits_bitwise_equal_with_gradients_on(tiny_model, token_ids):
+    model, ids = tiny_model("llama"), token_ids()
+    before = model(ids).logits
+    assert torch.equal(attach(model)(ids).logits, before)
+
+
+def test_only_adapters_train(tiny_model):
+    model = attach(tiny_model("opt"))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.{factor}" for name in masked_linears(model) for factor in ("lora_A", "lora_B")}
+
+
+def test_every_linear_of_every_block_is_replaced_and_no_other(tiny_model):
+    model = tiny_model("llama")
+    expected = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    assert set(masked_linears(attach(model))) == expected
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_the_seed_decides_the_adapters(tiny_model):
+    first, same, other = (masked_linears(attach(tiny_model("llama"), seed=s)) for s in (1, 1, 2))
+    assert all(torch.equal(first[n].lora_A, same[n].lora_A) and not torch.equal(first[n].lora_A, other[n].lora_A) for n in first)
+
+
+@pytest.mark.parametrize(("base", "adapter"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_adapters_are_at_least_float32(base, adapter):
+    layer = MaskedLinear(nn.Linear(I, O).to(base), 4, SCALE, torch.Generator())
+    assert layer.lora_A.dtype == layer.lora_B.dtype == adapter
+
+
+def test_training_and_inference_give_the_same_output():
+    layer, x = masked(), torch.randn(4, I)
+    with torch.no_grad():
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_dense_switch_gives_the_original_layer():
+    linear = nn.Linear(I, O)
+    x, weight = torch.randn(4, I), linear.weight.detach().clone()
+    layer = masked(linear)
+    layer.set_solution(layer.keep_OI, torch.randn(O, I))
+    layer.dense = True
+    assert torch.equal(layer(x), nn.functional.linear(x, weight, linear.bias))
+
+
+# ranks
+
+
+def test_rows_above_the_rank_do_nothing():
+    layer = masked(max_rank=8)
+    layer.set_rank(3)
+    before = layer.effective()
+    with torch.no_grad():
+        layer.lora_A[3:] = 1e6
+    assert torch.equal(layer.effective(), before)
+
+
+def test_rows_above_the_rank_get_no_gradient():
+    layer = masked(max_rank=8)
+    layer.set_rank(3)
+    layer(torch.randn(4, I)).square().sum().backward()
+    assert not layer.lora_A.grad[3:].any() and not layer.lora_B.grad[:, 3:].any()
+    assert layer.lora_A.grad[:3].any() and layer.lora_B.grad[:, :3].any()
+
+
+def test_ranks_above_eight_take_effect():
+    layer = masked(max_rank=16)
+    layer(torch.randn(4, I)).square().sum().backward()
+    assert layer.lora_B.grad[:, 8:].any()
+
+
+def test_shrinking_the_rank_keeps_the_effective_weight():
+    layer = masked(max_rank=8)
+    before = layer.effective()
+    layer.set_rank(2)
+    torch.testing.assert_close(layer.effective(), before, rtol=1e-6, atol=1e-6)
+
+
+def test_growing_the_rank_leaves_the_effective_weight():
+    layer = masked(max_rank=8)
+    layer.set_rank(2)
+    before = layer.effective()
+    layer.set_rank(8)
+    torch.testing.assert_close(layer.effective(), before, rtol=1e-6, atol=1e-6)
+
+
+def test_shapes_do_not_change_with_the_rank():
+    layer = masked(max_rank=8)
+    layer.set_rank(2)
+    assert layer.lora_A.shape == (8, I) and layer.lora_B.shape == (O, 8)
+
+
+@pytest.mark.parametrize("rank", [0, 9, -1])
+def test_a_rank_out_of_range_is_refused(rank):
+    with pytest.raises(ValueError, match=r"expected 1\.\.8"):
+        masked(max_rank=8).set_rank(rank)
+
+
+# solutions
+
+
+def test_a_solution_with_weights_becomes_the_effective_weight():
+    layer = masked()
+    keep = layer.keep_OI & (torch.rand(O, I) < 0.7)
+    weight = torch.randn(O, I) * keep
+    layer.set_solution(keep, weight)
+    torch.testing.assert_close(layer.effective(), weight, rtol=1e-6, atol=1e-6)
+
+
+def test_a_solution_of_a_mask_leaves_the_survivors():
+    layer = masked()
+    before, keep = layer.effective(), layer.keep_OI & (torch.rand(O, I) < 0.7)
+    layer.set_solution(keep)
+    assert torch.equal(layer.effective(), before.where(keep, 0.0))
+
+
+def test_a_solution_leaves_the_adapter():
+    layer = masked()
+    before = layer.lora_A.clone(), layer.lora_B.clone()
+    layer.set_solution(layer.keep_OI, torch.randn(O, I))
+    assert torch.equal(layer.lora_A, before[0]) and torch.equal(layer.lora_B, before[1])
+
+
+def test_a_revival_is_refused_and_changes_nothing():
+    layer = masked()
+    before = layer.keep_OI.clone()
+    with pytest.raises(ValueError, match="masks must be nested"):
+        layer.set_solution(torch.ones_like(layer.keep_OI), torch.randn(O, I))
+    assert torch.equal(layer.keep_OI, before)
+
+
+@torch.no_grad()
+def test_reset_restores_dense_logits(tiny_model, token_ids):
+    model, ids = tiny_model("llama"), token_ids()
+    before = model(ids).logits
+    for layer in masked_linears(attach(model)).values():
+        learned(layer)
+        layer.set_solution(torch.rand_like(layer.weight) > 0.5, torch.randn_like(layer.weight))
+        layer.set_rank(3)
+        layer.reset()
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_restore_brings_back_mask_and_base():
+    layer = masked()
+    layer.set_solution(layer.keep_OI, torch.randn(O, I))
+    fresh = masked(keep=2.0)
+    fresh.restore(layer.keep_OI, layer.weight.data)
+    assert torch.equal(fresh.effective(), layer.effective())
+
+
+# merging
+
+
+def pruned_model(model):
+    for seed, layer in enumerate(masked_linears(attach(model)).values()):
+        learned(layer, seed)
+        layer.set_solution(torch.rand_like(layer.weight, dtype=torch.float32) > 0.6)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merging_leaves_logits_bitwise_equal(tiny_model, token_ids, family):
+    model, ids = pruned_model(tiny_model(family)), token_ids()
+    before = model(ids).logits
+    merge(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_merging_leaves_plain_linear_layers(tiny_model):
+    model = pruned_model(tiny_model("opt"))
+    names = list(masked_linears(model))
+    merge(model)
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_returns_masks_the_weights_are_bitwise_zero_outside_of(tiny_model, dtype):
+    model = pruned_model(tiny_model("llama").to(dtype))
+    kept = {name: layer.keep_OI.clone() for name, layer in masked_linears(model).items()}
+    masks = merge(model)
+    assert set(masks) == {f"{name}.weight" for name in kept}
+    state = model.state_dict()
+    for name, mask in masks.items():
+        assert torch.equal(mask, kept[name.removesuffix(".weight")])
+        assert state[name].dtype == dtype and not bits(state[name])[~mask].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_has_the_keys_of_its_source(tiny_model, family):
+    model = tiny_model(family)
+    before = list(model.state_dict())
+    merge(pruned_model(model))
+    assert list(model.state_dict()) == before
+
+
+def test_a_merged_model_can_be_attached_again(tiny_model, token_ids):
+    model, ids = pruned_model(tiny_model("llama")), token_ids()
+    merge(model)
+    before = model(ids).logits
+    assert torch.equal(attach(model)(ids).logits, before)

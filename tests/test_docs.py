@@ -1,0 +1,93 @@
+"""What the documentation shows, works: README commands and code run on a toy checkpoint, every configuration file loads."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from losa import LosaConfig
+from losa.cli import app
+from losa.doctor import TOY, toy_tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+# What stands in for hub names, which no test machine reaches, and what makes the run short.
+STAND_INS = {
+    "meta-llama/Llama-2-7b-hf": "toy",
+    "my-model": "toy",
+    "vicgalle/alpaca-gpt4": "text.txt",
+    "Salesforce/wikitext:wikitext-2-raw-v1:test": "text.txt",
+    "allenai/c4:en": "text.txt",
+}
+SHORT = "calibration: {sequences: 8, rmi_sequences: 8, length: 32}\ntrain: {tokens: 4096, length: 32}\neval: {windows: 4}\n"
+
+
+@pytest.fixture
+def toy_home(tmp_path, monkeypatch):
+    """A directory with a toy checkpoint, a text and a configuration that keeps runs short."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TOY, max_position_embeddings=64)).save_pretrained(tmp_path / "toy")
+    toy_tokenizer().save_pretrained(tmp_path / "toy")
+    (tmp_path / "text.txt").write_text("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG. " * 1000)
+    (tmp_path / "short.yaml").write_text(SHORT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stand_in(text: str) -> str:
+    for name, local in STAND_INS.items():
+        text = text.replace(name, local)
+    return text
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_losa_command_of_the_readme_runs(toy_home):
+    commands = [line.split("#")[0] for block in code_blocks("bash") for line in block.splitlines() if line.startswith("losa ")]
+    assert {shlex.split(command)[1] for command in commands} >= {"plan", "run", "inspect", "eval"}
+    for command in commands:
+        arguments = shlex.split(stand_in(command))[1:]
+        if arguments[0] in ("run", "plan"):
+            arguments += ["-c", "short.yaml"]
+        assert not app(arguments, standalone_mode=False), command
+
+
+def test_the_python_of_the_readme_runs(toy_home):
+    opening, method = code_blocks("python")
+    short = ', "train.tokens": 4096, "train.length": 32, "calibration.length": 32, "calibration.sequences": 64}'
+    names = {}
+    exec(stand_in(method).replace("}", short, 1), names)
+    assert names["sparse"].losa_record["sparsity"]["achieved"] == pytest.approx(0.7, abs=1e-3)
+    names["sparse"].save_pretrained("llama-sparse")
+    exec(opening, names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_file_loads(path):
+    config = LosaConfig.load(str(path))
+    assert LosaConfig.load(overrides=config.to_dict()) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_file_runs(path, toy_home):
+    text = stand_in(path.read_text("utf-8"))
+    (toy_home / "run.yaml").write_text(text)
+    short = [
+        f"--set={key}"
+        for key in ("calibration.sequences=8", "calibration.rmi_sequences=8", "train.tokens=4096", "eval.windows=4")
+    ]
+    lengths = [f"--set={part}.length=32" for part in ("calibration", "train", "eval")]
+    arguments = ["run", "toy", "--output", "out", "--data", "text.txt", "-c", "run.yaml", *short, *lengths]
+    assert not app(arguments, standalone_mode=False)
+    assert (toy_home / "out" / "losa.json").is_file()
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,132 @@
+"""Perplexity is exactly what its definition says, whatever the batches, and named by its window length."""
+
+import math
+
+import pytest
+import torch
+from helpers import save_text, save_toy, toy_model
+
+from losa.config import LosaConfig
+from losa.data import evaluation_text, windows
+from losa.demo import assets
+from losa.doctor import toy_tokenizer
+from losa.evaluation import evaluate_checkpoint, perplexity
+from losa.evaluation.checkpoint import default_lengths
+from losa.models import load
+
+
+def reference_perplexity(model, text: str, tokenizer, length: int, most: int | None = None) -> float:
+    """The definition, one window and one token at a time, in float64."""
+    model = model.double().eval()
+    ids = tokenizer(text)["input_ids"]
+    count = len(ids) // length if most is None else min(most, len(ids) // length)
+    total, predicted = 0.0, 0
+    for number in range(count):
+        window = ids[number * length : (number + 1) * length]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([window])).logits[0]
+        for position in range(length - 1):
+            scores = logits[position]
+            probability = torch.exp(scores - scores.max()) / torch.exp(scores - scores.max()).sum()
+            total -= math.log(float(probability[window[position + 1]]))
+            predicted += 1
+    return math.exp(total / predicted)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt", 700)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 21, 50])
+@pytest.mark.parametrize("length", [2, 33])
+def test_equals_the_definition_in_any_batches(text, length, batch_size):
+    document = text.read_text()
+    ids = windows(document, toy_tokenizer(), length, 21)
+    found = perplexity(toy_model(), ids, batch_size)
+    assert found == pytest.approx(reference_perplexity(toy_model(), document, toy_tokenizer(), length, 21), rel=1e-6)
+
+
+def test_uniform_model_has_the_vocabulary_as_perplexity():
+    model = toy_model()
+    model.lm_head.weight.data.zero_()
+    assert perplexity(model, torch.randint(0, 64, (3, 16))) == pytest.approx(64, rel=1e-6)
+
+
+def test_model_keeps_its_mode():
+    model, ids = toy_model(), torch.zeros(1, 4, dtype=torch.int64)
+    for mode in (True, False):
+        model.train(mode)
+        perplexity(model, ids)
+        assert model.training is mode
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 1), (8,), (2, 3, 4)])
+def test_no_windows_is_an_error(shape):
+    with pytest.raises(ValueError, match="windows have shape"):
+        perplexity(toy_model(), torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [(64, [64]), (2047, [2047]), (2048, [2048]), (4095, [2048]), (4096, [2048, 4096]), (131_072, [2048, 4096])],
+)
+def test_default_lengths_are_those_papers_report(longest, lengths):
+    assert default_lengths(longest) == lengths
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_toy(tmp_path_factory.mktemp("toy") / "model")
+
+
+def test_checkpoint_rows_name_model_text_and_window(checkpoint, text):
+    rows = evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(text), [16, 48], 5)
+    assert [(row["window"], row["windows"]) for row in rows] == [(16, 5), (48, 5)]
+    for row in rows:
+        assert (row["model"], row["data"]) == (str(checkpoint), str(text))
+        expected = reference_perplexity(toy_model(), text.read_text(), toy_tokenizer(), row["window"], 5)
+        assert row["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_checkpoint_is_read_in_the_dtype_asked(checkpoint, text):
+    config = LosaConfig(model=str(checkpoint), device="cpu", dtype="bfloat16")
+    (row,) = evaluate_checkpoint(config, str(text), [16], 5)
+    exact = reference_perplexity(toy_model(), text.read_text(), toy_tokenizer(), 16, 5)
+    assert row["perplexity"] != pytest.approx(exact, rel=1e-7)
+    assert row["perplexity"] == pytest.approx(exact, rel=0.02)
+
+
+def test_checkpoint_defaults_to_the_longest_window(checkpoint, text):
+    (row,) = evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(text), [], None)
+    assert (row["window"], row["windows"]) == (64, 700 // 64)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"), [([16, 65], "window length 65 is beyond the model's 64 tokens"), ([1], "expected")]
+)
+def test_checkpoint_refuses_impossible_windows(checkpoint, text, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(text), lengths, None)
+
+
+def test_checkpoint_refuses_a_text_shorter_than_a_window(checkpoint, tmp_path):
+    short = save_text(tmp_path / "short.txt", 20)
+    with pytest.raises(ValueError, match="the text has 20 tokens, expected at least one window of 64"):
+        evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(short), [], None)
+
+
+def test_unusable_device_is_named(checkpoint, text):
+    with pytest.raises(ValueError, match="device 'abacus' is not usable here"):
+        evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="abacus"), str(text), [], None)
+
+
+def test_real_model_equals_the_definition():
+    """The 4 M parameter Llama that ships with the package, on prose it never saw, in float32."""
+    held = str(assets() / "held.txt")
+    config = LosaConfig(model=str(assets() / "novels-4m"), device="cpu", dtype="float32")
+    (row,) = evaluate_checkpoint(config, held, [256], 4)
+    model, tokenizer = load(config)
+    expected = reference_perplexity(model, evaluation_text(held)[:20_000], tokenizer, 256, 4)
+    assert row["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert row["perplexity"] < 60  # it is a trained model

@@ -1,0 +1,212 @@
+"""Promised: decoder blocks found by structure in any family; block-by-block execution equal to the model's own forward; models
+left as they were; one clear sentence for what is not supported."""
+
+import pytest
+import torch
+from conftest import FAMILIES, SIZES
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedConfig, PreTrainedModel
+
+from losa.adapter import attach
+from losa.models import block_inputs, block_linears, check_supported, find_decoder, max_length
+
+
+def own_block_outputs(model, ids):
+    """What each block puts out in the model's own forward, by hooks."""
+    outputs = []
+
+    def hook(_module, _args, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(hook) for block in find_decoder(model).blocks]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def streamed_block_outputs(model, ids, batch_size):
+    stream = block_inputs(model, ids, batch_size)
+    outputs = []
+    with torch.no_grad():
+        for index, block in enumerate(find_decoder(model).blocks):
+            stream.advance(block, index)
+            outputs.append(torch.cat(stream.hidden))
+    return outputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_blocks_are_found(tiny_model, family):
+    model = tiny_model(family)
+    decoder = find_decoder(model)
+    assert len(decoder.blocks) == 3
+    assert model.get_submodule(decoder.name) is decoder.blocks
+    check_supported(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linears_but_the_head_belong_to_the_blocks(tiny_model, family):
+    model = tiny_model(family)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    assert set(find_decoder(model).linears()) == linears - heads
+
+
+def test_sizes_count_the_weights_of_linears(tiny_model):
+    assert find_decoder(tiny_model("llama")).sizes() == [2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48] * 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_equals_the_models_own_forward(tiny_model, token_ids, family, batch_size):
+    model, ids = tiny_model(family), token_ids(5, 16)
+    for got, expected in zip(streamed_block_outputs(model, ids, batch_size), own_block_outputs(model, ids), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_works_after_attaching(tiny_model, token_ids, family):
+    model, ids = tiny_model(family), token_ids(5, 16)
+    expected = own_block_outputs(model, ids)[-1]
+    torch.testing.assert_close(streamed_block_outputs(attach(model), ids, 2)[-1], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text", "phi3"])
+def test_the_sliding_window_of_the_tiny_models_matters(tiny_model, token_ids, family):
+    narrow, wide = tiny_model(family), tiny_model(family, sliding_window=64)
+    assert not torch.allclose(own_block_outputs(narrow, token_ids())[-1], own_block_outputs(wide, token_ids())[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_inputs_are_those_of_the_first_block(tiny_model, token_ids, family):
+    model, ids = tiny_model(family), token_ids(5, 16)
+    seen = []
+    handle = (
+        find_decoder(model).blocks[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    )
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    assert torch.equal(torch.cat(block_inputs(model, ids, 2).hidden), seen[0])
+
+
+def test_a_cloned_stream_advances_on_its_own(tiny_model, token_ids):
+    model = tiny_model("llama")
+    stream = block_inputs(model, token_ids(), 2)
+    before = [batch.clone() for batch in stream.hidden]
+    with torch.no_grad():
+        stream.clone().advance(find_decoder(model).blocks[0], 0)
+    assert all(torch.equal(a, b) for a, b in zip(stream.hidden, before, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recording_leaves_no_trace(tiny_model, token_ids, family):
+    model = tiny_model(family)
+    block_inputs(model, token_ids())
+    assert not any("forward" in vars(block) for block in find_decoder(model).blocks)
+
+
+def test_recording_leaves_no_trace_when_the_forward_fails(tiny_model):
+    model = tiny_model("llama")
+    with pytest.raises(IndexError):
+        block_inputs(model, torch.full((2, 8), 10_000))
+    assert not any("forward" in vars(block) for block in find_decoder(model).blocks)
+
+
+def test_max_length_is_that_of_the_configuration(tiny_model):
+    assert max_length(tiny_model("llama").config) == 64
+    assert max_length(PreTrainedConfig()) == 2048
+
+
+# refusals
+
+
+class NormsOnly(PreTrainedModel):
+    """A model whose blocks have no linear layer."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList([nn.LayerNorm(4) for _ in range(2)])
+
+
+def refusal(model):
+    with pytest.raises(ValueError) as caught:
+        check_supported(model)
+    return str(caught.value)
+
+
+def is_one_sentence(message):
+    return "\n" not in message and len(message) < 200
+
+
+def test_conv1d_is_refused():
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    message = refusal(model)
+    assert "GPT2LMHeadModel is built of Conv1D" in message and is_one_sentence(message)
+
+
+def test_fused_experts_are_refused():
+    message = refusal(AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=2)))
+    assert "MixtralForCausalLM keeps fused experts in model.layers.0.mlp.experts" in message and is_one_sentence(message)
+
+
+def test_quantised_models_are_refused(tiny_model):
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    message = refusal(model)
+    assert "is quantised" in message and is_one_sentence(message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tiny_model, value):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    message = refusal(model)
+    assert "model.layers.1.mlp.up_proj holds NaN or infinite weights" in message and is_one_sentence(message)
+
+
+def test_a_model_without_linears_is_refused():
+    message = refusal(NormsOnly(PreTrainedConfig()))
+    assert "NormsOnly has no list of decoder blocks made of nn.Linear" in message and is_one_sentence(message)
+
+
+def test_encoder_decoders_are_refused(tiny_model):
+    model = tiny_model("llama")
+    model.config.is_encoder_decoder = True
+    assert "encoder-decoder" in refusal(model)
+
+
+def test_layers_that_only_look_linear_are_refused(tiny_model):
+    class Other(nn.Linear):
+        pass
+
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj = Other(32, 48)
+    assert "model.layers.0.mlp.up_proj is a Other" in refusal(model)
+
+
+def test_attaching_twice_is_refused(tiny_model):
+    model = attach(tiny_model("llama"))
+    with pytest.raises(ValueError, match="is a MaskedLinear"):
+        attach(model)
+
+
+def test_blocks_called_with_positional_arguments_are_refused(tiny_model, token_ids):
+    model = tiny_model("llama")
+    decoder = find_decoder(model)
+
+    def forward(input_ids, **kwargs):
+        return decoder.blocks[0](model.get_input_embeddings()(input_ids), torch.ones(1))
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="positional arguments"):
+        block_inputs(model, token_ids())
+
+
+def test_the_linears_of_a_block_come_in_order(tiny_model):
+    names = list(block_linears(find_decoder(tiny_model("llama")).blocks[0]))
+    assert names[:4] == [f"self_attn.{name}_proj" for name in "qkvo"]
