@@ -58,7 +58,7 @@ def toy_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "eval": {"length": 32, "windows": 16},
     }
     for key, value in changes.items():
-        values[key] = values[key] | value if isinstance(value, dict) else value
+        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
     return values
 
 

@@ -9,9 +9,11 @@ import torch
 from helpers import WORDS, save_text, toy_config
 from transformers import PreTrainedTokenizerFast
 
+from losa.config import LosaConfig
 from losa.data import (
     PIECE,
     calibration_windows,
+    check_sources,
     evaluation_text,
     load_documents,
     pack,
@@ -323,15 +325,37 @@ def test_pruning_alone_prepares_no_training_rows(tmp_path, tokenizer):
     assert prepare(config, tokenizer, training=False).train is None
 
 
-def test_training_without_training_text_is_refused(tmp_path, tokenizer):
-    data = numbered(tmp_path / "data.jsonl")
-    with pytest.raises(ValueError, match="--data"):
-        prepare(toy_config(tmp_path, train={"data": None}, calibration={"data": str(data)}), tokenizer)
+def test_training_needs_training_text():
+    config = LosaConfig.from_dict({"calibration": {"data": "some/set"}})
+    with pytest.raises(ValueError, match="no training text; give one with --data"):
+        check_sources(config, training=True)
+    check_sources(config, training=False)
 
 
-def test_no_text_at_all(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="give training text with --data"):
-        prepare(toy_config(tmp_path, train={"data": None}), tokenizer)
+def test_pruning_needs_some_text():
+    with pytest.raises(ValueError, match="no calibration text; give one with --calibration"):
+        check_sources(LosaConfig(), training=False)
+
+
+@pytest.mark.parametrize("part", ["train", "calibration", "eval"])
+@pytest.mark.parametrize("source", ["missing.txt", "./missing", "/nowhere/at/all", "missing.jsonl.gz"])
+def test_missing_file_is_found_before_a_model_is_loaded(part, source):
+    config = LosaConfig.from_dict({"train": {"data": "some/set"}} | {part: {"data": source}})
+    with pytest.raises(ValueError, match=f"no such file or directory: {source}"):
+        check_sources(config, training=True)
+
+
+def test_names_of_hub_datasets_are_left_to_the_hub():
+    sources = ("allenai/c4:en", "imdb", "Salesforce/wikitext:wikitext-2-raw-v1:test")
+    values = {part: {"data": source} for part, source in zip(("train", "calibration", "eval"), sources, strict=True)}
+    check_sources(LosaConfig.from_dict(values), training=True)
+
+
+def test_raw_wikitext_is_evaluated_as_its_hub_rows_are(tmp_path):
+    """One row a line, blank lines empty, joined by a blank line; a line ends at a newline and nowhere else."""
+    file = tmp_path / "wiki.test.raw"
+    file.write_text(" \n = ONE = \n \n TEXT\u2028MORE\x85. \n", encoding="utf-8")
+    assert evaluation_text(str(file)) == "\n\n".join(["", " = ONE = \n", "", " TEXT\u2028MORE\x85. \n"])
 
 
 def test_text_too_short_to_hold_a_part_out(tmp_path, tokenizer):

@@ -112,8 +112,8 @@ def test_callbacks_of_the_user_are_called(rows, tmp_path):
 
 
 def test_loss_falls_on_repeated_text(rows, tmp_path):
-    curve = run_training(masked_model(), rows.repeat(2, 1), tmp_path)
-    assert [update for update, _ in curve] == [10, 20, 30, 40]
+    curve = run_training(masked_model(), rows.repeat(4, 1), tmp_path)
+    assert [update for update, _ in curve][-1] == 80
     assert curve[-1][1] < curve[0][1] - 0.2
 
 
@@ -157,18 +157,24 @@ def test_gradient_checkpointing_changes_no_loss(rows, tmp_path):
 
 
 def test_padding_changes_no_gradient(tmp_path):
-    """Documents padded in one batch train as their mean over real tokens says."""
+    """Documents padded in one batch: the loss is the mean over their real tokens, as if each had been alone."""
     documents = ["THE QUICK BROWN FOX", "A DOG", "SIX WIZARDS BOX A LAZY DOG"]
     samples = padded_samples(documents, toy_tokenizer(), 32, 3)
-    together = masked_model()
-    curve = run_training(together, samples, tmp_path, batch_size=3)
-    model, total, count = masked_model(), 0.0, 0
+    seen: dict[str, torch.Tensor] = {}
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+            seen.update({n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.requires_grad})
+
+    run_training(masked_model(), samples, tmp_path, [Gradients()], batch_size=3, max_grad_norm=1e9)
+    model = masked_model().train()
+    count = sum(len(sample["input_ids"]) - 1 for sample in samples)
     for sample in samples:
         ids = torch.tensor([sample["input_ids"]])
-        with torch.no_grad():
-            predicted = ids.shape[1] - 1
-            total, count = total + model(input_ids=ids, labels=ids).loss.item() * predicted, count + predicted
-    assert curve[0][1] == pytest.approx(total / count, abs=1e-4)
+        (model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) / count).backward()
+    assert seen
+    for name, gradient in seen.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
 
 
 def test_accumulated_batches_are_one_large_batch(rows, tmp_path):

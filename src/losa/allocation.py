@@ -53,7 +53,8 @@ def layer_rates(
         `L` rates in [0, 1) whose weighted mean is `target` to rounding.
 
     Raises:
-        ValueError: lengths differ, a block without weights, a negative `delta`, a NaN, `target` outside [0, 1), or below the weighted mean of `previous`.
+        ValueError: lengths differ, a block without weights, a negative `delta`, a NaN, `target` outside [0, 1) or below the
+            weighted mean of `previous`.
     """
     count = len(importance)
     previous = [0.0] * count if previous is None else list(previous)

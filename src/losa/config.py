@@ -79,7 +79,7 @@ class TrainConfig:
     length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
     batch_size: int = 8  # rows of one forward
     accumulation: int = 1  # forwards of one optimizer step
-    lr: float | None = None  # peak; 2e-4 * sqrt(4096 / hidden size) when None
+    lr: float | None = None  # peak; 2e-4 * 4096 / hidden size, at most 5e-3, when None
     weight_decay: float = 0.001
     warmup: float = 0.3  # ratio of a step's updates
     schedule: str = "linear"
@@ -167,8 +167,9 @@ class LosaConfig:
             part.length = min(longest, max_length) if part.length is None else part.length
             _require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
         if config.train.lr is None:
-            # The released 2e-4 was set for a hidden size of 4096. Narrower layers want larger steps: docs/LOG.md has the sweep.
-            config.train.lr = round(2e-4 * (4096 / hidden_size) ** 0.5, 8)
+            # The released 2e-4 was set for a hidden size of 4096. Adam's steps scale with 1 / width (muP,
+            # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweep that agrees. Capped for toy widths.
+            config.train.lr = min(5e-3, round(2e-4 * 4096 / hidden_size, 8))
         return config
 
     def to_dict(self) -> dict[str, Any]:

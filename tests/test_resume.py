@@ -1,0 +1,246 @@
+"""A run killed at any moment leaves its last complete stage and nothing loadable; resumed, it ends with the very same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import Stop, StopAtStep, comparable, file_bytes, save_text, set_up, toy_config, toy_run
+from processes import call, losa, start
+from transformers import AutoModelForCausalLM
+
+from losa.checkpoint import latest_stage
+
+VARIANTS = {
+    "wanda": {},
+    "sparsegpt": {"pruner": "sparsegpt"},  # base weights change
+    "2:4": {"pattern": "2:4", "sparsity": None},
+    "bfloat16": {"dtype": "bfloat16"},  # folded ranks round
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return set_up(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory):
+    """Directory of the finished run of a variant, made once."""
+    made: dict[str, Path] = {}
+
+    def of(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = tmp_path_factory.mktemp("whole") / "sparse"
+            toy_run(folder, output=str(made[variant]), **VARIANTS[variant])
+        return made[variant]
+
+    return of
+
+
+def stages(output: Path) -> list[str]:
+    return sorted(path.parent.name for path in (output / ".losa").glob("*/stage.json"))
+
+
+def assert_same_result(output: Path, expected: Path) -> None:
+    assert file_bytes(output) == file_bytes(expected)
+    assert comparable(output) == comparable(expected)
+
+
+def assert_not_loadable(output: Path) -> None:
+    assert not (output / "config.json").exists()
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    ("variant", "step", "update"),
+    [("wanda", 1, None), ("wanda", 2, 3), ("wanda", 3, 1), ("sparsegpt", 2, None), ("2:4", 2, 2), ("bfloat16", 3, None)],
+)
+def test_interrupted_run_ends_as_if_it_had_not_been(folder, uninterrupted, tmp_path, variant, step, update):
+    output = tmp_path / "sparse"
+    with pytest.raises(Stop):
+        toy_run(folder, output=str(output), callbacks=(StopAtStep(step, update),), **VARIANTS[variant])
+    assert stages(output) == [f"{step:02d}-pruned"]
+    assert_not_loadable(output)
+    toy_run(folder, output=str(output), resume=True, **VARIANTS[variant])
+    assert_same_result(output, uninterrupted(variant))
+
+
+def test_interrupted_again_and_again(folder, uninterrupted, tmp_path):
+    output = tmp_path / "sparse"
+    for attempt in range(3):
+        with pytest.raises(Stop):  # each resumed run reaches the next training and stops there
+            toy_run(folder, output=str(output), resume=attempt > 0, callbacks=(StopAtStep(1 if attempt == 0 else 2),))
+        assert stages(output) == [f"{attempt + 1:02d}-pruned"]
+    toy_run(folder, output=str(output), resume=True)
+    assert_same_result(output, uninterrupted("wanda"))
+
+
+def test_interrupted_while_pruning(folder, uninterrupted, tmp_path, monkeypatch):
+    """The half-pruned model is forgotten, not saved."""
+    output = tmp_path / "sparse"
+    from losa import run as module
+
+    prune_blocks, calls = module.prune_blocks, []
+
+    def stop_after_third(*args, **kwargs):
+        errors = prune_blocks(*args, **kwargs)
+        calls.append(errors)
+        if len(calls) == 3:  # the baseline, step 1, step 2
+            raise Stop
+        return errors
+
+    with monkeypatch.context() as patched:
+        patched.setitem(module.sparsify.__globals__, "prune_blocks", stop_after_third)
+        with pytest.raises(Stop):
+            toy_run(folder, output=str(output))
+    assert stages(output) == ["01-trained"]
+    toy_run(folder, output=str(output), resume=True)
+    assert_same_result(output, uninterrupted("wanda"))
+
+
+def command(folder: Path, output: Path, *more: str) -> list[str]:
+    """`losa run` of the toy configuration."""
+    file = output.parent / "config.yaml"
+    file.write_text(toy_config(folder, output=str(output)).to_yaml())
+    return ["run", str(folder / "model"), "--output", str(output), "--config", str(file), *more]
+
+
+@pytest.mark.parametrize(
+    ("kill", "left"),
+    [
+        (("before", "00-baselines"), []),  # nothing to go on from but a half-written stage
+        (("after", "01-trained"), ["01-pruned", "01-trained"]),  # the older stage was to be removed next
+        (("before", "02-pruned"), ["01-trained"]),
+        (("before", "model.safetensors"), ["03-trained"]),  # the result is whole, but not in place
+        (("before", "losa.json"), ["03-trained"]),  # all but the record is in place
+    ],
+)
+def test_sigkill_where_files_change_places(folder, uninterrupted, tmp_path, kill, left):
+    output = tmp_path / "sparse"
+    assert call(tmp_path / "log", losa, command(folder, output), kill) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    found = [name for name in stages(output) if not name.startswith("tmp-")]
+    assert [name for name in found if name != "final"] == left
+    if kill[1] != "losa.json":
+        assert_not_loadable(output)
+    assert call(tmp_path / "log", losa, command(folder, output, "--resume")) == 0, (tmp_path / "log").read_text()
+    assert_same_result(output, uninterrupted("wanda"))
+    assert not (output / ".losa").exists()
+
+
+def test_sigkill_from_outside(folder, uninterrupted, tmp_path):
+    """As soon as the first trained stage shows up; whatever the run was doing by the time the signal arrived."""
+    output = tmp_path / "sparse"
+    process = start(tmp_path / "log", losa, command(folder, output))
+    deadline = time.monotonic() + 60
+    while not (output / ".losa" / "01-trained").exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert_not_loadable(output)
+    toy_run(folder, output=str(output), resume=True)
+    assert_same_result(output, uninterrupted("wanda"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder, tmp_path_factory):
+    """Output directory of a run that ended in its second training; copy before use."""
+    output = tmp_path_factory.mktemp("interrupted") / "sparse"
+    with pytest.raises(Stop):
+        toy_run(folder, output=str(output), callbacks=(StopAtStep(2),))
+    return output
+
+
+@pytest.fixture
+def output(interrupted, tmp_path):
+    return shutil.copytree(interrupted, tmp_path / "sparse")
+
+
+def test_half_written_stages_are_ignored(folder, uninterrupted, output):
+    half = output / ".losa" / "tmp-03-pruned"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"half")
+    (half / "stage.json").write_text('{"format": 1, "name": "03-pr')
+    toy_run(folder, output=str(output), resume=True)
+    assert_same_result(output, uninterrupted("wanda"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"train": {"lr": 0.02}}, ["train.lr: 0.01 -> 0.02"]),
+        ({"sparsity": 0.5}, ["delta: 0.02 -> 0.01", "sparsity: 0.6 -> 0.5"]),
+        ({"pruner": "magnitude", "seed": 3}, ["pruner: 'wanda' -> 'magnitude'", "seed: 0 -> 3"]),
+    ],
+)
+def test_changed_configuration_is_refused_with_a_diff(folder, output, changes, lines):
+    before = stages(output)
+    with pytest.raises(ValueError, match="the configuration changed") as caught:
+        toy_run(folder, output=str(output), resume=True, **changes)
+    assert [line.strip() for line in str(caught.value).splitlines()][1:-1] == lines
+    assert stages(output) == before
+
+
+def test_changed_text_is_refused(folder, uninterrupted, output, tmp_path):
+    """The same path with another content would not end with the same bytes."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    with pytest.raises(Stop):
+        toy_run(elsewhere, callbacks=(StopAtStep(1),))
+    save_text(elsewhere / "text.txt", seed=9)
+    with pytest.raises(ValueError, match=r"text|changed"):
+        toy_run(elsewhere, resume=True)
+
+
+def test_moved_output_can_be_resumed(folder, uninterrupted, output, tmp_path):
+    moved = tmp_path / "moved" / "sparse"
+    moved.parent.mkdir()
+    output.rename(moved)
+    toy_run(folder, output=str(moved), resume=True)
+    assert_same_result(moved, uninterrupted("wanda"))
+
+
+def test_stage_of_another_format_is_refused(folder, output):
+    path = output / ".losa" / "02-pruned" / "stage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(ValueError, match="has format 99, expected 1; start the run anew without --resume"):
+        toy_run(folder, output=str(output), resume=True)
+
+
+def test_nothing_to_resume_starts_from_the_beginning(folder, uninterrupted, tmp_path):
+    toy_run(folder, output=str(tmp_path / "sparse"), resume=True)
+    assert_same_result(tmp_path / "sparse", uninterrupted("wanda"))
+
+
+def test_complete_run_is_not_resumed(folder, uninterrupted):
+    before = file_bytes(uninterrupted("wanda"))
+    with pytest.raises(ValueError, match="is complete; there is nothing to resume"):
+        toy_run(folder, output=str(uninterrupted("wanda")), resume=True)
+    assert file_bytes(uninterrupted("wanda")) == before
+
+
+def test_run_without_resume_forgets_the_old_stages(folder, uninterrupted, output):
+    other = {"train": {"lr": 0.02}}
+    with pytest.raises(Stop):
+        toy_run(folder, output=str(output), callbacks=(StopAtStep(1),), **other)
+    assert stages(output) == ["01-pruned"]
+    assert latest_stage(output, toy_config(folder, output=str(output), **other).resolve(32, 64))
+    toy_run(folder, output=str(output))
+    assert_same_result(output, uninterrupted("wanda"))
+
+
+def test_new_run_killed_over_an_old_result_leaves_the_old_one_whole(folder, uninterrupted, tmp_path):
+    output = shutil.copytree(uninterrupted("wanda"), tmp_path / "sparse")
+    with pytest.raises(Stop):
+        toy_run(folder, output=str(output), callbacks=(StopAtStep(2),), seed=5)
+    old = {name: content for name, content in file_bytes(output).items()} if not (output / ".losa").exists() else None
+    assert old is None
+    for name, content in ((path.name, path.read_bytes()) for path in uninterrupted("wanda").iterdir()):
+        assert (output / name).read_bytes() == content
+    toy_run(folder, output=str(output), resume=True, seed=5)
+    assert comparable(output)["config"]["seed"] == 5
