@@ -13,10 +13,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from losa.checkpoint import RECORD
 from losa.config import LosaConfig
 from losa.doctor import TOY, toy_tokenizer
+from losa.method import run
 from losa.models import load
-from losa.run import run
 
-WORDS = "THE QUICK BROWN FOX JUMPS OVER A LAZY DOG WHILE SIX WIZARDS BOX".split()
+WORDS = ["THE", "QUICK", "BROWN", "FOX", "JUMPS", "OVER", "A", "LAZY", "DOG", "WHILE", "SIX", "WIZARDS", "BOX"]
 
 
 def toy_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> PreTrainedModel:
@@ -104,7 +104,7 @@ def file_bytes(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != RECORD}
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 - not an error
     """What a test raises to end a run."""
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import typer.main
-from click import Option
 from helpers import pruned_names, save_text, set_up, tensors, toy_config, toy_run
 from processes import call, losa
 from typer.testing import CliRunner
@@ -76,7 +75,7 @@ def test_every_option_has_a_help_text(name):
 
 def test_the_commands():
     assert set(COMMANDS) == {"run", "prune", "eval", "inspect", "plan", "doctor", "demo"}
-    assert {option for p in COMMANDS["run"].params if isinstance(p, Option) for option in p.opts} >= {
+    assert {option for parameter in COMMANDS["run"].params for option in parameter.opts} >= {
         *("--output", "-o", "--sparsity", "--data", "--calibration", "--eval-data", "--pruner", "--pattern", "--preset"),
         *("--config", "-c", "--set", "--device", "--offload", "--seed", "--trust-remote-code", "--resume"),
     }
@@ -308,7 +307,7 @@ def test_damaged_checkpoint_is_named(folder, tmp_path, monkeypatch, capsys):
 def test_debug_variable_shows_the_traceback(monkeypatch, capsys):
     monkeypatch.setenv("LOSA_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["losa", "inspect", "/nowhere"])
-    with pytest.raises(ValueError, match="no .safetensors file"):
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
         main()
 
 

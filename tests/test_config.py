@@ -103,7 +103,7 @@ def test_wrong_type_names_key_and_value(key, value, expected):
 OUT_OF_RANGE = [
     *(("sparsity", value) for value in (0, 1, -0.1, 1.5, 70)),
     *(("delta", value) for value in (-0.01, 1.0)),
-    *(("steps", value) for value in (0, -1)),
+    *(("steps", value) for value in (0, -1, 100)),  # stages have two digits
     ("seed", -1),
     *(("pruner", value) for value in ("wandas", "", "Wanda")),
     *(("pattern", value) for value in ("4:2", "0:4", "4:4", "2-4", "", "2:4:8")),
@@ -143,8 +143,10 @@ def test_shrinking_max_rank_names_the_omega_that_no_longer_fits():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("sparsity", 1e-6), ("sparsity", 0.999), ("delta", 0), ("steps", 1), ("train.warmup", 0), ("train.last_share", 1)]
-    + [("train.weight_decay", 0), ("adapter.omega_first", 16), ("calibration.sequences", 1), ("eval.length", 2)],
+    [
+        *(("sparsity", 1e-6), ("sparsity", 0.999), ("delta", 0), ("steps", 1), ("train.warmup", 0), ("train.last_share", 1)),
+        *(("train.weight_decay", 0), ("adapter.omega_first", 16), ("calibration.sequences", 1), ("eval.length", 2)),
+    ],
 )
 def test_edges_of_the_ranges_are_allowed(key, value):
     LosaConfig.from_dict(nested(key, value))
@@ -219,19 +221,18 @@ def test_unknown_preset_lists_the_known():
 
 
 def test_parse_set_reads_yaml_values():
-    items = ["train.lr=1e-3", "steps=3", "offload=true", "train.data=a=b.txt", "pattern='2:4'"]
-    assert parse_set(items) == {
-        "train.lr": "1e-3",
-        "steps": 3,
-        "offload": True,
-        "train.data": "a=b.txt",
-        "pattern": "2:4",
-    }
-    assert LosaConfig.load(overrides=parse_set(items[:2])).train.lr == 0.001
+    pairs = parse_set(["train.lr=1e-3", "steps=3", "offload=true", "train.data=a=b.txt", "pattern='2:4'"])
+    assert list(pairs) == ["train.lr", "steps", "offload", "train.data", "pattern"]
+    config = LosaConfig.load(overrides=pairs)
+    assert (config.train.lr, config.steps, config.offload) == (0.001, 3, True)
+    assert (config.train.data, config.pattern) == ("a=b.txt", "2:4")
 
 
-def test_set_pattern_needs_no_quotes():
+def test_pattern_needs_no_quotes(tmp_path):
+    """YAML 1.1 would read 2:4 as 2 * 60 + 4."""
+    (tmp_path / "c.yaml").write_text("pattern: 4:8\n")
     assert LosaConfig.load(overrides=parse_set(["pattern=2:4"])).pattern == "2:4"
+    assert LosaConfig.load(str(tmp_path / "c.yaml")).pattern == "4:8"
 
 
 @pytest.mark.parametrize("item", ["train.lr", "=3", "", "train.lr=[1"])
@@ -259,7 +260,8 @@ def test_resolve_takes_lengths_from_the_model():
 
 def test_resolve_takes_the_learning_rate_from_the_width():
     assert LosaConfig().resolve(4096, 2048).train.lr == 2e-4
-    assert LosaConfig().resolve(1024, 2048).train.lr == pytest.approx(4e-4)
+    assert LosaConfig().resolve(1024, 2048).train.lr == pytest.approx(8e-4)
+    assert LosaConfig().resolve(32, 64).train.lr == 5e-3  # capped
     assert LosaConfig.load(overrides={"train.lr": 3e-5}).resolve(64, 64).train.lr == 3e-5
 
 

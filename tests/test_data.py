@@ -360,5 +360,5 @@ def test_raw_wikitext_is_evaluated_as_its_hub_rows_are(tmp_path):
 
 def test_text_too_short_to_hold_a_part_out(tmp_path, tokenizer):
     save_text(tmp_path / "short.txt", 300)
-    with pytest.raises(ValueError, match="too short to hold a part out.*--eval-data"):
+    with pytest.raises(ValueError, match=r"too short to hold a part out.*--eval-data"):
         prepare(toy_config(tmp_path, train={"data": str(tmp_path / "short.txt")}), tokenizer)

@@ -1,4 +1,4 @@
-"""End to end on a toy: what a run leaves behind is a plain sparse checkpoint, exact to the bit, with its whole story beside it."""
+"""End to end on a toy: a run leaves a plain sparse checkpoint, exact to the bit, with its whole story beside it."""
 
 import math
 from pathlib import Path
@@ -26,8 +26,8 @@ from losa.adapter import masked_linears
 from losa.allocation import cubic_sparsity
 from losa.checkpoint import read_record, verify_zeros
 from losa.config import LosaConfig
+from losa.method import prune, run
 from losa.models import load
-from losa.run import prune, run
 
 
 class Look(TrainerCallback):
@@ -183,7 +183,12 @@ def test_model_card_says_what_was_done(done):
         "tags": ["sparse", "losa", "wanda"],
     }
     found = record_of(folder / "sparse")
-    for text in ("# sparse", f"{found['sparsity']['achieved']:.2%}", *(f"{value:.3f}" for value in found["perplexity"].values()), "from_pretrained"):
+    for text in (
+        "# sparse",
+        f"{found['sparsity']['achieved']:.2%}",
+        *(f"{value:.3f}" for value in found["perplexity"].values()),
+        "from_pretrained",
+    ):
         assert text in body
     assert f"{found['sparsity']['weights']:,}" in body
 

@@ -1,11 +1,31 @@
 """LoSA: sparse language models with their quality recovered.
 
-`run` is the method; `prune`, `attach` and `merge` are its stages, one by one.
+`run` is the method; `prune`, `attach` and `merge` are its stages, one by one. Names are imported when first used, so that
+`import losa` and `losa --help` do not wait for torch.
 """
 
-from losa.adapter import attach, merge
-from losa.config import LosaConfig
-from losa.models import load
-from losa.run import prune, run
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from losa.adapter import attach, merge
+    from losa.config import LosaConfig
+    from losa.method import prune, run
+    from losa.models import load
+
+_HOMES = {
+    "LosaConfig": "losa.config",
+    "attach": "losa.adapter",
+    "load": "losa.models",
+    "merge": "losa.adapter",
+    "prune": "losa.method",
+    "run": "losa.method",
+}
 
 __all__ = ["LosaConfig", "attach", "load", "merge", "prune", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'losa' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -77,10 +77,12 @@ def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConf
         "record": record,
     }
     _write_json(temporary / MANIFEST, manifest)
+    _sync(temporary)
     temporary.rename(final)
     _sync(root)
     for old in root.iterdir():
-        if old.is_dir() and old != final and (old / MANIFEST).exists():
+        if old != final and (old / MANIFEST).exists():
+            (old / MANIFEST).unlink()
             shutil.rmtree(old)
 
 
@@ -117,12 +119,16 @@ def load_stage(output: Path, manifest: dict[str, Any], model: PreTrainedModel) -
 
 
 def clear_stages(output: Path) -> None:
-    """Forgets an earlier run in `output`."""
+    """Forgets an earlier run in `output`; manifests first, so that a kill on the way leaves no stage that looks complete."""
+    for manifest in work_dir(output).glob(f"*/{MANIFEST}"):
+        manifest.unlink()
     shutil.rmtree(work_dir(output), ignore_errors=True)
 
 
 def shard_size(source: str) -> str | int:
     """Largest shard of the source checkpoint in bytes, so that the result is sharded alike; 50 GB when it is one file."""
+    if not source:
+        return "50GB"
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     if index is None:
         return "50GB"
@@ -145,10 +151,9 @@ def verify_zeros(directory: Path, masks: dict[str, Tensor]) -> None:
         with safe_open(file, "pt") as tensors:
             for key in missing & set(tensors.keys()):
                 pruned = tensors.get_tensor(key).masked_select(~masks[key])
-                if pruned.contiguous().view(torch.uint8).any():
-                    raise RuntimeError(
-                        f"{key} in {file.name}: {int((pruned != 0).sum())} pruned weights are not zero; the result is void"
-                    )
+                wrong = int(pruned.contiguous().view(torch.uint8).view(len(pruned), -1).any(1).sum())
+                if wrong:
+                    raise RuntimeError(f"{key} in {file.name}: {wrong} pruned weights are not zero; the result is void")
                 missing.discard(key)
     if missing:
         raise RuntimeError(f"the saved checkpoint lacks {sorted(missing)[0]} and {len(missing) - 1} more pruned tensors")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from losa.config import LosaConfig
@@ -36,7 +37,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the s
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys.")]
 SetKeys = Annotated[list[str] | None, typer.Option("--set", help="`key=value` for any other key, e.g. `--set train.lr=1e-3`.")]
 Preset = Annotated[str | None, typer.Option(help="Start from a shipped configuration: `paper`, the released recipe.")]
-Device = Annotated[str | None, typer.Option(help="`auto` (default), `cpu`, `cuda`, `cuda:1`.")]
+Device = Annotated[str | None, typer.Option(help="`auto` (default), `cpu` or `cuda`.")]
 Offload = Annotated[bool | None, typer.Option("--offload", help="Calibrate with one block at a time on the device.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.")]
 Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
@@ -66,9 +67,9 @@ def run(
 
     Example: `losa run meta-llama/Llama-2-7b-hf --sparsity 0.7 --data alpaca.json --output llama-sparse`
     """
+    from losa.method import run as run_losa
     from losa.models import load
     from losa.report.table import summary
-    from losa.run import run as run_losa
     from losa.session import check_request
 
     resolved = _config(
@@ -104,13 +105,13 @@ def prune(
 
     `--set delta=0.03` gives layers their own rates by importance.
     """
+    from losa.method import prune as prune_once
     from losa.models import load
     from losa.report.table import summary
-    from losa.run import prune as prune_once
     from losa.session import check_request
 
     resolved = _config(
-        None, config, ["delta=0", *(set_ or [])],
+        "one-shot", config, set_,
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, device=device, offload=offload,
         seed=seed, trust_remote_code=trust_remote_code, **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
@@ -217,7 +218,8 @@ def _config(preset: str | None, path: Path | None, sets: list[str] | None, **opt
     """Defaults < preset < file < options < --set."""
     from losa.config import LosaConfig, parse_set
 
-    return LosaConfig.load(str(path) if path else None, preset, options | parse_set(sets or []))
+    given = {key: value for key, value in options.items() if value is not None}
+    return LosaConfig.load(str(path) if path else None, preset, given | parse_set(sets or []))
 
 
 def _heavy() -> None:
@@ -237,8 +239,9 @@ def main() -> None:
     """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback."""
     try:
         app()
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("LOSA_DEBUG"):
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        expected = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
+        if not expected or os.environ.get("LOSA_DEBUG"):
             raise
-        err.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

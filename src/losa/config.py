@@ -21,6 +21,21 @@ from losa.allocation import default_delta
 from losa.pruning import Pattern, get_pruner
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr")
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves numbers as text, for `_convert` knows what a field wants. YAML 1.1 reads 2:4 as 124 and 1e-3 as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _require(condition: bool, name: str, found: object, expected: str) -> None:
@@ -94,6 +109,7 @@ class TrainConfig:
         _require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
         _require(self.length is None or self.length >= 8, "train.length", self.length, "at least 8 tokens")
         _require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
+        _require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
         _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
@@ -152,7 +168,8 @@ class LosaConfig:
             self.delta = 0.0 if pattern.structured else default_delta(self.sparsity)
         _require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
         _require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
-        _require(self.steps >= 1, "steps", self.steps, "at least 1")
+        _require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
 
     def resolve(self, hidden_size: int, max_length: int) -> "LosaConfig":
@@ -191,7 +208,7 @@ class LosaConfig:
 
     @classmethod
     def load(cls, path: str | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None) -> "LosaConfig":
-        """Defaults, then `preset`, then the YAML file `path`, then `overrides` (dotted keys; None values are skipped).
+        """Defaults, then `preset`, then the YAML file `path`, then `overrides` (dotted keys).
 
         Raises:
             ValueError: as `from_dict`; no such preset; the YAML is not a mapping.
@@ -203,17 +220,16 @@ class LosaConfig:
             _merge(values, yaml.safe_load(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
         if path is not None:
             try:
-                loaded = yaml.safe_load(Path(path).read_text("utf-8"))
+                loaded = _read_yaml(Path(path).read_text("utf-8"))
             except (OSError, yaml.YAMLError) as error:
                 raise ValueError(f"cannot read the config {path}: {error}") from error
             _require(isinstance(loaded, dict), f"the config {path}", type(loaded).__name__, "a mapping of keys to values")
             _merge(values, loaded)
         for key, value in (overrides or {}).items():
-            if value is not None:
-                nested: Any = value
-                for part in reversed(key.split(".")):
-                    nested = {part: nested}
-                _merge(values, nested)
+            nested: Any = value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            _merge(values, nested)
         return cls.from_dict(values)
 
     def fingerprint(self) -> str:
@@ -232,7 +248,10 @@ def parse_set(items: list[str]) -> dict[str, Any]:
     for item in items:
         key, equals, value = item.partition("=")
         _require(bool(equals and key), "--set", item, "key=value, such as train.lr=1e-3")
-        pairs[key] = yaml.safe_load(value)
+        try:
+            pairs[key] = _read_yaml(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {item} is not YAML: {' '.join(str(error).split())}") from error
     return pairs
 
 
@@ -281,7 +300,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             number = float("nan")
         if kind is float and number == number:
             return number
-        if kind is int and number == number and number == int(number):
+        if kind is int and number.is_integer():
             return int(number)
     elif type(value) is kind:
         return value

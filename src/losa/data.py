@@ -10,9 +10,12 @@ Legend: `S` sequences, `T` tokens of each.
 """
 
 import gzip
+import hashlib
 import json
 import logging
 import random
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +71,10 @@ def _suffix(path: Path) -> str:
 def _read_file(path: Path) -> list[str]:
     if _suffix(path) not in TEXT_SUFFIXES | RECORD_SUFFIXES:
         raise ValueError(f"cannot read {path.name}; expected .txt, .md, .raw, .json or .jsonl, each also .gz")
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path.name} is not a gzip file: {error}") from error
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -76,10 +82,15 @@ def _read_file(path: Path) -> list[str]:
     if _suffix(path) in TEXT_SUFFIXES:
         return [text]
     try:
-        records = [json.loads(line) for line in text.splitlines() if line.strip()] if _suffix(path) == ".jsonl" else _json(text)
+        records = _json_lines(text) if _suffix(path) == ".jsonl" else _json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not valid JSON: {error}") from error
     return [_document(record, path.name) for record in records]
+
+
+def _json_lines(text: str) -> list[Any]:
+    """Not `splitlines`, which also ends lines at U+2028 and others that JSON strings may hold."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _json(text: str) -> list[Any]:
@@ -87,7 +98,7 @@ def _json(text: str) -> list[Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        value = [json.loads(line) for line in text.splitlines() if line.strip()]
+        value = _json_lines(text)
     return value if isinstance(value, list) else [value]
 
 
@@ -209,7 +220,7 @@ def padded_samples(
         raise ValueError(f"the training data has {len(documents)} samples, expected {count} (train.samples)")
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     encoded = tokenizer(list(documents[:count]), verbose=False)["input_ids"]
-    return [{"input_ids": (ids + eos)[:length]} for ids in encoded]
+    return [{"input_ids": (ids if ids[-1:] == eos else ids + eos)[:length]} for ids in encoded]
 
 
 @dataclass(frozen=True)
@@ -226,11 +237,21 @@ class RunData:
     calibration: Tensor
     evaluation: Tensor
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all tokens, to recognise a changed text on resume."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.calibration, self.evaluation):
+            digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else json.dumps(part).encode())
+        return digest.hexdigest()
+
     def step_rows(self, step: int, shares: Sequence[float]) -> Tensor | list[dict[str, list[int]]]:
         """The rows of dynamic step `step` (1-based). Steps never share a row."""
         assert self.train is not None
-        start, stop = (round(sum(shares[:bound]) * len(self.train)) for bound in (step - 1, step))
-        return self.train[start:stop]
+        rows, bounds = len(self.train), [0]
+        for bound in range(1, len(shares) + 1):  # at least one row each
+            stop = round(sum(shares[:bound]) * rows)
+            bounds.append(min(max(stop, bounds[-1] + 1), rows - (len(shares) - bound)))
+        return self.train[bounds[step - 1] : bounds[step]]
 
 
 def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bool = True) -> RunData:
@@ -299,5 +320,5 @@ def evaluation_text(source: str) -> str:
     """
     rows = _read(source)
     if _suffix(Path(source)) == ".raw":
-        rows = [line if line.strip() else "" for line in "".join(rows).splitlines(keepends=True)]
+        rows = [line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+$", "".join(rows))]
     return "\n\n".join(rows)

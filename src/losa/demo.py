@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
+from losa.method import prune, run
 from losa.models import load
-from losa.run import prune, run
 
 PROMPT = "The old man looked at her and said"
 

@@ -34,8 +34,10 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or one of several by its number.
     """
+    if ":" in name:
+        raise ValueError(f"device is {name!r}; to choose a GPU, set CUDA_VISIBLE_DEVICES={name.split(':')[1]} and use 'cuda'")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -6,6 +6,7 @@ is recorded from the model's own forward, block by block, so nothing here repeat
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,25 @@ from losa.config import LosaConfig
 
 
 def load(config: LosaConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of `config.model`, from safetensors only: no pickle is ever opened."""
+    """Model and tokenizer of `config.model`, from safetensors only: no pickle is ever opened.
+
+    Raises:
+        ValueError: nothing there, or nothing that transformers opens.
+    """
     trust = {"trust_remote_code": config.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(config.model, **trust)
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
+    with one_line(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **trust)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
     return model, tokenizer
+
+
+@contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """Turns what transformers says about a model that does not open into one line with its name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open the model {name!r}: {' '.join(str(error).split())}") from error
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from losa.adapter import attach
 from losa.config import LosaConfig
 from losa.environment import resolve_device
-from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length
+from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, one_line
 from losa.pruning import Pattern
 from losa.session import check_pattern
 
@@ -65,7 +65,8 @@ def plan(config: LosaConfig) -> Plan:
     Raises:
         ValueError: the model or the configuration is not supported.
     """
-    model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    with one_line(config.model):
+        model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     dtype = _dtype(config, model_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
@@ -105,7 +106,7 @@ def plan(config: LosaConfig) -> Plan:
         disk=disk,
         available_disk=shutil.disk_usage(existing).free,
         seconds=_flops(config, decoder, text_config.vocab_size * text_config.hidden_size)
-        / _speed(decoder, tokens, dtype, device),
+        / _speed(decoder, min(tokens, 8192), dtype, device),
         device=str(device),
     )
 

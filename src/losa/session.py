@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,15 @@ class Session:
         began = time.perf_counter()
         data = prepare(config, tokenizer, training=kind == "run")
         seconds = {"reading text": round(time.perf_counter() - began, 3)}
-        record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds}
+        record: dict[str, Any] = {
+            "kind": kind,
+            "steps": [],
+            "perplexity": {},
+            "seconds": seconds,
+            "text_sha256": data.fingerprint(),
+        }
+        if manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
+            raise ValueError(f"cannot resume {output}: the text changed; restore it, or start anew without --resume")
         session = cls(model, tokenizer, config, data, device, callbacks, record, "")
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         if output and manifest:
@@ -182,6 +191,9 @@ def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -
     if output.is_file() or (config.model and output.resolve() == Path(config.model).resolve()):
         raise ValueError(f"output {output} is {'a file' if output.is_file() else 'the model itself'}; choose another directory")
     finished, started = (output / checkpoint.RECORD).exists(), checkpoint.work_dir(output).exists()
+    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot create {output}: {existing} is not a directory that can be written to")
     if output.is_dir() and any(output.iterdir()) and not (finished or started):
         raise ValueError(f"output {output} is not empty and not an earlier run; choose another directory")
     if resume and finished and not started:

@@ -113,7 +113,7 @@ def train(
     seed: int,
     work_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
-) -> list[tuple[int, float]]:
+) -> list[list[float]]:
     """Trains whatever of `model` requires gradients on `rows`, once through.
 
     Args:
@@ -124,7 +124,7 @@ def train(
         callbacks: passed to the Trainer.
 
     Returns:
-        The loss curve, `(update, loss in nats per token)`.
+        The loss curve, `[update, loss in nats per token]`.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; nothing was updated with it.
@@ -146,13 +146,16 @@ def train(
         use_cpu=device.type == "cpu",
         save_strategy="no",
         logging_steps=10,
+        logging_first_step=True,
         disable_tqdm=True,
         report_to=config.report_to,
         run_name=name,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for accelerate launch; DataParallel would copy the model to each
     guard = _Guard(name, config.lr)
+    use_cache = model.config.use_cache  # the Trainer sets it to False when it is made
     trainer = GuardedTrainer(
         model=model,
         args=args,
@@ -164,7 +167,6 @@ def train(
     trainer.pop_callback(_printer())
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    use_cache, model.config.use_cache = model.config.use_cache, False
     try:
         trainer.train()
     except torch.OutOfMemoryError as error:
@@ -175,7 +177,7 @@ def train(
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.eval()
-    return [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+    return [[entry["step"], float(entry["loss"])] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def _printer() -> type[TrainerCallback]:

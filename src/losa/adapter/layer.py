@@ -157,7 +157,8 @@ def attach(model: PreTrainedModel, max_rank: int = 16, scale: float = 2.0, seed:
 def merge(model: PreTrainedModel) -> dict[str, Tensor]:
     """Replaces, in place, every `MaskedLinear` by a plain `nn.Linear` holding the merged weight.
 
-    Summed in float32 and cast once. Every weight outside the mask is bitwise zero afterwards.
+    Summed in float32 and cast once. Every weight outside the mask is bitwise zero afterwards, and all parameters require
+    gradients again, as in a model just loaded.
 
     Returns:
         The keep-masks by parameter name, on the CPU, to check any saved file against.
@@ -170,4 +171,5 @@ def merge(model: PreTrainedModel) -> dict[str, Tensor]:
             linear.bias = layer.bias
         _replace(model, name, linear)
         masks[f"{name}.weight"] = layer.keep_OI.cpu()
+    model.requires_grad_(True)
     return masks

@@ -123,7 +123,7 @@ def adapt(session: Session, step: int) -> None:
             rows,
             config.train,
             name=f"training, step {step}/{config.steps}",
-            seed=config.seed * 1000 + step,
+            seed=(config.seed * 1000 + step) % 2**32,
             work_dir=Path(config.output or scratch) / ".losa" / "trainer",
             callbacks=session.callbacks,
         )
