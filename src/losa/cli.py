@@ -206,7 +206,7 @@ def demo(
     from losa.demo import demo as run_demo
     from losa.report.table import pairs, summary
 
-    _heavy()
+    _heavy(logging.WARNING)
     result = run_demo(str(output) if output else None)
     out.print(summary(result.record))
     out.print(pairs(f'samples, prompt: "{PROMPT}"', result.samples))
@@ -222,8 +222,8 @@ def _config(preset: str | None, path: Path | None, sets: list[str] | None, **opt
     return LosaConfig.load(str(path) if path else None, preset, given | parse_set(sets or []))
 
 
-def _heavy() -> None:
-    """Before work that takes minutes: memory settings for the CPU, quiet libraries, our own log lines."""
+def _heavy(level: int = logging.INFO) -> None:
+    """Before work that takes minutes: memory settings for the CPU, quiet libraries, our own log lines from `level` up."""
     import transformers
 
     from losa.environment import keep_freed_memory
@@ -232,7 +232,7 @@ def _heavy() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("losa").setLevel(logging.INFO)
+    logging.getLogger("losa").setLevel(level)
 
 
 def main() -> None:

@@ -64,34 +64,33 @@ class Session:
         check_supported(model)
         check_pattern(find_decoder(model), Pattern.parse(config.pattern))
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
+        logger.info("configuration:\n%s", config.to_yaml())
         device = resolve_device(config.device)
         output = Path(config.output) if config.output else None
         manifest = checkpoint.latest_stage(output, config) if output and resume else None
         began = time.perf_counter()
         data = prepare(config, tokenizer, training=kind == "run")
         seconds = {"reading text": round(time.perf_counter() - began, 3)}
-        record: dict[str, Any] = {
-            "kind": kind,
-            "steps": [],
-            "perplexity": {},
-            "seconds": seconds,
-            "text_sha256": data.fingerprint(),
-        }
+        record = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
         if manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
             raise ValueError(f"cannot resume {output}: the text changed; restore it, or start anew without --resume")
         session = cls(model, tokenizer, config, data, device, callbacks, record, "")
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         if output and manifest:
-            checkpoint.load_stage(output, manifest, model)
-            session.record, session.done = manifest["record"], manifest["name"]
-            if session.record["steps"]:
-                session.set_ranks(session.record["steps"][-1]["ranks"])
-            logger.info("resuming after %s", session.done)
+            session._restore(output, manifest)
         elif output:
             checkpoint.clear_stages(output)
         model.eval()
         model.to("cpu" if config.offload else device)
         return session
+
+    def _restore(self, output: Path, manifest: dict[str, Any]) -> None:
+        """Goes back to where a stage was saved: masks, adapters, changed base weights, ranks and record."""
+        checkpoint.load_stage(output, manifest, self.model)
+        self.record, self.done = manifest["record"], manifest["name"]
+        if self.record["steps"]:
+            self.set_ranks(self.record["steps"][-1]["ranks"])
+        logger.info("resuming after %s", self.done)
 
     @property
     def decoder(self) -> Decoder:

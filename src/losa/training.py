@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from losa.config import TrainConfig
 from losa.progress import progress
@@ -164,7 +165,7 @@ def train(
         callbacks=[guard, _Bar(name), *callbacks],
     )
     trainer.guard = guard
-    trainer.pop_callback(_printer())
+    trainer.pop_callback(PrinterCallback)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
@@ -178,9 +179,3 @@ def train(
             model.gradient_checkpointing_disable()
         model.eval()
     return [[entry["step"], float(entry["loss"])] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
