@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa.adapter.layer import MaskedLinear
+from losa.adapter import MaskedLinear, dense_mode
 from losa.importance import gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
 from losa.progress import progress
@@ -124,19 +124,6 @@ class ReconstructionError:
         return torch.where(self.norm_H > 0, self.difference_H / self.norm_H, 0.0).mean().item()
 
 
-@contextmanager
-def _dense(block: nn.Module) -> Iterator[None]:
-    """Lets a block compute what the dense model computes."""
-    layers = [layer for layer in block_linears(block).values() if isinstance(layer, MaskedLinear)]
-    for layer in layers:
-        layer.dense = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.dense = False
-
-
 @torch.no_grad()
 def prune_blocks(
     model: PreTrainedModel,
@@ -177,7 +164,7 @@ def prune_blocks(
                 except ValueError as error:
                     raise ValueError(f"block {index}, {name}: {error}") from error
                 layer.set_solution(solution.keep_OI, solution.weight_OI if pruner.updates_weights else None)
-            with _dense(block):
+            with dense_mode(block):
                 dense.advance(block, index)
             sparse.advance(block, index)
         error_of = ReconstructionError()

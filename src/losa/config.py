@@ -100,6 +100,8 @@ class TrainConfig:
     schedule: str = "linear"
     max_grad_norm: float = 0.3
     gradient_checkpointing: bool = False
+    distill: float = 0.0  # weight of the KL to the dense model in the loss; the rest is cross-entropy
+    temperature: float = 1.0  # of that KL
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
     def __post_init__(self) -> None:
@@ -112,6 +114,8 @@ class TrainConfig:
         _require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        _require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
+        _require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
         _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 
     def shares(self, steps: int) -> list[float]:

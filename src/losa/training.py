@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from losa.adapter import dense_mode
 from losa.config import TrainConfig
+from losa.distillation import kl_divergence
 from losa.progress import progress
 
 Samples = Sequence[dict[str, list[int]]]
@@ -92,10 +94,25 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-class GuardedTrainer(Trainer):
-    """A Trainer whose guard sees every loss."""
+class LosaTrainer(Trainer):
+    """A Trainer whose guard sees every loss, and whose loss may be distilled from the dense model."""
 
     guard: _Guard | None = None
+    distill: float = 0.0
+    temperature: float = 1.0
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """`(1 - distill) * cross-entropy + distill * KL to the dense model`, each a mean over the update's tokens."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.distill:
+            unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
+            with torch.no_grad(), dense_mode(model):
+                teacher_BTV = model(**unlabelled).logits
+            tokens = kwargs.get("num_items_in_batch")
+            tokens = (inputs["labels"][:, 1:] != -100).sum() if tokens is None else tokens
+            kl = kl_divergence(outputs["logits"], teacher_BTV, inputs["labels"], self.temperature) / tokens
+            loss = (1 - self.distill) * loss + self.distill * kl
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, then hands the loss to the guard (no host synchronisation here)."""
@@ -157,14 +174,14 @@ def train(
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for accelerate launch; DataParallel would copy the model to each
     guard = _Guard(name, config.lr)
     use_cache = model.config.use_cache  # the Trainer sets it to False when it is made
-    trainer = GuardedTrainer(
+    trainer = LosaTrainer(
         model=model,
         args=args,
         train_dataset=Rows(rows),
         data_collator=collate,
         callbacks=[guard, _Bar(name), *callbacks],
     )
-    trainer.guard = guard
+    trainer.guard, trainer.distill, trainer.temperature = guard, config.distill, config.temperature
     trainer.pop_callback(PrinterCallback)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

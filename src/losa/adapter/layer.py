@@ -11,6 +11,8 @@ Legend: `O` out_features, `I` in_features, `R` active rank.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,19 @@ class MaskedLinear(nn.Linear):
 def masked_linears(model: PreTrainedModel) -> dict[str, MaskedLinear]:
     """The masked layers of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+
+
+@contextmanager
+def dense_mode(module: nn.Module) -> Iterator[None]:
+    """Lets a model, or one block of it, compute what the dense model computes: no mask, no adapter, the original weights."""
+    layers = [layer for layer in module.modules() if isinstance(layer, MaskedLinear)]
+    for layer in layers:
+        layer.dense = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = False
 
 
 def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
