@@ -3,7 +3,8 @@
     python benchmarks/recovery.py --model MODEL --data TRAIN_TEXT --eval-data HELD_TEXT --output DIR [--set key=value ...]
 
 Rows: LoSA with each pruner at 50, 60, 70 % and 2:4; the missing baseline of the literature at 70 % (same pruner and tokens,
-one shot, uniform rates, uniform ranks, masked adapters); and the ceiling: the dense model, same adapters, same tokens.
+one shot, uniform rates, uniform ranks, masked adapters, cross-entropy), and it distilled; LoSA with the released loss and shares;
+and the ceiling: the dense model, same adapters, same tokens.
 Every row is a finished run in its own directory and is not run twice, so an interrupted table goes on where it stopped.
 """
 
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BASELINE = ["steps=1", "delta=0", "adapter.allocation=uniform"]
+BASELINE = ["steps=1", "delta=0", "adapter.allocation=uniform", "train.distill=0"]
 TARGETS = {"70": ["sparsity=0.7"], "50": ["sparsity=0.5"], "60": ["sparsity=0.6"], "2:4": ["pattern=2:4"]}
 PRUNERS = ("wanda", "sparsegpt")
 
@@ -24,9 +25,12 @@ def rows() -> dict[str, list[str]]:
     table = {}
     for name, target in TARGETS.items():
         for pruner in PRUNERS:
-            table[f"LoSA {pruner} {name}"] = [f"pruner={pruner}", *target]
+            sets = [f"pruner={pruner}", *target]
+            table[f"LoSA {pruner} {name}"] = sets
             if name == "70":
-                table[f"uniform one-shot {pruner} {name}"] = [f"pruner={pruner}", *target, *BASELINE]
+                table[f"uniform one-shot {pruner} {name}"] = [*sets, *BASELINE]
+                table[f"uniform one-shot distilled {pruner} {name}"] = [*sets, *BASELINE, "train.distill=0.5"]
+                table[f"LoSA as released {pruner} {name}"] = [*sets, "train.distill=0", "train.last_share=0.6"]
     return table
 
 
@@ -52,8 +56,8 @@ def ceiling(args: argparse.Namespace, output: Path) -> float:
         from losa.training import train
 
         keep_freed_memory()
-        overrides = {"model": args.model, "train.data": args.data, "eval.data": args.eval_data, **parse_set(args.set)}
-        config = LosaConfig.load(overrides=overrides)
+        overrides = {"model": args.model, "train.data": args.data, "eval.data": args.eval_data, "train.distill": 0}
+        config = LosaConfig.load(overrides=overrides | parse_set(args.set))
         model, tokenizer = load(config)
         config = config.resolve(model.config.hidden_size, max_length(model.config))
         data = prepare(config, tokenizer)

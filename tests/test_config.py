@@ -281,7 +281,8 @@ def test_resolve_refuses_what_the_model_cannot_read(part):
 
 
 def test_shares_are_a_tenth_each_and_the_rest_at_last():
-    assert TrainConfig().shares(5) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.6])
+    assert TrainConfig(last_share=0.6).shares(5) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.6])
+    assert TrainConfig().shares(5) == pytest.approx([0.025, 0.025, 0.025, 0.025, 0.9])
     assert TrainConfig().shares(1) == [1.0]
     for steps in (2, 3, 7):
         shares = TrainConfig(last_share=0.3).shares(steps)

@@ -90,7 +90,7 @@ class TrainConfig:
     data: str | None = None  # a text source; required by `losa run`
     tokens: int = 2_200_000  # over all dynamic steps; the released recipe sees about as many
     samples: int | None = None  # instead of tokens: documents, one a row, padded, not packed (the released recipe)
-    last_share: float = 0.6  # of them in the last dynamic step; the earlier steps share the rest evenly
+    last_share: float = 0.9  # of them in the last dynamic step; the earlier steps share the rest evenly. Released recipe: 0.6
     length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
     batch_size: int = 8  # rows of one forward
     accumulation: int = 1  # forwards of one optimizer step
@@ -100,7 +100,7 @@ class TrainConfig:
     schedule: str = "linear"
     max_grad_norm: float = 0.3
     gradient_checkpointing: bool = False
-    distill: float = 0.0  # weight of the KL to the dense model in the loss; the rest is cross-entropy
+    distill: float = 0.5  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
