@@ -10,10 +10,11 @@ Every row is a finished run in its own directory and is not run twice, so an int
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
+
+from losa.report.table import gap_closed
 
 BASELINE = ["steps=1", "delta=0", "adapter.allocation=uniform", "train.distill=0"]
 TARGETS = {"70": ["sparsity=0.7"], "50": ["sparsity=0.5"], "60": ["sparsity=0.6"], "2:4": ["pattern=2:4"]}
@@ -50,7 +51,7 @@ def ceiling(args: argparse.Namespace, output: Path) -> float:
         from losa.adapter import attach, masked_linears
         from losa.config import parse_set
         from losa.data import prepare
-        from losa.environment import keep_freed_memory
+        from losa.environment import keep_freed_memory, resolve_device
         from losa.evaluation import perplexity
         from losa.models import max_length
         from losa.training import train
@@ -59,7 +60,8 @@ def ceiling(args: argparse.Namespace, output: Path) -> float:
         overrides = {"model": args.model, "train.data": args.data, "eval.data": args.eval_data, "train.distill": 0}
         config = LosaConfig.load(overrides=overrides | parse_set(args.set))
         model, tokenizer = load(config)
-        config = config.resolve(model.config.hidden_size, max_length(model.config))
+        model.to(resolve_device(config.device))
+        config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
         data = prepare(config, tokenizer)
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         for layer in masked_linears(model).values():
@@ -87,9 +89,8 @@ def main() -> None:
             continue
         record = run_row(args, root / name.replace(" ", "-").replace(":", "-"), sets)
         found, seconds = record["perplexity"], record["seconds"]
-        closed = math.log(found["pruned"] / found["losa"]) / math.log(found["pruned"] / found["dense"])
         figures = [f"{record['sparsity']['achieved']:.2%}", *(f"{found[key]:.2f}" for key in ("dense", "pruned", "losa"))]
-        figures += [f"{closed:.1%}", f"{seconds['training']:.0f}", f"{sum(seconds.values()):.0f}"]
+        figures += [f"{gap_closed(found):.1%}", f"{seconds['training']:.0f}", f"{sum(seconds.values()):.0f}"]
         lines.append(f"| {name} | {' | '.join(figures)} |")
         (root / "table.md").write_text("\n".join(lines) + "\n")
     if not args.only or "dense, fine-tuned" in args.only:

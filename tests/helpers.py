@@ -54,7 +54,7 @@ def toy_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "steps": 3,
         "device": "cpu",
         "calibration": {"sequences": 8, "rmi_sequences": 6, "length": 32},
-        "train": {"data": str(folder / "text.txt"), "tokens": 6400, "length": 32, "lr": 0.01},
+        "train": {"data": str(folder / "text.txt"), "tokens": 6400, "length": 32, "lr": 0.01, "last_share": 0.6},
         "eval": {"length": 32, "windows": 16},
     }
     for key, value in changes.items():

@@ -369,3 +369,32 @@ def test_a_merged_model_can_be_attached_again(tiny_model, token_ids):
     merge(model)
     before = model(ids).logits
     assert torch.equal(attach(model)(ids).logits, before)
+
+
+def test_attaching_again_to_a_pruned_model_keeps_its_zeros(tiny_model):
+    model = attach(tiny_model("llama"))
+    for layer in masked_linears(model).values():
+        layer.set_solution(torch.rand_like(layer.weight) > 0.5)
+    masks = merge(model)
+    attach(model, masks=masks)
+    for name, layer in masked_linears(model).items():
+        torch.nn.init.normal_(layer.lora_B)
+        assert torch.equal(layer.keep_OI, masks[f"{name}.weight"])
+    merge(model)
+    for name, keep in masks.items():
+        assert not model.get_parameter(name)[~keep].any()
+
+
+def test_solvers_see_the_merged_weight_unrounded():
+    layer = MaskedLinear(torch.nn.Linear(32, 16, bias=False).bfloat16(), 4, 2.0, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(layer.lora_B, std=1e-3)
+    before, keep = layer.weight.clone(), torch.rand(16, 32) > 0.3
+    layer.set_solution(keep, layer.merged().where(keep, 0))  # a solver that changes no survivor
+    assert torch.equal(layer.weight[keep], before[keep])
+
+
+def test_merge_reuses_the_memory_of_the_base_weight(tiny_model):
+    model = attach(tiny_model("llama"))
+    before = {name: layer.weight.data_ptr() for name, layer in masked_linears(model).items()}
+    merge(model)
+    assert {name: model.get_submodule(name).weight.data_ptr() for name in before} == before

@@ -178,11 +178,12 @@ def test_exponent_without_a_dot_in_yaml_is_a_number(tmp_path):
 def test_defaults_then_preset_then_file_then_overrides(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("sparsity: 0.6\nsteps: 4\ntrain: {batch_size: 2, warmup: 0.1}\n")
-    overrides = {"sparsity": 0.5, "train.batch_size": 16, "train.lr": None, "pruner": None}
+    overrides = {"sparsity": 0.5, "train.batch_size": 16, "train.samples": None}
     config = LosaConfig.load(str(file), "paper", overrides)
     assert (config.sparsity, config.train.batch_size) == (0.5, 16)  # overrides
     assert (config.steps, config.train.warmup) == (4, 0.1)  # file
-    assert (config.train.lr, config.train.samples) == (2e-4, 10_000)  # preset
+    assert config.train.samples is None  # an override may take a value back
+    assert (config.train.lr, config.train.last_share) == (2e-4, 0.6)  # preset
     assert (config.seed, config.train.accumulation) == (0, 1)  # defaults
     assert config.pruner == "wanda"
 
@@ -216,7 +217,7 @@ def test_missing_file_is_named():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="preset is 'papers', expected one of paper"):
+    with pytest.raises(ValueError, match="preset is 'papers', expected one of one-shot, paper"):
         LosaConfig.load(preset="papers")
 
 

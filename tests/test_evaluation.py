@@ -117,7 +117,7 @@ def test_checkpoint_refuses_a_text_shorter_than_a_window(checkpoint, tmp_path):
 
 
 def test_unusable_device_is_named(checkpoint, text):
-    with pytest.raises(ValueError, match="device 'abacus' is not usable here"):
+    with pytest.raises(ValueError, match="device is 'abacus', expected auto, cpu or cuda"):
         evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="abacus"), str(text), [], None)
 
 

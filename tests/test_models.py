@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from losa.adapter import attach
-from losa.models import block_inputs, block_linears, check_supported, find_decoder, max_length
+from losa.models import block_inputs, block_linears, check_supported, find_decoder, logits_by_block, max_length, place
 
 
 def own_block_outputs(model, ids):
@@ -210,3 +210,26 @@ def test_blocks_called_with_positional_arguments_are_refused(tiny_model, token_i
 def test_the_linears_of_a_block_come_in_order(tiny_model):
     names = list(block_linears(find_decoder(tiny_model("llama")).blocks[0]))
     assert names[:4] == [f"self_attn.{name}_proj" for name in "qkvo"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_block_by_block_equal_the_models_own(family, tiny_model, token_ids):
+    model, ids = tiny_model(family), token_ids(5, 16)
+    found = torch.cat([logits for _, logits in logits_by_block(model, ids, 2, torch.device("cpu"))])
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_placing_with_offload_keeps_blocks_on_the_host(tiny_model):
+    model = tiny_model("llama")
+    place(model, torch.device("meta"), offload=True)
+    decoder = find_decoder(model)
+    assert {p.device.type for p in decoder.blocks.parameters()} == {"cpu"}
+    assert {p.device.type for name, p in model.named_parameters() if not name.startswith(decoder.name)} == {"meta"}
+
+
+def test_a_multi_modal_model_is_refused(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda self, **kwargs: object())
+    with pytest.raises(ValueError, match="multi-modal"):
+        check_supported(model)

@@ -222,13 +222,13 @@ def test_complete_run_is_not_resumed(folder, uninterrupted):
     assert file_bytes(uninterrupted("wanda")) == before
 
 
-def test_run_without_resume_forgets_the_old_stages(folder, uninterrupted, output):
-    other = {"train": {"lr": 0.02}}
-    with pytest.raises(Stop):
-        toy_run(folder, output=str(output), callbacks=(StopAtStep(1),), **other)
-    assert stages(output) == ["01-pruned"]
-    assert latest_stage(output, toy_config(folder, output=str(output), **other).resolve(32, 64))
-    toy_run(folder, output=str(output))
+def test_run_without_resume_leaves_an_interrupted_one_alone(folder, uninterrupted, output):
+    before = stages(output)
+    with pytest.raises(ValueError, match="interrupted run; add --resume, or delete"):
+        toy_run(folder, output=str(output))
+    assert stages(output) == before
+    assert latest_stage(output, toy_config(folder, output=str(output)).resolve(32, 64))
+    toy_run(folder, output=str(output), resume=True)
     assert_same_result(output, uninterrupted("wanda"))
 
 

@@ -288,9 +288,15 @@ def test_model_made_in_memory_can_be_saved(done, tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base(tmp_path, dtype):
-    folder = set_up(tmp_path, dtype=dtype)
+def test_float16_is_not_trained_in(tmp_path):
+    folder = set_up(tmp_path, dtype=torch.float16)
+    with pytest.raises(ValueError, match="gradients underflow in float16"):
+        toy_run(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
+def test_half_precision_base_is_trained_and_saved_in_bfloat16(tmp_path, source):
+    folder, dtype = set_up(tmp_path, dtype=source), torch.bfloat16
     look = Look(folder / "sparse")
     toy_run(folder, callbacks=(look,), steps=2)
     file = tensors(folder / "sparse")
@@ -423,6 +429,11 @@ def planted(tmp_path, change) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def test_verify_accepts_true_zeros(tmp_path):
     verify_zeros(*planted(tmp_path, lambda file: None))
+
+
+def test_verify_accepts_a_layer_that_lost_nothing(tmp_path):
+    directory, masks = planted(tmp_path, lambda file: None)
+    verify_zeros(directory, masks | {"b.weight": torch.ones(3, dtype=torch.bool)})
 
 
 @pytest.mark.parametrize("value", [1e-30, -0.0, float("nan")])

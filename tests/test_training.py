@@ -29,7 +29,7 @@ def masked_model(dtype: torch.dtype = torch.float32):
 
 
 def run_training(model, rows, tmp_path, callbacks=(), **changes):
-    config = TrainConfig(**{"batch_size": 8, "lr": 0.01, **changes})
+    config = TrainConfig(**{"batch_size": 8, "lr": 0.01, "distill": 0.0, **changes})
     return train(model, rows, config, name="training, step 1/1", seed=7, work_dir=tmp_path / "trainer", callbacks=callbacks)
 
 

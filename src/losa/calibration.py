@@ -9,8 +9,7 @@ Legend: `S` sequences, `T` tokens, `H` hidden, `L` blocks, `N` tokens of a batch
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,25 +18,11 @@ from transformers import PreTrainedModel
 
 from losa.adapter import MaskedLinear, dense_mode
 from losa.importance import gram
-from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
+from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
 from losa.progress import progress
-from losa.pruning import Pattern, Pruner
+from losa.pruning import Pattern, Pruner, Solution
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def _on(block: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Has a block on `device` for a while, and puts it back where it was."""
-    home = next(block.parameters()).device
-    if device is None or device == home:
-        yield
-        return
-    block.to(device)
-    try:
-        yield
-    finally:
-        block.to(home)
 
 
 @torch.no_grad()
@@ -55,7 +40,7 @@ def block_grams(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8, dev
     grams = []
     for index, block in enumerate(progress(find_decoder(model).blocks, "importance")):
         grams.append(gram(torch.cat([batch.flatten(1) for batch in stream.hidden])).cpu())
-        with _on(block, device):
+        with on_device(block, device):
             stream.advance(block, index)
     return grams
 
@@ -134,6 +119,7 @@ def prune_blocks(
     share: float = 1.0,
     batch_size: int = 8,
     device: torch.device | None = None,
+    on_solution: Callable[[str, Solution], None] | None = None,
 ) -> list[float]:
     """Prunes every block to its rate, in order; a block sees what the already pruned blocks before it put out.
 
@@ -145,6 +131,7 @@ def prune_blocks(
         rates: ratio of zeros of each block; ignored for n:m patterns.
         share: n:m only, the ratio of the pattern's zeros to set now.
         device: where blocks run, if not where the model is.
+        on_solution: told each layer's name (`block.layer`) and the solver's answer.
 
     Returns:
         The reconstruction error of each block.
@@ -153,16 +140,18 @@ def prune_blocks(
     dense = sparse.clone()
     errors = []
     for index, block in enumerate(progress(find_decoder(model).blocks, f"pruning ({pruner.name})")):
-        with _on(block, device):
+        with on_device(block, device):
             statistics = InputStatistics(pruner)
             statistics.collect(block, index, sparse)
             for name, layer in block_linears(block).items():
                 assert isinstance(layer, MaskedLinear)
                 try:
                     statistic = statistics.of(layer)
-                    solution = pruner.solve(layer.effective().float(), layer.keep_OI, statistic, rates[index], pattern, share)
+                    solution = pruner.solve(layer.merged(), layer.keep_OI, statistic, rates[index], pattern, share)
                 except ValueError as error:
                     raise ValueError(f"block {index}, {name}: {error}") from error
+                if on_solution is not None:
+                    on_solution(f"{index}.{name}", solution)
                 layer.set_solution(solution.keep_OI, solution.weight_OI if pruner.updates_weights else None)
             with dense_mode(block):
                 dense.advance(block, index)

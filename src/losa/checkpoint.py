@@ -151,7 +151,7 @@ def verify_zeros(directory: Path, masks: dict[str, Tensor]) -> None:
         with safe_open(file, "pt") as tensors:
             for key in missing & set(tensors.keys()):
                 pruned = tensors.get_tensor(key).masked_select(~masks[key])
-                wrong = int(pruned.contiguous().view(torch.uint8).view(len(pruned), -1).any(1).sum())
+                wrong = int((pruned.view(-1, 1).view(torch.uint8) != 0).any(1).sum())  # bytes: a negative zero is not zero
                 if wrong:
                     raise RuntimeError(f"{key} in {file.name}: {wrong} pruned weights are not zero; the result is void")
                 missing.discard(key)
@@ -159,27 +159,32 @@ def verify_zeros(directory: Path, masks: dict[str, Tensor]) -> None:
         raise RuntimeError(f"the saved checkpoint lacks {sorted(missing)[0]} and {len(missing) - 1} more pruned tensors")
 
 
-def save_sparse(
-    output: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    masks: dict[str, Tensor],
-    record: dict[str, Any],
-    card: str,
-    source: str,
+def write_verified(
+    output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, masks: dict[str, Tensor], source: str
 ) -> None:
-    """Saves the merged model, verifies the re-opened files, and only then moves them into place.
+    """Saves the merged model beside the stages of `output`, and verifies the re-opened files.
+
+    Args:
+        source: the dense checkpoint, whose sharding is kept.
 
     Raises:
         RuntimeError: a pruned weight of the saved file is not zero; `output` then holds no loadable model.
     """
-    output.mkdir(parents=True, exist_ok=True)
     staging = work_dir(output) / "final"
     shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     model.save_pretrained(staging, max_shard_size=shard_size(source))
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
     verify_zeros(staging, masks)
+
+
+def publish(output: Path, record: dict[str, Any], card: str) -> None:
+    """Moves what `write_verified` left into place, with record and model card, and removes the stages.
+
+    `config.json` and `losa.json` go last: until then, `from_pretrained` refuses the directory.
+    """
+    staging = work_dir(output) / "final"
     (staging / "README.md").write_text(card, encoding="utf-8")
     _write_json(staging / RECORD, record)
     last = ["config.json", RECORD]
@@ -189,6 +194,8 @@ def save_sparse(
         stale.unlink()
     for file in sorted(staging.iterdir(), key=lambda file: (last.index(file.name) if file.name in last else -1, file.name)):
         _sync(file)
+        if (output / file.name).is_dir():
+            shutil.rmtree(output / file.name)
         file.rename(output / file.name)
     _sync(output)
     clear_stages(output)

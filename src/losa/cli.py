@@ -125,7 +125,9 @@ def prune(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name, dense or sparse.")],
-    data: Annotated[str, typer.Option(help="Text to measure on: file, directory or hub dataset.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure on: file, directory or hub dataset; what its run used, when not given.")
+    ] = None,
     length: Annotated[list[int] | None, typer.Option(help="Window in tokens; 2048 and 4096, or what the model allows.")] = None,
     windows: Annotated[int | None, typer.Option(help="Use at most so many windows.")] = None,
     dtype: Annotated[str, typer.Option(help="`auto` (the checkpoint's), `float32`, `bfloat16`, `float16`.")] = "auto",
@@ -134,12 +136,12 @@ def evaluate(
     trust_remote_code: Trust = None,
 ) -> None:
     """Perplexity of a checkpoint on a text, at named window lengths."""
-    from losa.evaluation import evaluate_checkpoint
+    from losa.evaluation.checkpoint import evaluate_checkpoint, recorded_text
     from losa.report.table import perplexity_table
 
     config = _config(None, None, None, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _heavy()
-    results = evaluate_checkpoint(config, data, length or [], windows)
+    results = evaluate_checkpoint(config, data or recorded_text(model), length or [], windows)
     out.print_json(data=results) if as_json else out.print(perplexity_table(results))
 
 

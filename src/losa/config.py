@@ -21,7 +21,7 @@ from losa.allocation import default_delta
 from losa.pruning import Pattern, get_pruner
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
 class _Loader(yaml.SafeLoader):
@@ -173,6 +173,8 @@ class LosaConfig:
         _require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
         _require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
         _require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
+        enough = self.train.samples is None or self.train.samples >= self.steps
+        _require(enough, "train.samples", self.train.samples, f"at least one for each of {self.steps} steps")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
 
@@ -221,7 +223,7 @@ class LosaConfig:
         if preset is not None:
             known = sorted(p.name[:-5] for p in resources.files("losa").joinpath("presets").iterdir())
             _require(preset in known, "preset", preset, "one of " + ", ".join(known))
-            _merge(values, yaml.safe_load(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
+            _merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
         if path is not None:
             try:
                 loaded = _read_yaml(Path(path).read_text("utf-8"))

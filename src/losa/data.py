@@ -230,7 +230,7 @@ class RunData:
     Attributes:
         train: packed blocks `(S, T)`, or samples when `train.samples` is set; None when nothing is to be trained.
         calibration: `(S, T)`.
-        evaluation: `(S, T)`, None when there is no text to measure on.
+        evaluation: `(S, T)`.
     """
 
     train: Tensor | list[dict[str, list[int]]] | None
@@ -245,7 +245,7 @@ class RunData:
         return digest.hexdigest()
 
     def step_rows(self, step: int, shares: Sequence[float]) -> Tensor | list[dict[str, list[int]]]:
-        """The rows of dynamic step `step` (1-based). Steps never share a row."""
+        """The rows of dynamic step `step` (1-based), at least one; steps share none."""
         assert self.train is not None
         rows, bounds = len(self.train), [0]
         for bound in range(1, len(shares) + 1):  # at least one row each
@@ -257,8 +257,8 @@ class RunData:
 def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bool = True) -> RunData:
     """Reads and tokenises the training, calibration and evaluation texts of a resolved configuration.
 
-    What is not given is taken from the training text: 2 % of its shuffled pieces for evaluation, never trained on, and pieces
-    from the other end for calibration.
+    What is not given is taken from the training text: 2 % of its documents (or the end of a single one) for evaluation, never
+    trained on, and pieces of the rest for calibration.
 
     Raises:
         ValueError: a text is missing, unreadable or too short.
@@ -266,14 +266,13 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
     calibrating, evaluating = config.calibration, config.eval
     assert calibrating.length is not None and evaluating.length is not None
     source = str(config.train.data or calibrating.data)
-    parts = pieces(load_documents(source), config.seed)
+    documents = load_documents(source)
     if evaluating.data is None:
-        held = max(1, len(parts) // 50)
-        evaluation, parts = "\n\n".join(parts[:held]), parts[held:]
-        if not parts:
-            raise ValueError(f"{source} is too short to hold a part out; give a text to evaluate on with --eval-data")
+        documents, held = hold_out(documents, config.seed)
+        evaluation = "\n\n".join(held)
     else:
         evaluation = evaluation_text(evaluating.data)
+    parts = pieces(documents, config.seed)
     train = _training_rows(config, parts, tokenizer) if training else None
     own_text = calibrating.data is not None and calibrating.data != source
     text = pieces(load_documents(str(calibrating.data)), config.seed) if own_text else parts[::-1]
@@ -283,6 +282,23 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
         calibration=calibration_windows(text, tokenizer, calibrating.length, count),
         evaluation=windows(evaluation, tokenizer, evaluating.length, evaluating.windows),
     )
+
+
+def hold_out(documents: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Documents to learn from, and 2 % of them (at least one) to measure on; of a single document, its end.
+
+    Raises:
+        ValueError: a single document that is too short to be cut.
+    """
+    if len(documents) > 1:
+        shuffled = random.Random(seed).sample(documents, len(documents))
+        count = max(1, len(shuffled) // 50)
+        return shuffled[count:], shuffled[:count]
+    parts = list(_cut(documents[0]))
+    if len(parts) < 2:
+        raise ValueError("the training text is too short to hold a part out; give a text to evaluate on with --eval-data")
+    count = max(1, len(parts) // 50)
+    return parts[:-count], parts[-count:]
 
 
 def _training_rows(

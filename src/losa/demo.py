@@ -1,7 +1,7 @@
 """The main job on a model and a text that ship with the package: offline, about two minutes on two CPU cores.
 
 The model is a small real Llama trained on 94 English novels (`demo_assets/novels-4m`, with its card); the texts are excerpts of
-25 of these novels to train on, and of three that the model never saw to measure on.
+24 of these novels to train on, and of three that the model never saw to measure on.
 """
 
 from dataclasses import dataclass

@@ -34,10 +34,12 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one.
 
     Raises:
-        ValueError: no such device here, or one of several by its number.
+        ValueError: no such device here, or another kind of name.
     """
-    if ":" in name:
-        raise ValueError(f"device is {name!r}; to choose a GPU, set CUDA_VISIBLE_DEVICES={name.split(':')[1]} and use 'cuda'")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device is {name!r}, expected auto, cpu or cuda; to choose one of several GPUs, set CUDA_VISIBLE_DEVICES"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -21,7 +21,8 @@ from losa.allocation import allocate_ranks, cubic_sparsity, layer_rates
 from losa.calibration import block_grams, prune_blocks
 from losa.config import LosaConfig
 from losa.importance import cka_matrix, rmi_importance
-from losa.pruning import Pattern, get_pruner
+from losa.pruning import Pattern, Solution, get_pruner
+from losa.pruning.sparsegpt import DAMPING
 from losa.session import Session
 from losa.training import train
 
@@ -44,8 +45,8 @@ def run(
         callbacks: `transformers.TrainerCallback`s, passed to every training.
 
     Returns:
-        The sparse model, of the class it came with and without any trace of this package; what happened is in its attribute
-        `losa_record`, the content of `losa.json`.
+        The sparse model, of the class it came with. What happened is in its attribute `losa_record`, the content of
+        `losa.json`; its keep-masks, by parameter name, are in `losa_masks`.
 
     Raises:
         ValueError: something in the request is wrong; raised before the first pruning.
@@ -96,25 +97,41 @@ def sparsify(session: Session, step: int) -> None:
         previous = session.record["steps"][-1]["rates"] if session.record["steps"] else None
         rates = layer_rates(importance, session.decoder.sizes(), target, config.delta, previous)
     with session.timed("pruning"):
-        errors = _prune_to(session, rates, share=target / config.sparsity)
+        errors, damping = _prune_to(session, rates, share=target / config.sparsity)
     omega = config.adapter.omega(step, config.steps)
     uniform = config.adapter.allocation == "uniform"
     ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, omega, config.adapter.max_rank)
     session.set_ranks(ranks)
     session.record["steps"].append(
-        {"step": step, "target": target, "importance": importance, "rates": rates, "errors": errors, "ranks": ranks}
+        {
+            "step": step,
+            "target": target,
+            "importance": importance,
+            "rates": rates,
+            "errors": errors,
+            "ranks": ranks,
+            "raised_damping": damping,
+        }
     )
 
 
-def _prune_to(session: Session, rates: Sequence[float], share: float) -> list[float]:
+def _prune_to(session: Session, rates: Sequence[float], share: float) -> tuple[list[float], dict[str, float]]:
+    """Prunes to `rates`; returns the errors, and the damping of the layers where SparseGPT had to raise it."""
+    raised: dict[str, float] = {}
+
+    def note(name: str, solution: Solution) -> None:
+        if solution.damping is not None and solution.damping > DAMPING:
+            raised[name] = solution.damping
+
     config = session.config
     ids_ST = session.data.calibration[: config.calibration.sequences]
     pruner, pattern = get_pruner(config.pruner), Pattern.parse(config.pattern)
-    return prune_blocks(session.model, ids_ST, rates, pruner, pattern, share, device=session.device)
+    errors = prune_blocks(session.model, ids_ST, rates, pruner, pattern, share, device=session.device, on_solution=note)
+    return errors, raised
 
 
 def adapt(session: Session, step: int) -> None:
-    """Second half: trains the adapters under the mask, on rows no other step sees."""
+    """Second half: trains the adapters under the mask, on this step's share of the rows."""
     config = session.config
     rows = session.data.step_rows(step, config.train.shares(config.steps))
     with session.timed("training"), session.whole_model() as model, TemporaryDirectory() as scratch:
@@ -124,6 +141,6 @@ def adapt(session: Session, step: int) -> None:
             config.train,
             name=f"training, step {step}/{config.steps}",
             seed=(config.seed * 1000 + step) % 2**32,
-            work_dir=Path(config.output or scratch) / ".losa" / "trainer",
+            work_dir=Path(config.output, "logs") if config.output and config.train.report_to != "none" else Path(scratch),
             callbacks=session.callbacks,
         )

@@ -5,7 +5,7 @@ is one of its entries; what a block is called with (rotary embeddings, masks of 
 is recorded from the model's own forward, block by block, so nothing here repeats what a modelling file does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,13 +85,15 @@ def check_supported(model: PreTrainedModel) -> None:
     """Refuses, in one sentence, what LoSA cannot prune honestly.
 
     Raises:
-        ValueError: quantised base, Conv1D, fused experts, encoder-decoder, weights that are not finite or not float.
+        ValueError: quantised base, Conv1D, fused experts, encoder-decoder, multi-modal, weights that are not finite or not float.
     """
     kind = type(model).__name__
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{kind} is quantised; LoSA prunes bf16, fp16 or fp32 weights, so load the original checkpoint")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder; LoSA supports causal language models")
+    if model.config.get_text_config() is not model.config:
+        raise ValueError(f"{kind} is multi-modal; LoSA takes text models, so load its language model alone")
     decoder = find_decoder(model)
     for name, parameter in decoder.blocks.named_parameters():
         if parameter.ndim == 3:
@@ -163,6 +165,18 @@ class _Recorder:
         return hidden_states
 
 
+@contextmanager
+def _stand_ins(blocks: nn.ModuleList, forwards: Sequence[Any]) -> Iterator[None]:
+    """Replaces every block's forward for a while."""
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)  # the class's own forward shows again
+
+
 @torch.no_grad()
 def block_inputs(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8) -> BlockInputs:
     """Embeds the sequences and records how each block is called, without running any block.
@@ -178,15 +192,56 @@ def block_inputs(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8) ->
     recorders = [_Recorder() for _ in blocks]
     ids_ST = ids_ST.to(model.get_input_embeddings().weight.device)
     hidden = []
-    try:
-        for block, recorder in zip(blocks, recorders, strict=True):
-            block.forward = recorder
+    with _stand_ins(blocks, recorders):
         for batch in ids_ST.split(batch_size):
             model(input_ids=batch, use_cache=False, logits_to_keep=1)
             assert recorders[0].hidden is not None
             hidden.append(recorders[0].hidden)
         model(input_ids=ids_ST[:1], use_cache=False, logits_to_keep=1)
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own forward shows again
     return BlockInputs(hidden, [recorder.kwargs for recorder in recorders])
+
+
+@torch.no_grad()
+def logits_by_block(
+    model: PreTrainedModel, ids_ST: Tensor, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of ids and their logits, with one block at a time on the device: all sequences go through it, then the next.
+
+    What follows the last block (a norm, the head) is the model's own forward, every block passing on the stream's state.
+    """
+    blocks = find_decoder(model).blocks
+    stream = block_inputs(model, ids_ST, batch_size)
+    for index, block in enumerate(blocks):
+        with on_device(block, device):
+            stream.advance(block, index)
+    for batch, hidden in zip(ids_ST.split(batch_size), stream.hidden, strict=True):
+        ids = batch.to(hidden.device)
+        with _stand_ins(blocks, [lambda *args, hidden=hidden, **kwargs: hidden] * len(blocks)):
+            yield ids, model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def on_device(block: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Has a block on `device` for a while, and puts it back where it was."""
+    home = next(block.parameters()).device
+    if device is None or device == home:
+        yield
+        return
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
+
+
+def place(model: PreTrainedModel, device: torch.device, offload: bool) -> None:
+    """Puts the model on the device; with `offload`, its decoder blocks stay on the host and only the rest goes."""
+    if not offload:
+        model.to(device)
+        return
+    blocks = find_decoder(model).blocks
+    blocks.to("cpu")
+    inside = set(blocks.modules())
+    for module in model.modules():
+        if module not in inside:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)

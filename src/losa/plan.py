@@ -39,11 +39,13 @@ class Plan:
     masks: int
     dense_copy: int  # host; SparseGPT changes the base weights, so the dense ones are kept for reconstruction errors
     adapters: int  # float32 values, gradients and both Adam moments
-    activations: int  # one training forward
+    activations: int  # one training forward, distillation included
     calibration: int  # two streams of hidden states, one block's statistics
     transient: int  # the largest layer's merged weight and gradient in float32, or the largest logits
     peak_memory: int
     available_memory: int
+    host_memory: int  # the model is loaded here first; the same as peak_memory on a CPU
+    available_host: int
     disk: int
     available_disk: int
     seconds: float  # at least
@@ -51,8 +53,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether both memory and disk suffice."""
-        return self.peak_memory <= self.available_memory and self.disk <= self.available_disk
+        """Whether memory, on the device and on the host, and disk suffice."""
+        memory = self.peak_memory <= self.available_memory and self.host_memory <= self.available_host
+        return memory and self.disk <= self.available_disk
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, for JSON."""
@@ -83,11 +86,16 @@ def plan(config: LosaConfig) -> Plan:
     activations = training_activations(model_config, config, dtype, device)
     tokens = config.train.batch_size * (config.train.length or 0)
     logits = tokens * text_config.vocab_size
+    activations += 3 * 4 * logits if config.train.distill else 0  # student's and teacher's log-probabilities, and their product
     weights, masks = parameters * dtype.itemsize, prunable
     dense_copy = prunable * dtype.itemsize if config.pruner == "sparsegpt" else 0
     transient = max(3 * 4 * largest, 2 * 4 * logits)
-    resident = RUNTIME_BYTES + weights + masks + (dense_copy if device.type == "cpu" else 0)
-    peak = resident + max(16 * adapter_values + activations + transient, 4 * adapter_values + calibration + transient)
+    # The dense copy is on the host, except while a distilling teacher uses it. Offload keeps all blocks but one on the host.
+    on_host = device.type == "cpu"
+    training = weights + masks + (dense_copy if on_host or config.train.distill else 0) + 16 * adapter_values + activations
+    at_rest = (prunable * dtype.itemsize + masks + 4 * adapter_values) * (1 - 1 / len(decoder.blocks)) * config.offload
+    calibrating = weights + masks + (dense_copy if on_host else 0) + 4 * adapter_values + calibration - int(at_rest)
+    peak = RUNTIME_BYTES + transient + max(training, calibrating)
     disk = weights + prunable // 8 + 4 * adapter_values + dense_copy
     output = Path(config.output or ".").absolute()
     existing = next(parent for parent in (output, *output.parents) if parent.exists())
@@ -103,6 +111,8 @@ def plan(config: LosaConfig) -> Plan:
         transient=transient,
         peak_memory=peak,
         available_memory=_free_memory(device),
+        host_memory=peak if on_host else RUNTIME_BYTES + weights + dense_copy,
+        available_host=_free_memory(torch.device("cpu")),
         disk=disk,
         available_disk=shutil.disk_usage(existing).free,
         seconds=_flops(config, decoder, text_config.vocab_size * text_config.hidden_size)
@@ -115,7 +125,7 @@ def _dtype(config: LosaConfig, model_config: Any) -> torch.dtype:
     own = getattr(model_config, "dtype", None) or torch.float32
     dtype = own if config.dtype == "auto" else getattr(torch, config.dtype)
     assert isinstance(dtype, torch.dtype)
-    return dtype
+    return torch.bfloat16 if dtype == torch.float16 else dtype  # as session.check_precision does
 
 
 def training_activations(model_config: Any, config: LosaConfig, dtype: torch.dtype, device: torch.device) -> int:
@@ -170,7 +180,8 @@ def _flops(config: LosaConfig, decoder: Decoder, head: int) -> float:
     """Large products only: training is 6 flops a token and weight, a forward 2; attention scores are left out."""
     prunable = sum(decoder.sizes())
     rows = config.train.samples or config.train.tokens // (config.train.length or 1)
-    trained = rows * (config.train.length or 0) * (6 * prunable + 4 * head)
+    teacher = 2 * (prunable + head) if config.train.distill else 0
+    trained = rows * (config.train.length or 0) * (6 * prunable + 4 * head + teacher)
     calibrated = config.calibration.sequences * (config.calibration.length or 0) * 2 * prunable
     rmi = config.calibration.rmi_sequences * (config.calibration.length or 0) * 2 * prunable
     return trained + (config.steps + 1) * 3 * calibrated + config.steps * rmi

@@ -21,7 +21,7 @@ from losa.config import LosaConfig
 from losa.data import RunData, check_sources, prepare
 from losa.environment import resolve_device, versions
 from losa.evaluation import perplexity
-from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length
+from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
 from losa.pruning import Pattern
 from losa.report.card import model_card
 
@@ -63,6 +63,8 @@ class Session:
         check_request(config, training=kind == "run", resume=resume)
         check_supported(model)
         check_pattern(find_decoder(model), Pattern.parse(config.pattern))
+        if kind == "run":
+            check_precision(model, config)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
         logger.info("configuration:\n%s", config.to_yaml())
         device = resolve_device(config.device)
@@ -81,7 +83,7 @@ class Session:
         elif output:
             checkpoint.clear_stages(output)
         model.eval()
-        model.to("cpu" if config.offload else device)
+        place(model, device, config.offload)
         return session
 
     def _restore(self, output: Path, manifest: dict[str, Any]) -> None:
@@ -107,11 +109,10 @@ class Session:
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:
-        """The model, all of it on the device."""
+        """The model, all of it on the device, as training needs it."""
         self.model.to(self.device)
         yield self.model
-        if self.config.offload:
-            self.model.to("cpu")
+        place(self.model, self.device, self.config.offload)
 
     def phase(self, name: str, work: Callable[..., None], *args: Any) -> None:
         """Does `work(session, *args)` unless a resumed run has it behind it, and saves a stage afterwards.
@@ -128,8 +129,10 @@ class Session:
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`."""
-        with self.timed("evaluation"), self.whole_model() as model:
-            self.record["perplexity"][name] = perplexity(model, self.data.evaluation, label=f"perplexity ({name})")
+        device = self.device if self.config.offload else None
+        with self.timed("evaluation"):
+            value = perplexity(self.model, self.data.evaluation, label=f"perplexity ({name})", device=device)
+        self.record["perplexity"][name] = value
         logger.info("perplexity, %s: %.3f", name, self.record["perplexity"][name])
 
     def set_ranks(self, ranks: Sequence[int]) -> None:
@@ -139,9 +142,8 @@ class Session:
                 layer.set_rank(rank)  # type: ignore[operator]
 
     def finish(self, measure: str) -> PreTrainedModel:
-        """Merges, measures, saves and verifies. The record becomes the model's attribute `losa_record`."""
-        with self.timed("saving"):
-            masks = merge(self.model)
+        """Merges, measures, saves and verifies. Record and masks become the attributes `losa_record` and `losa_masks`."""
+        masks = merge(self.model)
         self.measure(measure)
         pruned = sum(int((~keep).sum()) for keep in masks.values())
         total = sum(keep.numel() for keep in masks.values())
@@ -159,10 +161,25 @@ class Session:
         }
         if self.config.output:
             output = Path(self.config.output)
-            card = model_card(self.record, output.name)
-            checkpoint.save_sparse(output, self.model, self.tokenizer, masks, self.record, card, self.config.model)
-        setattr(self.model, "losa_record", self.record)  # noqa: B010 - PreTrainedModel declares no such attribute
+            with self.timed("saving"):
+                checkpoint.write_verified(output, self.model, self.tokenizer, masks, self.config.model)
+            checkpoint.publish(output, self.record, model_card(self.record, output.name))
+        vars(self.model).update(losa_record=self.record, losa_masks=masks)
         return self.model
+
+
+def check_precision(model: PreTrainedModel, config: LosaConfig) -> None:
+    """Trains a float16 checkpoint in bfloat16: in float16, without loss scaling, most of a token's gradient is below the
+    smallest number.
+
+    Raises:
+        ValueError: float16 was asked for.
+    """
+    if config.dtype == "float16":
+        raise ValueError("dtype is 'float16', expected bfloat16 or float32: gradients underflow in float16")
+    if model.dtype == torch.float16:
+        logger.warning("the checkpoint is float16; training and saving it in bfloat16, as gradients underflow in float16")
+        model.to(torch.bfloat16)
 
 
 def check_pattern(decoder: Decoder, pattern: Pattern) -> None:
@@ -184,16 +201,21 @@ def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -
         ValueError: a text is missing; the output is a file, the source model, someone's files, or a finished run to be resumed.
     """
     check_sources(config, training)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("losa runs in one process; start it without torchrun or accelerate launch")
     if config.output is None:
         return
     output = Path(config.output)
     if output.is_file() or (config.model and output.resolve() == Path(config.model).resolve()):
         raise ValueError(f"output {output} is {'a file' if output.is_file() else 'the model itself'}; choose another directory")
-    finished, started = (output / checkpoint.RECORD).exists(), checkpoint.work_dir(output).exists()
+    finished, started = (output / checkpoint.RECORD).exists(), any(checkpoint.work_dir(output).glob(f"*/{checkpoint.MANIFEST}"))
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"cannot create {output}: {existing} is not a directory that can be written to")
-    if output.is_dir() and any(output.iterdir()) and not (finished or started):
+    if started and not resume:
+        raise ValueError(f"output {output} holds an interrupted run; add --resume, or delete {checkpoint.work_dir(output)}")
+    ours = finished or checkpoint.work_dir(output).exists()
+    if output.is_dir() and any(output.iterdir()) and not ours:
         raise ValueError(f"output {output} is not empty and not an earlier run; choose another directory")
     if resume and finished and not started:
         raise ValueError(f"the run in {output} is complete; there is nothing to resume")

@@ -8,6 +8,7 @@ Legend: `S` rows, `T` tokens of each.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from losa.adapter import dense_mode
+from losa.adapter import dense_mode, dense_weights_on_device
 from losa.config import TrainConfig
 from losa.distillation import kl_divergence
 from losa.progress import progress
@@ -106,8 +107,10 @@ class LosaTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.distill:
             unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
+            model.eval()  # no dropout in the teacher
             with torch.no_grad(), dense_mode(model):
                 teacher_BTV = model(**unlabelled).logits
+            model.train()
             tokens = kwargs.get("num_items_in_batch")
             tokens = (inputs["labels"][:, 1:] != -100).sum() if tokens is None else tokens
             kl = kl_divergence(outputs["logits"], teacher_BTV, inputs["labels"], self.temperature) / tokens
@@ -171,7 +174,7 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for accelerate launch; DataParallel would copy the model to each
+    args._n_gpu = min(args.n_gpu, 1)  # one device: DataParallel would copy the model to every visible GPU
     guard = _Guard(name, config.lr)
     use_cache = model.config.use_cache  # the Trainer sets it to False when it is made
     trainer = LosaTrainer(
@@ -186,7 +189,8 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        trainer.train()
+        with dense_weights_on_device(model) if config.distill else nullcontext():
+            trainer.train()
     except torch.OutOfMemoryError as error:
         knobs = f"train.batch_size ({config.batch_size}), train.length, or set train.gradient_checkpointing: true"
         raise torch.OutOfMemoryError(f"{name} ran out of memory; lower {knobs}. {error}") from error

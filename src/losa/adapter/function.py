@@ -21,13 +21,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def effective_weight(W_OI: Tensor, M_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """`M * (W + s B A)` in the dtype of `W`, summed in that of the adapters; +0 (bitwise) wherever the mask is False.
+def merged_weight(W_OI: Tensor, M_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """`M * (W + s B A)` in the dtype of the adapters; +0 (bitwise) wherever the mask is False.
 
     This is the only place that forms the merged weight: training, calibration, evaluation and the saved file agree.
     """
-    merged_OI = torch.addmm(W_OI.to(A_RI.dtype), B_OR, A_RI, alpha=scale)
-    return merged_OI.masked_fill_(~M_OI, 0.0).to(W_OI.dtype)
+    return torch.addmm(W_OI.to(A_RI.dtype), B_OR, A_RI, alpha=scale).masked_fill_(~M_OI, 0.0)
+
+
+def effective_weight(W_OI: Tensor, M_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """The merged weight, cast once to the dtype of `W`."""
+    return merged_weight(W_OI, M_OI, A_RI, B_OR, scale).to(W_OI.dtype)
 
 
 class MaskedLowRankLinear(torch.autograd.Function):

@@ -11,14 +11,14 @@ Legend: `O` out_features, `I` in_features, `R` active rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa.adapter.function import MaskedLowRankLinear, effective_weight
+from losa.adapter.function import MaskedLowRankLinear, effective_weight, merged_weight
 from losa.models import check_supported, find_decoder
 
 
@@ -32,7 +32,7 @@ class MaskedLinear(nn.Linear):
         rank: active rank; rows of `lora_A` at and above it do nothing.
         scale: `alpha / r`, the same at every rank.
         dense_OI: the original weight, on the host, kept from the moment the base first differs from it.
-        dense: when True, forward runs the original dense layer (the teacher of reconstruction errors).
+        dense: when True, forward runs the original dense layer (for reconstruction errors and distillation).
     """
 
     keep_OI: Tensor
@@ -59,6 +59,10 @@ class MaskedLinear(nn.Linear):
     def factors(self) -> tuple[Tensor, Tensor]:
         """The active slices of A `(R, I)` and B `(O, R)`."""
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+
+    def merged(self) -> Tensor:
+        """The merged weight before it is cast, `(O, I)`: what solvers work on, so that no base weight is rounded on the way."""
+        return merged_weight(self.weight, self.keep_OI, *self.factors, self.scale)
 
     def effective(self) -> Tensor:
         """The merged weight, `(O, I)` in the base dtype, bitwise zero outside the mask."""
@@ -147,12 +151,35 @@ def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def attach(model: PreTrainedModel, max_rank: int = 16, scale: float = 2.0, seed: int = 0) -> PreTrainedModel:
+@contextmanager
+def dense_weights_on_device(model: nn.Module) -> Iterator[None]:
+    """Has the dense originals beside the changed base weights for a while, where every forward of the teacher needs them."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLinear) and layer.dense_OI is not None]
+    for layer in layers:
+        assert layer.dense_OI is not None
+        layer.dense_OI = layer.dense_OI.to(layer.weight.device)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            assert layer.dense_OI is not None
+            layer.dense_OI = layer.dense_OI.cpu()
+
+
+def attach(
+    model: PreTrainedModel,
+    max_rank: int = 16,
+    scale: float = 2.0,
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
+) -> PreTrainedModel:
     """Replaces, in place, every linear layer of every decoder block by a `MaskedLinear`, and freezes all else.
 
-    The model computes what it did before: masks are full, `B` is zero.
+    The model computes what it did before: `B` is zero, and masks are full or those of its zeros.
 
     Args:
+        masks: keep-masks by parameter name, as `merge` returns them, of a model that is sparse already: without them the
+            adapters would fill its zeros. `prune` and `run` leave them in the model's attribute `losa_masks`, the default here.
         max_rank: rows allocated for each adapter, the largest rank any block can be given.
         scale: `alpha / r`.
         seed: of the initial `A`; drawn on the CPU, so the same on every device.
@@ -163,8 +190,12 @@ def attach(model: PreTrainedModel, max_rank: int = 16, scale: float = 2.0, seed:
     check_supported(model)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
+    masks = getattr(model, "losa_masks", {}) if masks is None else masks
     for name, linear in find_decoder(model).linears().items():
-        _replace(model, name, MaskedLinear(linear, max_rank, scale, generator))
+        layer = MaskedLinear(linear, max_rank, scale, generator)
+        if (keep_OI := masks.get(f"{name}.weight")) is not None:
+            layer.set_solution(keep_OI.to(layer.weight.device))
+        _replace(model, name, layer)
     return model
 
 
@@ -181,7 +212,8 @@ def merge(model: PreTrainedModel) -> dict[str, Tensor]:
     masks = {}
     for name, layer in masked_linears(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.effective(), requires_grad=False)
+        layer.weight.copy_(layer.effective())  # in place: the old layers live until the loop ends
+        linear.weight, layer.dense_OI = layer.weight, None
         if layer.bias is not None:
             linear.bias = layer.bias
         _replace(model, name, linear)

@@ -1,7 +1,9 @@
 """`losa eval`: a checkpoint, a text, a table."""
 
+from pathlib import Path
 from typing import Any
 
+from losa.checkpoint import RECORD, read_record
 from losa.config import LosaConfig
 from losa.data import evaluation_text, windows
 from losa.environment import resolve_device
@@ -41,3 +43,16 @@ def evaluate_checkpoint(config: LosaConfig, data: str, lengths: list[int], most:
         value = perplexity(model, ids_ST, label=f"perplexity at {length}")
         results.append({"model": config.model, "data": data, "window": length, "windows": len(ids_ST), "perplexity": value})
     return results
+
+
+def recorded_text(directory: str) -> str:
+    """The text that the run which made a checkpoint was evaluated on.
+
+    Raises:
+        ValueError: no record of a run there, or it used a part of its training text.
+    """
+    record = Path(directory) / RECORD
+    text = read_record(Path(directory))["config"]["eval"]["data"] if record.is_file() else None
+    if text is None:
+        raise ValueError(f"{directory} names no evaluation text; give one with --data")
+    return str(text)

@@ -8,17 +8,29 @@ Legend: `S` windows, `T` tokens of each, `V` vocabulary.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from losa.models import logits_by_block
 from losa.progress import progress
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 4, label: str = "perplexity") -> float:
+def perplexity(
+    model: PreTrainedModel,
+    ids_ST: Tensor,
+    batch_size: int = 4,
+    label: str = "perplexity",
+    device: torch.device | None = None,
+) -> float:
     """Token perplexity of the windows `ids_ST`; log-probabilities in float32, their sum in float64.
+
+    Args:
+        device: run with one decoder block at a time on this device, for a model whose blocks are on the host.
 
     Raises:
         ValueError: no windows, or windows of fewer than two tokens.
@@ -27,12 +39,17 @@ def perplexity(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 4, labe
         raise ValueError(f"windows have shape {tuple(ids_ST.shape)}, expected (windows >= 1, tokens >= 2)")
     was_training = model.training
     model.eval()
-    device = model.get_input_embeddings().weight.device
+    batches = _logits(model, ids_ST, batch_size) if device is None else logits_by_block(model, ids_ST, batch_size, device)
     total = 0.0
-    for batch in progress(ids_ST.split(batch_size), label):
-        ids = batch.to(device)
-        logits_BTV = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    for ids, logits_BTV in progress(batches, label, total=-(-len(ids_ST) // batch_size)):
+        loss = cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         total += loss.double().sum().item()
     model.train(was_training)
     return math.exp(total / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
+
+
+def _logits(model: PreTrainedModel, ids_ST: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    device = model.get_input_embeddings().weight.device
+    for batch in ids_ST.split(batch_size):
+        ids = batch.to(device)
+        yield ids, model(input_ids=ids, use_cache=False).logits

@@ -1,6 +1,7 @@
 """Tables for the terminal, made of records and plans. Nothing here computes a result."""
 
 from collections.abc import Iterable, Mapping
+from math import log
 from typing import Any
 
 from rich.console import Group
@@ -44,8 +45,6 @@ def summary(record: dict[str, Any]) -> Group:
 
 def gap_closed(found: Mapping[str, float]) -> float:
     """Share of the log-perplexity that pruning lost and training won back; above 1 is better than dense."""
-    from math import log
-
     return log(found["pruned"] / found["losa"]) / log(found["pruned"] / found["dense"])
 
 
@@ -97,6 +96,7 @@ def plan_table(plan: Plan) -> Group:
         table.add_row(name.replace("_", " "), size(getattr(plan, name)))
     table.add_section()
     table.add_row("peak memory", f"{size(plan.peak_memory)} of {size(plan.available_memory)} available", style="bold")
+    table.add_row("host memory", f"{size(plan.host_memory)} of {size(plan.available_host)} available", style="bold")
     table.add_row("disk", f"{size(plan.disk)} of {size(plan.available_disk)} available", style="bold")
     table.add_row("time", f"at least {duration(plan.seconds)}, at the speed this device multiplies now", style="bold")
     return Group(table, "it fits" if plan.fits else "[bold red]it does not fit[/]; lower train.batch_size or train.length")
