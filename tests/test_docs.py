@@ -91,3 +91,7 @@ def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_readme_has_no_placeholder():
+    assert not re.search(r"^[A-Z]+(_[A-Z]+)*$", README, re.MULTILINE)

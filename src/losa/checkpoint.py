@@ -187,12 +187,14 @@ def publish(output: Path, record: dict[str, Any], card: str) -> None:
     staging = work_dir(output) / "final"
     (staging / "README.md").write_text(card, encoding="utf-8")
     _write_json(staging / RECORD, record)
-    last = ["config.json", RECORD]
+    last, readable = ["config.json", RECORD], (staging / "config.json").stat().st_mode
     for name in last:
         (output / name).unlink(missing_ok=True)
     for stale in output.glob("*.safetensors*"):
         stale.unlink()
     for file in sorted(staging.iterdir(), key=lambda file: (last.index(file.name) if file.name in last else -1, file.name)):
+        if file.is_file():
+            file.chmod(readable)  # safetensors writes its files for their owner alone
         _sync(file)
         if (output / file.name).is_dir():
             shutil.rmtree(output / file.name)

@@ -195,6 +195,7 @@ def doctor() -> None:
     from losa.doctor import environment, self_test
     from losa.report.table import pairs
 
+    _heavy(logging.WARNING)
     out.print(pairs("environment", environment()))
     out.print(pairs("self-test: passed", {key: f"{value:.4f}" for key, value in self_test().items()}))
 
