@@ -306,7 +306,7 @@ def test_reset_restores_dense_logits(tiny_model, token_ids):
         learned(layer)
         layer.set_solution(torch.rand_like(layer.weight) > 0.5, torch.randn_like(layer.weight))
         layer.set_rank(3)
-        layer.reset()
+        layer.reset(torch.ones_like(layer.keep_OI))
     assert torch.equal(model(ids).logits, before)
 
 

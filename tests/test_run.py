@@ -417,6 +417,26 @@ def test_documents_can_be_samples(done, tmp_path):
     assert found["losa"] < found["pruned"]
 
 
+def test_a_model_pruned_in_memory_keeps_its_zeros_through_a_run(tmp_path):
+    folder = set_up(tmp_path)
+    config = toy_config(folder, output=None, sparsity=0.5, delta=0.0, steps=1)
+    model = prune(*load(config), config)
+    before = model.losa_masks
+    config = toy_config(folder, output=None, steps=2)
+    after = run(model, load(config)[1], config).losa_masks
+    for name, keep in before.items():
+        assert not (after[name] & ~keep).any()
+        assert not model.get_parameter(name)[~keep].any()
+
+
+def test_offload_gives_the_same_model(done, tmp_path):
+    folder, _, _ = done
+    toy_run(folder, output=str(tmp_path / "sparse"), offload=True)
+    expected = tensors(folder / "sparse")
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "sparse").items())
+    assert record_of(tmp_path / "sparse")["perplexity"] == pytest.approx(record_of(folder / "sparse")["perplexity"], rel=1e-6)
+
+
 def planted(tmp_path, change) -> tuple[Path, dict[str, torch.Tensor]]:
     keep = torch.ones(4, 6, dtype=torch.bool)
     keep[1, 2:5] = False

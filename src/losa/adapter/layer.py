@@ -119,12 +119,12 @@ class MaskedLinear(nn.Linear):
             self._set_base(weight_OI)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the dense layer it was made from; the adapter's `B` to zero."""
+    def reset(self, keep_OI: Tensor) -> None:
+        """Back to the layer it was made from, with the mask it had then; the adapter's `B` to zero."""
         if self.dense_OI is not None:
             self.weight.copy_(self.dense_OI)
             self.dense_OI = None
-        self.keep_OI.fill_(True)
+        self.keep_OI.copy_(keep_OI)
         self.lora_B.zero_()
 
 
