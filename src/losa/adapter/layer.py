@@ -128,15 +128,15 @@ class MaskedLinear(nn.Linear):
         self.lora_B.zero_()
 
 
-def masked_linears(model: PreTrainedModel) -> dict[str, MaskedLinear]:
-    """The masked layers of a model by name, in the model's order."""
+def masked_linears(model: nn.Module) -> dict[str, MaskedLinear]:
+    """The masked layers of a model, or of one block, by name, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
 
 
 @contextmanager
 def dense_mode(module: nn.Module) -> Iterator[None]:
     """Lets a model, or one block of it, compute what the dense model computes: no mask, no adapter, the original weights."""
-    layers = [layer for layer in module.modules() if isinstance(layer, MaskedLinear)]
+    layers = masked_linears(module).values()
     for layer in layers:
         layer.dense = True
     try:
@@ -154,7 +154,7 @@ def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
 @contextmanager
 def dense_weights_on_device(model: nn.Module) -> Iterator[None]:
     """Has the dense originals beside the changed base weights for a while, where every forward of the teacher needs them."""
-    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLinear) and layer.dense_OI is not None]
+    layers = [layer for layer in masked_linears(model).values() if layer.dense_OI is not None]
     for layer in layers:
         assert layer.dense_OI is not None
         layer.dense_OI = layer.dense_OI.to(layer.weight.device)
