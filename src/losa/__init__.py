@@ -1,6 +1,7 @@
 """LoSA: sparse language models with their quality recovered.
 
-`run` is the method; `prune`, `attach` and `merge` are its stages, one by one. Names are imported when first used, so that
+`run` is the method; `prune`, `attach` and `merge` are its stages, one by one. `load` opens what they made, packed or not;
+`SparseConfig` is the plug-in for transformers' own `from_pretrained`. Names are imported when first used, so that
 `import losa` and `losa --help` do not wait for torch.
 """
 
@@ -12,9 +13,13 @@ if TYPE_CHECKING:
     from losa.config import LosaConfig
     from losa.method import prune, run
     from losa.models import load
+    from losa.runtime.header import SparseConfig
+    from losa.runtime.linear import SparseLinear
 
 _HOMES = {
     "LosaConfig": "losa.config",
+    "SparseConfig": "losa.runtime.plugin",  # where it is registered with transformers
+    "SparseLinear": "losa.runtime.linear",
     "attach": "losa.adapter",
     "load": "losa.models",
     "merge": "losa.adapter",
@@ -22,7 +27,7 @@ _HOMES = {
     "run": "losa.method",
 }
 
-__all__ = ["LosaConfig", "attach", "load", "merge", "prune", "run"]
+__all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "load", "merge", "prune", "run"]
 
 
 def __getattr__(name: str) -> Any:

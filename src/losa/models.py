@@ -8,6 +8,7 @@ is recorded from the model's own forward, block by block, so nothing here repeat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +19,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from losa.config import LosaConfig
 
 
-def load(config: LosaConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of `config.model`, from safetensors only: no pickle is ever opened.
+def load(model: str | Path | LosaConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, from safetensors only: no pickle is ever opened. Packed checkpoints open packed.
+
+    Args:
+        model: a directory or hub name, dense, sparse or packed; or a configuration that names one, with dtype and trust.
 
     Raises:
         ValueError: nothing there, or nothing that transformers opens.
     """
+    from losa.runtime import plugin  # noqa: F401 - importing it lets transformers open packed checkpoints; it imports this module
+
+    config = model if isinstance(model, LosaConfig) else LosaConfig.from_dict({"model": str(model)})
     trust = {"trust_remote_code": config.trust_remote_code}
     with one_line(config.model):
         tokenizer = AutoTokenizer.from_pretrained(config.model, **trust)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
-    return model, tokenizer
+        loaded = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
+    return loaded, tokenizer
 
 
 @contextmanager

@@ -1,0 +1,75 @@
+"""Which code multiplies a packed weight: the compiled kernels of this CPU, or the reference in plain torch.
+
+The compiled operator is `torch.ops.losa.sparse_linear`; it takes the number of its kernel as an argument, so that nothing here
+or there is global. `LOSA_KERNELS=reference|portable|avx2|avx512|amx` forces one, for tests and for reports of trouble.
+"""
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from losa.runtime import packed
+from losa.runtime.packed import PackedWeight
+
+REFERENCE = "reference"
+COMPILED = ("portable", "avx2", "avx512", "amx")  # by the numbers that csrc/ops.cpp gives them, slowest first
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def available() -> tuple[str, ...]:
+    """The kernels that run here, slowest first; loads the compiled ones. Says once, in the log, when there are none."""
+    found = sorted(Path(__file__).parents[1].glob("_kernels*.so"))
+    if not found:
+        logger.warning(
+            "losa was installed without its CPU kernels: sparse layers are unpacked at every call, slower than dense ones. "
+            "With torch and a C++ compiler installed, add them: pip install --no-build-isolation --force-reinstall --no-deps losa"
+        )
+        return (REFERENCE,)
+    torch.ops.load_library(found[-1])
+    torch.library.register_fake("losa::sparse_linear", _shape)
+    bits = torch.ops.losa.cpu_kernels()
+    return (REFERENCE, *(name for number, name in enumerate(COMPILED) if bits >> number & 1))
+
+
+def _shape(
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int, kernel: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def choose() -> str:
+    """The fastest kernel that runs here, or the one that `LOSA_KERNELS` asks for.
+
+    Raises:
+        ValueError: `LOSA_KERNELS` names none that runs here.
+    """
+    asked = os.environ.get("LOSA_KERNELS")
+    if not asked:
+        return available()[-1]
+    if asked not in available():
+        raise ValueError(f"LOSA_KERNELS is {asked!r}; this machine and installation run {', '.join(available())}")
+    return asked
+
+
+def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str) -> Tensor:
+    """`x W^T + b`.
+
+    Args:
+        x: `[..., I]` bfloat16.
+        weight: packed `[O, I]`.
+        bias_O: bfloat16, or None.
+        kernel: one of `available()`. Anywhere but on the CPU, the reference computes.
+    """
+    if kernel == REFERENCE or x.device.type != "cpu":
+        return packed.linear(x, weight, bias_O)
+    y_TO = torch.ops.losa.sparse_linear(
+        x.reshape(-1, x.shape[-1]), weight.mask, weight.values, weight.offsets, weight.scale, bias_O, weight.rows,
+        COMPILED.index(kernel),
+    )  # fmt: skip
+    return y_TO.view(*x.shape[:-1], weight.rows)

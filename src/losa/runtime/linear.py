@@ -1,0 +1,94 @@
+"""`SparseLinear`: a linear layer whose weight stays packed."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from losa.runtime import kernels
+from losa.runtime.packed import PackedWeight, check, mask_shape, pack, unpack
+
+
+class SparseLinear(nn.Module):
+    """Stands in for `nn.Linear` at inference. Not trainable: fine-tune the sparse checkpoint with losa, then pack it.
+
+    Its parameters are the packed weight (see `losa.runtime.packed`), under names that make other software fail rather than
+    guess: `weight` holds the values that are not zero, in one dimension, where an `nn.Linear` has two.
+
+    Attributes:
+        weight: `[count]` bfloat16 or int8.
+        weight_mask: `[strips, bytes]` uint8.
+        weight_offsets: `[strips + 1]` int64.
+        weight_scale: `[O]` float32, or None for bfloat16 values.
+        bias: `[O]` bfloat16 or None.
+        kernel: one of `losa.runtime.kernels.available()`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, count: int, values: torch.dtype, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        strips, width = mask_shape(out_features, in_features, values)
+        self.weight = _frozen(torch.empty(count, dtype=values))
+        self.weight_mask = _frozen(torch.empty(strips, width, dtype=torch.uint8))
+        self.weight_offsets = _frozen(torch.empty(strips + 1, dtype=torch.int64))
+        self.weight_scale = _frozen(torch.empty(out_features, dtype=torch.float32)) if values == torch.int8 else None
+        self.bias = _frozen(torch.empty(out_features, dtype=torch.bfloat16)) if bias else None
+        self.kernel = kernels.choose()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, values: torch.dtype = torch.bfloat16) -> Self:
+        """Packs a bfloat16 layer.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        packed = pack(linear.weight.data, values)
+        made = cls(linear.in_features, linear.out_features, 0, values)
+        made.weight, made.weight_mask, made.weight_offsets = map(_frozen, (packed.values, packed.mask, packed.offsets))
+        made.weight_scale = None if packed.scale is None else _frozen(packed.scale)
+        made.bias = None if linear.bias is None else _frozen(linear.bias.data.bfloat16())
+        return made
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the kernels take it; nothing is copied."""
+        return PackedWeight(
+            mask=self.weight_mask, values=self.weight, offsets=self.weight_offsets, scale=self.weight_scale,
+            rows=self.out_features, columns=self.in_features,
+        )  # fmt: skip
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer again."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = _frozen(unpack(self.packed))
+        if self.bias is not None:
+            linear.bias = self.bias
+        return linear
+
+    def check(self, name: str) -> None:
+        """Compares masks, offsets and values, which may come from a file that nobody vouches for.
+
+        Raises:
+            ValueError: they disagree.
+        """
+        check(self.packed, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., I]` bfloat16 -> `[..., O]`."""
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"a packed layer computes in bfloat16, found {x.dtype}; load the model with dtype=torch.bfloat16")
+        return kernels.linear(x, self.packed, self.bias, self.kernel)
+
+    def extra_repr(self) -> str:
+        """Shape, zeros and storage, for `print(model)`."""
+        zeros = 1 - self.weight.numel() / max(1, self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"zeros={zeros:.1%}, values={str(self.weight.dtype).removeprefix('torch.')}, kernel={self.kernel}"
+        )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+

@@ -1,0 +1,80 @@
+"""The plug-in that lets transformers open packed checkpoints: importing this module registers it.
+
+`from_pretrained` builds the model on the meta device, asks the quantizer to put its modules in, and fills them from the files:
+a packed model never exists in its dense size. Without the plug-in (losa not imported), `from_pretrained` stops with a size
+mismatch: `weight` of a packed layer has one dimension.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+
+from losa.models import find_decoder
+from losa.runtime.header import METHOD, SparseConfig, check_files, swap_in
+from losa.runtime.linear import SparseLinear
+
+logger = logging.getLogger(__name__)
+
+
+class SparseQuantizer(HfQuantizer):
+    """Opens packed checkpoints, and packs dense ones while they are opened."""
+
+    quantization_config: SparseConfig
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """bfloat16, whatever was asked: the packed layers compute in nothing else."""
+        if dtype != torch.bfloat16:
+            logger.warning("a packed model computes in bfloat16; %s was asked for", dtype)
+        return torch.bfloat16
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: Any = None, **_: Any) -> None:
+        if self.pre_quantized:
+            layers = swap_in(model, self.quantization_config)
+            check_files(checkpoint_files or [], layers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if not self.pre_quantized:
+            self.quantization_config.layers = pack_model(model, self.quantization_config)
+            return
+        for name in self.quantization_config.layers:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, SparseLinear)
+            layer.check(name)
+            layer.requires_grad_(False)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes a packed checkpoint."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Train the sparse checkpoint, then pack it."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operator has a fake implementation."""
+        return True
+
+
+def pack_model(model: PreTrainedModel, config: SparseConfig) -> dict[str, int]:
+    """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next.
+
+    Returns:
+        The number of stored values of each layer.
+    """
+    layers = {}
+    for name, linear in find_decoder(model).linears().items():
+        packed = SparseLinear.from_linear(linear, config.dtype)
+        model.set_submodule(name, packed)
+        layers[name] = packed.weight.numel()
+    return layers
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # a module that is reloaded, as notebooks do, registers once
+    register_quantization_config(METHOD)(SparseConfig)
+    register_quantizer(METHOD)(SparseQuantizer)
