@@ -8,7 +8,7 @@ STAMP := $(ENV)/.losa$(subst /,-,$(CURDIR))
 .PHONY: demo test lint setup
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || (echo "losa needs Python 3.11 or newer: make PYTHON=..."; exit 1)
 	test -x $(PY) || $(PYTHON) -m venv $(ENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"

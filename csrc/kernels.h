@@ -11,17 +11,31 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace losa {
 
 constexpr int64_t kStrip = 16;        // rows of a strip
 constexpr int64_t kBlock = 16;        // words decoded between two bounds checks
 constexpr int64_t kTilePairs = 128;   // column pairs of a decoded tile: 8 KiB per strip, so that two fit in the L1 cache
-constexpr int64_t kTileTokens = 128;  // tokens that share a decoded tile; the next ones decode it again
+constexpr int64_t kTileTokens = 256;  // tokens that share a decoded tile; the next ones decode it again
 constexpr int64_t kWordBits16 = 32;   // weights of a word of bfloat16 values: 16 rows x 2 columns
 constexpr int64_t kWordBits8 = 64;    // weights of a word of int8 values: 16 rows x 4 columns
 
 using bf16 = uint16_t;  // bfloat16 by its bits
+
+static inline float to_float(bf16 v) {
+  const uint32_t bits = uint32_t(v) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+static inline bf16 to_bf16(float f) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return bf16(f != f ? 0x7fc0 : nearest);
+}
 
 // One packed weight, borrowed from tensors.
 struct Packed {
@@ -72,6 +86,8 @@ struct Kernels {
   void (*decode)(const Packed&, Cursor&, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
   // sum_TS [tokens, 32] (+)= x [tokens, 2 * kTilePairs] times two decoded strips. `accumulate` false overwrites.
   void (*multiply)(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum_TS);
+  // y of 16 rows: sum * scale + shift, rounded to nearest, ties to even.
+  void (*round)(const float* sum, const float* scale, const float* shift, bf16* y);
 };
 
 const Kernels& portable_kernels();

@@ -10,9 +10,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -29,10 +31,11 @@ enum Kernel : int64_t { kPortable, kAvx2, kAvx512, kAmx };
 bool runs_here(int64_t kernel) {
   if (kernel == kPortable) return true;
 #if defined(__x86_64__)
-  if (kernel == kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (kernel == kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2");
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && runs_here(kAvx2);
   if (kernel == kAvx512) return avx512;
   if (kernel == kAmx) return avx512 && amx_permitted();
 #endif
@@ -57,19 +60,6 @@ int64_t cpu_kernels() {  // bit k set: kernel k runs here
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-float to_float(bf16 v) {
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-bf16 to_bf16(float f) {  // round to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  if (f != f) return 0x7fc0;
-  return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 Packed view(const Tensor& mask, const Tensor& values, const Tensor& offsets, const std::optional<Tensor>& scale, int64_t rows, int64_t columns) {
   const bool int8 = values.scalar_type() == ScalarType::Char;
   STD_TORCH_CHECK(int8 || values.scalar_type() == ScalarType::BFloat16, "losa::sparse_linear: values are neither bfloat16 nor int8");
@@ -139,13 +129,17 @@ struct Job {
   // y of 16 rows from their float32 sums [tokens, sum_stride].
   void store(int64_t strip, const float* sums, int64_t sum_stride) const {
     const int64_t from = strip * kStrip, n = std::min(kStrip, p.rows - from);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t r = 0; r < n; ++r) {
-        float v = sums[t * sum_stride + r];
-        if (p.scale) v *= p.scale[from + r];
-        if (bias) v += to_float(bias[from + r]);
-        y[t * p.rows + from + r] = to_bf16(v);
-      }
+    float scale[kStrip], shift[kStrip];
+    for (int64_t r = 0; r < kStrip; ++r) {
+      scale[r] = p.scale && r < n ? p.scale[from + r] : 1.0f;
+      shift[r] = bias && r < n ? to_float(bias[from + r]) : 0.0f;
+    }
+    bf16 rounded[kStrip];
+    for (int64_t t = 0; t < tokens; ++t, sums += sum_stride) {
+      bf16* out = y + t * p.rows + from;
+      k.round(sums, scale, shift, n == kStrip ? out : rounded);
+      if (n < kStrip) std::memcpy(out, rounded, size_t(n) * sizeof(bf16));
+    }
   }
 
   void stream(int64_t begin, int64_t end) {
@@ -159,7 +153,7 @@ struct Job {
   // `x` is by blocks of columns: [blocks, tokens, 2 * kTilePairs], see by_tiles.
   void tiles(int64_t begin, int64_t end) {  // in pairs of strips
     alignas(64) bf16 tile[2][kTilePairs * kWordBits16];
-    alignas(64) float sums[kTileTokens * 2 * kStrip];
+    alignas(64) float sums[kTileTokens * 2 * kStrip] = {};  // what a weight of no columns sums to
     const int64_t strips = divide_up(p.rows, kStrip), pairs = padded_pairs();
     for (int64_t s = 2 * begin; s < std::min(2 * end, strips); s += 2) {
       const int64_t n_strips = std::min<int64_t>(2, strips - s);
@@ -179,26 +173,27 @@ struct Job {
 
   int64_t padded_pairs() const { return p.is_int8() ? 2 * p.words : p.words; }
 
-  // Strips [begin, end) as columns of the dense panel_IR [columns, panel_rows], in the type the library multiplies fastest.
-  template <typename T, typename Convert>
-  void expand(int64_t strip_0, int64_t begin, int64_t end, T* panel, int64_t panel_rows, Convert convert) {
-    std::vector<bf16> tile(size_t(kTilePairs * kWordBits16));
+  // Strips [begin, end) as rows of the dense panel [rows, columns] that begins with strip `first_strip`.
+  template <typename T>
+  void expand(int64_t first_strip, int64_t begin, int64_t end, T* panel) {
+    alignas(64) bf16 tile[kTilePairs * kWordBits16];
     for (int64_t s = begin; s < end; ++s) {
       Cursor cursor{p.offsets[s], true};
-      const int64_t row = (s - strip_0) * kStrip, rows = std::min(kStrip, p.rows - s * kStrip);
+      const int64_t rows = std::min(kStrip, p.rows - s * kStrip);
       for (int64_t first = 0; first < padded_pairs(); first += kTilePairs) {
-        const int64_t n = std::min(kTilePairs, padded_pairs() - first);
-        k.decode(p, cursor, s, first, n, tile.data());
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t c = 0; c < 2 && 2 * (first + i) + c < p.columns; ++c) {
-            T* out = panel + (2 * (first + i) + c) * panel_rows + row;
-            const bf16* w = tile.data() + i * kWordBits16 + c;
-            if (rows == kStrip) {
-              for (int64_t r = 0; r < kStrip; ++r) out[r] = convert(w[2 * r], s * kStrip + r);
-            } else {
-              for (int64_t r = 0; r < rows; ++r) out[r] = convert(w[2 * r], s * kStrip + r);
-            }
+        const int64_t n = std::min(kTilePairs, padded_pairs() - first), columns = std::min(2 * n, p.columns - 2 * first);
+        k.decode(p, cursor, s, first, n, tile);
+        for (int64_t r = 0; r < rows; ++r) {
+          T* out = panel + ((s - first_strip) * kStrip + r) * p.columns + 2 * first;
+          const float scale = p.scale ? p.scale[s * kStrip + r] : 1.0f;
+          for (int64_t c = 0; c < columns; ++c) {
+            const bf16 w = tile[(c / 2 * kStrip + r) * 2 + c % 2];
+            if constexpr (sizeof(T) == sizeof(float))
+              out[c] = to_float(w) * scale;
+            else
+              out[c] = p.scale ? to_bf16(to_float(w) * scale) : w;
           }
+        }
       }
       if (!cursor.ok || cursor.value != p.offsets[s + 1]) ok = false;
     }
@@ -208,37 +203,36 @@ struct Job {
 // Strips a thread gets at least: below some 64 thousand weights, waking a thread costs more than it does.
 int64_t grain(const Packed& p, int64_t rows) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, rows * p.columns)); }
 
-constexpr int64_t kPanelBytes = 2 << 20;
+constexpr int64_t kPanelBytes = 2 << 20;  // a panel stays in the L2 cache, or at worst the L3
 
-// x_TI panel_IR for panels of rows, by torch's GEMM.
-void by_panels(Job& job, const Tensor& x, ScalarType dtype) {
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x W^T for panels of rows, by torch's GEMM; in float32 where it has no fast one for bfloat16.
+void by_panels(Job& job, const Tensor& x_in, const std::optional<Tensor>& bias) {
   const Packed& p = job.p;
-  const bool half = dtype == ScalarType::BFloat16;
-  const int64_t strips = divide_up(p.rows, kStrip);
-  const int64_t step = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, p.columns * kStrip * (half ? 2 : 4)));
-  const Tensor x_TI = half ? x : torch::stable::to(x, dtype);
+  const ScalarType dtype = job.k.bf16_gemm ? ScalarType::BFloat16 : ScalarType::Float;
+  const int64_t strips = divide_up(p.rows, kStrip), row_bytes = std::max<int64_t>(1, p.columns * (job.k.bf16_gemm ? 2 : 4));
+  const int64_t step = std::max<int64_t>(1, kPanelBytes / (row_bytes * kStrip));
+  const Tensor x = torch::stable::to(x_in, dtype);
   for (int64_t s = 0; s < strips; s += step) {
     const int64_t last = std::min(strips, s + step), from = s * kStrip, rows = std::min(p.rows, last * kStrip) - from;
-    Tensor panel = torch::stable::new_empty(x, {p.columns, rows}, dtype);
+    Tensor panel = torch::stable::new_empty(x, {rows, p.columns});
     void* out = panel.mutable_data_ptr();
-    const float* scale = p.scale;
     torch::stable::parallel_for(s, last, grain(p, kStrip), [&](int64_t begin, int64_t end) {
-      if (half && scale)
-        job.expand(s, begin, end, static_cast<bf16*>(out), rows, [=](bf16 w, int64_t r) { return to_bf16(to_float(w) * scale[r]); });
-      else if (half)
-        job.expand(s, begin, end, static_cast<bf16*>(out), rows, [](bf16 w, int64_t) { return w; });
+      if (job.k.bf16_gemm)
+        job.expand(s, begin, end, static_cast<bf16*>(out));
       else
-        job.expand(s, begin, end, static_cast<float*>(out), rows, [=](bf16 w, int64_t r) { return scale ? to_float(w) * scale[r] : to_float(w); });
+        job.expand(s, begin, end, static_cast<float*>(out));
     });
-    const Tensor product = torch::stable::matmul(x_TI, panel);
-    const void* y = product.const_data_ptr();
-    torch::stable::parallel_for(0, job.tokens, std::max<int64_t>(1, 32768 / rows), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t r = 0; r < rows; ++r) {
-          const float v = half ? to_float(static_cast<const bf16*>(y)[t * rows + r]) : static_cast<const float*>(y)[t * rows + r];
-          job.y[t * p.rows + from + r] = to_bf16(job.bias ? v + to_float(job.bias[from + r]) : v);
-        }
-    });
+    std::optional<Tensor> shift;
+    if (bias) shift = torch::stable::to(torch::stable::narrow(const_cast<Tensor&>(*bias), 0, from, rows), dtype);
+    const Tensor product = torch::stable::to(linear(x, panel, shift), ScalarType::BFloat16);
+    const bf16* y = static_cast<const bf16*>(product.const_data_ptr());
+    for (int64_t t = 0; t < job.tokens; ++t) std::memcpy(job.y + t * p.rows + from, y + t * rows, size_t(rows) * sizeof(bf16));
   }
 }
 
@@ -253,8 +247,13 @@ void by_streaming(Job& job) {
     job.in = {job.tokens, nullptr, fixed->digits.data(), fixed->sums.data(), fixed->unit.data()};
   } else if (job.tokens > 1 || p.columns != 2 * pairs) {
     interleaved.assign(size_t(2 * pairs * job.tokens), 0);
-    for (int64_t t = 0; t < job.tokens; ++t)
-      for (int64_t i = 0; i < p.columns; ++i) interleaved[size_t((i / 2 * job.tokens + t) * 2 + i % 2)] = job.x[t * p.columns + i];
+    torch::stable::parallel_for(0, divide_up(p.columns, 2), std::max<int64_t>(1, 8192 / job.tokens), [&](int64_t begin, int64_t end) {
+      for (int64_t t = 0; t < job.tokens; ++t) {
+        const bf16* row = job.x + t * p.columns;
+        for (int64_t i = begin; i < std::min(end, p.columns / 2); ++i) std::memcpy(&interleaved[size_t((i * job.tokens + t) * 2)], row + 2 * i, 2 * sizeof(bf16));
+        if (end > p.columns / 2) interleaved[size_t((p.columns / 2 * job.tokens + t) * 2)] = row[p.columns - 1];  // an odd last column
+      }
+    });
     job.in.pairs = interleaved.data();
   }
   torch::stable::parallel_for(0, divide_up(p.rows, kStrip), grain(p, kStrip), [&](int64_t begin, int64_t end) { job.stream(begin, end); });
@@ -267,20 +266,20 @@ void by_tiles(Job& job) {
   const bf16* x = job.x;
   bf16* y = job.y;
   const int64_t width = 2 * kTilePairs, blocks = divide_up(p.columns, width), tokens = job.tokens, chunks = divide_up(tokens, kTileTokens);
-  std::vector<bf16> blocked(size_t(blocks * width * divide_up(tokens, chunks)));
+  const std::unique_ptr<bf16[]> blocked(new bf16[size_t(blocks * width * divide_up(tokens, chunks))]);
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t from = tokens * c / chunks, n = tokens * (c + 1) / chunks - from;
     torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 64 / n), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t filled = std::min(width, p.columns - b * width);
         for (int64_t t = 0; t < n; ++t) {
-          bf16* row = blocked.data() + (b * n + t) * width;
+          bf16* row = blocked.get() + (b * n + t) * width;
           std::memcpy(row, x + (from + t) * p.columns + b * width, size_t(filled) * sizeof(bf16));
           std::memset(row + filled, 0, size_t(width - filled) * sizeof(bf16));
         }
       }
     });
-    job.x = blocked.data();
+    job.x = blocked.get();
     job.tokens = n;
     job.y = y + from * p.rows;
     torch::stable::parallel_for(0, divide_up(p.rows, 2 * kStrip), grain(p, 2 * kStrip), [&](int64_t begin, int64_t end) { job.tiles(begin, end); });
@@ -303,12 +302,15 @@ Tensor sparse_linear(const Tensor& x_in, const Tensor& mask, const Tensor& value
 
   Job job{p, k, tokens, {}, static_cast<const bf16*>(x.const_data_ptr()),
           bias ? static_cast<const bf16*>(bias->const_data_ptr()) : nullptr, static_cast<bf16*>(y.mutable_data_ptr())};
-  if (tokens <= (p.is_int8() ? k.stream_tokens_int8 : k.stream_tokens))
+  // 255 * 128 * kExactColumns fits the 32 bits in which the digits of fixed-point activations are summed.
+  constexpr int64_t kExactColumns = 65536;
+  const int64_t streamed = !p.is_int8() ? k.stream_tokens : columns <= kExactColumns ? k.stream_tokens_int8 : 0;
+  if (tokens <= streamed)
     by_streaming(job);
   else if (tokens <= k.tile_tokens)
     by_tiles(job);
   else
-    by_panels(job, x, k.bf16_gemm ? ScalarType::BFloat16 : ScalarType::Float);
+    by_panels(job, x, bias);
   STD_TORCH_CHECK(job.ok, "losa::sparse_linear: the masks and offsets of this packed weight disagree; the file is corrupt");
   return y;
 }

@@ -7,18 +7,6 @@
 namespace losa {
 namespace {
 
-inline float to_float(bf16 v) {
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline bf16 from_int8(int8_t q) {  // exact: an integer of 8 bits has no more than 8 significant ones
-  const float f = q;
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bf16(bits >> 16);
-}
 inline uint64_t mask_word(const uint8_t* p, int64_t bytes) {  // little endian on any machine
   uint64_t m = 0;
   for (int64_t i = 0; i < bytes; ++i) m |= uint64_t(p[i]) << (8 * i);
@@ -71,7 +59,7 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
   const auto* v8 = static_cast<const int8_t*>(p.values);
   const auto* v16 = static_cast<const bf16*>(p.values);
-  if (p.is_int8()) return decode_as<4>(p, cursor, strip, first, pairs, tile, [&](int64_t i) { return from_int8(v8[i]); });
+  if (p.is_int8()) return decode_as<4>(p, cursor, strip, first, pairs, tile, [&](int64_t i) { return to_bf16(v8[i]); });
   decode_as<2>(p, cursor, strip, first, pairs, tile, [&](int64_t i) { return v16[i]; });
 }
 
@@ -89,10 +77,14 @@ void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16*
   }
 }
 
+void round(const float* sum, const float* scale, const float* shift, bf16* y) {
+  for (int r = 0; r < kStrip; ++r) y[r] = to_bf16(sum[r] * scale[r] + shift[r]);
+}
+
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", 2, 2, 16, false, false, stream, decode, multiply};
+  static constexpr Kernels kernels{"portable", 2, 2, 16, false, false, stream, decode, multiply, round};
   return kernels;
 }
 

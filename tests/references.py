@@ -169,3 +169,23 @@ def reconstruction_error(dense: Tensor, sparse: Tensor) -> float:
         if norm:
             total += float(((dense[:, channel] - sparse[:, channel]) / norm).square().sum())
     return total / dense.shape[1]
+
+
+def packed_by_hand(W_OI: torch.Tensor, values: torch.dtype) -> tuple[list[int], list[float], list[int]]:
+    """Mask bytes, values and offsets of the packed format, weight by weight, as docs/packed-format.md words it."""
+    group = {torch.bfloat16: 2, torch.int8: 4}[values]
+    rows, columns = W_OI.shape
+    W = W_OI.double().tolist()
+    mask, stored, offsets = [], [], [0]
+    for strip in range(0, rows, 16):
+        for word in range(0, columns, group):
+            bits = 0
+            for row in range(16):
+                for column in range(group):
+                    inside = strip + row < rows and word + column < columns
+                    if inside and W[strip + row][word + column] != 0:
+                        bits |= 1 << (row * group + column)
+                        stored.append(W[strip + row][word + column])
+            mask += list(bits.to_bytes(2 * group, "little"))
+        offsets.append(len(stored))
+    return mask, stored, offsets

@@ -74,7 +74,7 @@ def test_every_option_has_a_help_text(name):
 
 
 def test_the_commands():
-    assert set(COMMANDS) == {"run", "prune", "eval", "inspect", "plan", "doctor", "demo"}
+    assert set(COMMANDS) == {"run", "prune", "eval", "inspect", "plan", "pack", "unpack", "generate", "bench", "doctor", "demo"}
     assert {option for parameter in COMMANDS["run"].params for option in parameter.opts} >= {
         *("--output", "-o", "--sparsity", "--data", "--calibration", "--eval-data", "--pruner", "--pattern", "--preset"),
         *("--config", "-c", "--set", "--device", "--offload", "--seed", "--trust-remote-code", "--resume"),
@@ -236,6 +236,38 @@ def test_plan_counts_what_a_choice_costs(weightless, monkeypatch, capsys):
     assert plan("--set", "dtype=bfloat16")["weights"] == base["weights"] / 2
 
 
+def test_pack_run_and_unpack(folder, tmp_path, monkeypatch, capsys):
+    source, packed, again = folder / "sparse", tmp_path / "packed", tmp_path / "again"
+    code, out, err = losa_main(monkeypatch, capsys, "pack", source, packed)
+    assert (code, err.strip()) == (0, "")
+    assert re.search(r"packed 14 layers, 60\.\d\d% zeros: .* of dense\nsaved and verified: ", out)
+    code, out, _ = losa_main(monkeypatch, capsys, "inspect", packed, "--json")
+    assert code == 0
+    assert json.loads(out)["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    code, out, err = losa_main(monkeypatch, capsys, "generate", packed, "--prompt", "THE QUICK", "--tokens", "5")
+    assert code == 0, err
+    assert out.startswith("THE QUICK")
+    assert "5 tokens in" in err
+    first = losa_main(monkeypatch, capsys, "generate", packed, "--prompt", "THE", "--temperature", "1", "--seed", "1")
+    assert first[1] == losa_main(monkeypatch, capsys, "generate", packed, "--prompt", "THE", "--temperature", "1", "--seed", "1")[1]
+    code, out, err = losa_main(monkeypatch, capsys, "bench", packed, "--prompt", "4", "--new", "3", "--rounds", "1")
+    assert code == 0, err
+    assert "sparse bfloat16" in out
+    assert "GB/s" in out
+    code, out, err = losa_main(monkeypatch, capsys, "unpack", packed, again)
+    assert code == 0, err
+    assert tensors(again).keys() == tensors(source).keys()
+    sparse = [evaluate_checkpoint(LosaConfig.from_dict({"model": str(path)}), str(folder / "text.txt"), [32], 8) for path in (again, packed)]
+    assert sparse[0][0]["perplexity"] == pytest.approx(sparse[1][0]["perplexity"], rel=1e-3)
+
+
+def test_a_kernel_that_does_not_run_here_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    assert losa_main(monkeypatch, capsys, "pack", folder / "sparse", tmp_path / "packed")[0] == 0
+    monkeypatch.setenv("LOSA_KERNELS", "abacus")
+    result = losa_main(monkeypatch, capsys, "generate", tmp_path / "packed", "--prompt", "THE")
+    assert_one_line_error(result, "LOSA_KERNELS is 'abacus'; this machine and installation run reference")
+
+
 def test_doctor(monkeypatch, capsys):
     code, out, err = losa_main(monkeypatch, capsys, "doctor")
     assert code == 0, err
@@ -259,6 +291,12 @@ BAD = [
     (["run", "/no/such/model", "-o", "OUT", "--data", "TEXT"], "/no/such/model"),
     (["prune", "MODEL", "-o", "OUT"], "--calibration"),
     (["eval", "MODEL", "--data", "nowhere.txt"], "nowhere.txt"),
+    (["pack", "MODEL", "MODEL"], "exists; choose another directory"),
+    (["pack", "MODEL", "OUT", "--values", "int3"], "packed values are 'int3', expected one of bfloat16, int8"),
+    (["pack", "nowhere", "OUT"], "nowhere is not a directory"),
+    (["unpack", "MODEL", "OUT"], "is not packed"),
+    (["generate", "MODEL", "--prompt", ""], "found 0 characters"),
+    (["bench", "MODEL", "--new", "1"], "1 new tokens"),
     (["eval", "MODEL", "--data", "TEXT", "--length", "65"], "window length 65 is beyond the model's 64 tokens"),
     (["inspect", "EMPTY"], "no .safetensors file in"),
     (["inspect", "EMPTY/[bold]"], "/[bold]"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from losa import LosaConfig
+from losa import LosaConfig, SparseLinear
 from losa.cli import app
 from losa.doctor import TOY, toy_tokenizer
+from losa.runtime.files import pack_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -49,22 +50,25 @@ def code_blocks(language: str) -> list[str]:
 
 def test_every_losa_command_of_the_readme_runs(toy_home):
     commands = [line.split("#")[0] for block in code_blocks("bash") for line in block.splitlines() if line.startswith("losa ")]
-    assert {shlex.split(command)[1] for command in commands} >= {"plan", "run", "inspect", "eval"}
+    assert {shlex.split(command)[1] for command in commands} >= {"plan", "run", "inspect", "eval", "pack", "unpack", "generate", "bench"}
     for command in commands:
         arguments = shlex.split(stand_in(command))[1:]
-        if arguments[0] in ("run", "plan"):
-            arguments += ["-c", "short.yaml"]
+        arguments += {"run": ["-c", "short.yaml"], "plan": ["-c", "short.yaml"], "bench": ["--prompt", "8", "--new", "4"]}.get(arguments[0], [])
         assert not app(arguments, standalone_mode=False), command
 
 
 def test_the_python_of_the_readme_runs(toy_home):
-    opening, method = code_blocks("python")
+    opening, packed, method = code_blocks("python")
     short = ', "train.tokens": 4096, "train.length": 32, "calibration.length": 32, "calibration.sequences": 64}'
     names = {}
     exec(stand_in(method).replace("}", short, 1), names)
     assert names["sparse"].losa_record["sparsity"]["achieved"] == pytest.approx(0.7, abs=1e-3)
     names["sparse"].save_pretrained("llama-sparse")
+    toy_tokenizer().save_pretrained("llama-sparse")
     exec(opening, names)
+    pack_checkpoint("llama-sparse", "llama-packed")
+    exec(packed, names)
+    assert isinstance(names["model"].model.layers[0].mlp.up_proj, SparseLinear)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

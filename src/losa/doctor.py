@@ -13,6 +13,9 @@ from losa.config import LosaConfig
 from losa.environment import versions
 from losa.inspect import inspect
 from losa.method import run
+from losa.models import load
+from losa.runtime.files import pack_checkpoint
+from losa.runtime.kernels import available, choose
 
 TOY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -26,6 +29,7 @@ def environment() -> dict[str, str]:
         "memory": f"{free:.1f} of {total:.1f} GiB available",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "sparse kernels": f"{choose()} (of {', '.join(available())})",
     }
 
 
@@ -68,4 +72,10 @@ def self_test(device: str = "auto") -> dict[str, float]:
         same = all(torch.equal(a.cpu(), b) for a, b in zip(sparse.parameters(), reopened.parameters(), strict=True))
         if abs(zeros - 0.6) > 1e-3 or not same:
             raise RuntimeError(f"self-test failed: sparsity {zeros:.4f} (0.6 asked), re-opened model equal: {same}")
-        return {"sparsity asked": 0.6, "sparsity in the file": zeros} | sparse.losa_record["perplexity"]
+        reopened.bfloat16().save_pretrained(output)
+        ids = torch.arange(32).view(1, -1)
+        pack_checkpoint(output, Path(folder, "packed"))
+        difference = (load(Path(folder, "packed"))[0](ids).logits - reopened(ids).logits).abs().max().item()
+        if not difference < 0.01:
+            raise RuntimeError(f"self-test failed: logits of the packed model differ by {difference:.4f}")
+        return {"sparsity asked": 0.6, "sparsity in the file": zeros, "packed model differs by": difference} | sparse.losa_record["perplexity"]

@@ -34,6 +34,10 @@ def inspect(directory: str | Path) -> list[LayerSparsity]:
     Raises:
         ValueError: no safetensors there, one that cannot be read, or none with numbered blocks.
     """
+    from losa.runtime.files import is_packed, packed_layers
+
+    if is_packed(Path(directory)):
+        return [_packed_layer(name, count, numel) for name, (count, numel) in packed_layers(Path(directory)).items()]
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise ValueError(f"no .safetensors file in {directory}; expected the directory of a checkpoint")
@@ -41,6 +45,12 @@ def inspect(directory: str | Path) -> list[LayerSparsity]:
     if not layers:
         raise ValueError(f"no weight matrix of a numbered decoder block in {directory}")
     return sorted(layers, key=lambda layer: (layer.block, layer.name))
+
+
+def _packed_layer(name: str, count: int, numel: int) -> LayerSparsity:
+    """A packed layer, from its header; n:m patterns are not looked for."""
+    block = re.search(r"\.(\d+)\.", name)
+    return LayerSparsity(f"{name}.weight", int(block[1]) if block else 0, numel - count, numel, ())
 
 
 def _layers(file: Path) -> Iterator[LayerSparsity]:

@@ -117,3 +117,28 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def size(count: float) -> str:
+    """Bytes, readable."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def bench_table(result: dict[str, Any]) -> Group:
+    """Output of `losa bench`."""
+    dense = next(row for row in result["rows"] if row["name"] == "dense")
+    table = Table(title=f"{result['prompt']} tokens of prompt, {result['new']} generated, batch 1", title_justify="left")
+    for column in ("model", "tokens/s", "speed-up", "limit", "first token", "resident", "of dense"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(
+            row["name"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}x",
+            f"{row['limit_tokens_per_second']:.1f}",
+            f"{row['first_token_seconds']:.3f} s",
+            size(row["resident_bytes"]),
+            f"{row['resident_bytes'] / dense['resident_bytes']:.2f}" if dense["resident_bytes"] > 0 else "",
+        )
+    stream = f"limit: tokens/s at the {result['bandwidth'] / 1e9:.1f} GB/s that memory was measured to deliver, reading every weight once a token"
+    return Group(table, stream, f"machine: {result['machine']}")

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from losa.models import check_supported, find_decoder, one_line
 from losa.progress import progress
-from losa.runtime.header import SparseConfig
+from losa.runtime.header import METHOD, SparseConfig
 from losa.runtime.packed import PackedWeight, check, pack, unpack
 
 INDEX = "model.safetensors.index.json"
@@ -49,6 +49,8 @@ def pack_checkpoint(
     """
     source, output = Path(source), Path(output)
     config = SparseConfig(values)
+    if is_packed(source):
+        raise ValueError(f"{source} is packed already; losa unpack gives its dense checkpoint back")
     model = _skeleton(source, trust_remote_code)
     check_supported(model)
     linears = find_decoder(model).linears()
@@ -137,16 +139,36 @@ def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size) -> T
     return unpack(packed)
 
 
+def is_packed(directory: Path) -> bool:
+    """Whether `config.json` has a header of ours."""
+    path = directory / "config.json"
+    found = _read_json(path).get("quantization_config") if path.is_file() else None
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
+
+
+def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
+    """Stored values and weights of every packed layer, in the model's order, from the header alone.
+
+    Raises:
+        ValueError: a header that does not fit the model.
+    """
+    counts = read_header(directory).layers
+    linears = find_decoder(_skeleton(directory, False)).linears()
+    unknown = counts.keys() - linears.keys()
+    if unknown:
+        raise ValueError(f"the packed header names {min(unknown)}, which is no linear layer of the model")
+    return {name: (counts[name], linear.weight.numel()) for name, linear in linears.items() if name in counts}
+
+
 def read_header(directory: Path) -> SparseConfig:
     """The header of a packed checkpoint.
 
     Raises:
         ValueError: not a packed checkpoint, or a header that cannot be believed.
     """
-    found = _read_json(directory / "config.json").get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != "losa":
+    if not is_packed(directory):
         raise ValueError(f"{directory} is not packed: its config.json has no quantization_config of losa")
-    return SparseConfig(**found)
+    return SparseConfig(**_read_json(directory / "config.json")["quantization_config"])
 
 
 def _skeleton(source: Path, trust_remote_code: bool) -> PreTrainedModel:

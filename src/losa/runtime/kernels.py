@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 def available() -> tuple[str, ...]:
     """The kernels that run here, slowest first; loads the compiled ones. Says once, in the log, when there are none."""
     found = sorted(Path(__file__).parents[1].glob("_kernels*.so"))
-    if not found:
+    try:
+        torch.ops.load_library(found[-1])
+    except (IndexError, OSError) as error:
+        reason = "were not built when losa was installed" if isinstance(error, IndexError) else f"do not load ({error})"
         logger.warning(
-            "losa was installed without its CPU kernels: sparse layers are unpacked at every call, slower than dense ones. "
-            "With torch and a C++ compiler installed, add them: pip install --no-build-isolation --force-reinstall --no-deps losa"
-        )
+            "losa's CPU kernels %s: packed layers are unpacked at every call, slower than dense ones. With torch and a C++ compiler "
+            "installed, build them: pip install --no-build-isolation --force-reinstall --no-deps losa", reason
+        )  # fmt: skip
         return (REFERENCE,)
-    torch.ops.load_library(found[-1])
     torch.library.register_fake("losa::sparse_linear", _shape)
     bits = torch.ops.losa.cpu_kernels()
     return (REFERENCE, *(name for number, name in enumerate(COMPILED) if bits >> number & 1))

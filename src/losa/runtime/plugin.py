@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from losa.models import find_decoder
 from losa.runtime.header import METHOD, SparseConfig, check_files, swap_in
 from losa.runtime.linear import SparseLinear
+from losa.runtime.memory import settle
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,15 @@ class SparseQuantizer(HfQuantizer):
             check_files(checkpoint_files or [], layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            for name in self.quantization_config.layers:
+                layer = model.get_submodule(name)
+                assert isinstance(layer, SparseLinear)
+                layer.check(name)
+                layer.requires_grad_(False)
+        else:
             self.quantization_config.layers = pack_model(model, self.quantization_config)
-            return
-        for name in self.quantization_config.layers:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, SparseLinear)
-            layer.check(name)
-            layer.requires_grad_(False)
+        settle(model)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a packed checkpoint."""

@@ -1,0 +1,84 @@
+"""End to end: a 1B-class Llama with random weights and zeros, dense against packed, in one process.
+
+    python benchmarks/decode.py --output docs/benchmarks
+
+Builds the model (TinyLlama's shape: 1.1 billion parameters, untied head), saves it, and measures it as `losa bench` does: decoding
+through transformers' `generate`, batch 1, and the time to the first token of a short and a long prompt. Writes decode.csv.
+"""
+
+import argparse
+import csv
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for what torch allocates itself; before torch is imported
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from losa.doctor import toy_tokenizer
+from losa.models import find_decoder
+from losa.runtime.bench import compare
+
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "vocab_size": 32000, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def save_random(directory: Path, sparsity: float, shape: dict[str, int]) -> None:
+    """Random weights, the linear layers of the blocks with zeros at random places."""
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    torch.set_default_dtype(torch.float32)
+    for linear in find_decoder(model).linears().values():
+        linear.weight.data[torch.rand(linear.weight.shape) < sparsity] = 0
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(directory)
+    toy_tokenizer().save_pretrained(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory for decode.csv")
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--model", type=Path, help="use this checkpoint instead of a random one; made there when it does not exist")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[32, 512])
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, (arguments.output / "decode.csv").open("w", newline="") as file:
+        directory = arguments.model or Path(folder, "model")
+        if not directory.exists():
+            save_random(directory, arguments.sparsity, SHAPE)
+        writer = None
+        for prompt in arguments.prompts:
+            result = compare(directory, prompt, arguments.new, arguments.rounds)
+            dense = result["rows"][0]
+            for row in result["rows"]:
+                line = {
+                    "model": row["name"], "prompt": prompt, "new": arguments.new,
+                    "tokens_per_s": round(row["tokens_per_second"], 2),
+                    "speedup": round(row["tokens_per_second"] / dense["tokens_per_second"], 2),
+                    "limit_tokens_per_s": round(row["limit_tokens_per_second"], 1),
+                    "first_token_s": round(row["first_token_seconds"], 3),
+                    "prefill_speedup": round(dense["first_token_seconds"] / row["first_token_seconds"], 2),
+                    "resident_mib": round(row["resident_bytes"] / 2**20),
+                    "resident_of_dense": round(row["resident_bytes"] / dense["resident_bytes"], 3),
+                    "bandwidth_gb_s": round(result["bandwidth"] / 1e9, 1),
+                }  # fmt: skip
+                if writer is None:
+                    print(f"# {result['machine']}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", file=file)
+                    writer = csv.DictWriter(file, list(line))
+                    writer.writeheader()
+                writer.writerow(line)
+                file.flush()
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""`losa bench`: tokens per second, sparse against dense, in one process, beside what the memory allows.
+
+Generating one token reads every weight once, so no engine can be faster than bandwidth / bytes of weights. Models take turns, round
+by round, because a machine's clock and neighbours change from minute to minute; medians are reported.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from losa.environment import machine
+from losa.models import load, max_length, one_line
+from losa.progress import progress
+from losa.runtime.header import SparseConfig
+from losa.runtime.linear import SparseLinear
+from losa.runtime.memory import resident_bytes, settle
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model. Bytes are of this process and of the weights that one token reads; the limit is bandwidth / weight bytes."""
+
+    name: str
+    tokens_per_second: float
+    first_token_seconds: float
+    resident_bytes: int
+    weight_bytes: int
+    limit_tokens_per_second: float
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one generated token reads: all linear layers, the head among them."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear | SparseLinear))
+    return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+
+
+def bandwidth(size: int = 1 << 29, rounds: int = 5) -> float:
+    """Bytes per second at which torch's threads read memory: the best of a few passes of `amax` over `size` bytes."""
+    numbers = torch.arange(size // 4, dtype=torch.float32)
+    return size / min(seconds(numbers.amax) for _ in range(rounds))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def open_all(directory: str) -> dict[str, tuple[PreTrainedModel, int]]:
+    """The models to compare, all of one checkpoint, with the memory that each added.
+
+    A packed directory is compared with itself unpacked; any other is packed in memory, with both kinds of values.
+    """
+    before = resident_bytes()
+    first, _ = load(directory)
+    settle(first)
+    found = {}
+    if getattr(first.config, "quantization_config", None) is None:
+        found["dense"] = (first, resident_bytes() - before)
+        makers: dict[str, Callable[[], PreTrainedModel]] = {
+            f"sparse {values}": lambda values=values: _packed(directory, values) for values in ("bfloat16", "int8")
+        }
+    else:
+        found[f"sparse {first.config.quantization_config.values}"] = (first, resident_bytes() - before)
+        makers = {"dense": lambda: _unpacked(directory)}
+    for name, make in makers.items():
+        before = resident_bytes()
+        model = make()
+        found[name] = (model, resident_bytes() - before)
+    return dict(sorted(found.items()))  # dense first
+
+
+def _packed(directory: str, values: str) -> PreTrainedModel:
+    with one_line(directory):
+        return AutoModelForCausalLM.from_pretrained(directory, quantization_config=SparseConfig(values), use_safetensors=True)
+
+
+def _unpacked(directory: str) -> PreTrainedModel:
+    model, _ = load(directory)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SparseLinear):
+            model.set_submodule(name, layer.to_linear())
+    settle(model)
+    return model
+
+
+def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int = 3) -> dict[str, Any]:
+    """Measures dense against packed models of one checkpoint, through `generate`, greedy, batch 1.
+
+    Args:
+        directory: a checkpoint, packed or not.
+        prompt: tokens of the prompt, drawn at random.
+        new: tokens generated.
+        rounds: turns of every model; the first, to warm up, is not counted.
+
+    Returns:
+        `machine`, `bandwidth` (bytes per second), `prompt`, `new`, and `rows`, a dict for each model.
+
+    Raises:
+        ValueError: fewer than two new tokens, more tokens than the model allows, or nothing that opens.
+    """
+    if prompt < 1 or new < 2 or rounds < 1:
+        raise ValueError(f"found a prompt of {prompt}, {new} new tokens and {rounds} rounds; expected at least 1, 2 and 1")
+    models = open_all(str(directory))
+    config = next(iter(models.values()))[0].config.get_text_config()
+    if prompt + new > max_length(config):
+        raise ValueError(f"{prompt} tokens of prompt and {new} new ones are more than the model's {max_length(config)}; ask for fewer")
+    ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    clocks: dict[str, list[_Clock]] = {name: [] for name in models}
+    turns = [(name, counted) for counted in range(rounds + 1) for name in models]
+    for name, counted in progress(turns, "generating"):
+        clock = _Clock()
+        models[name][0].generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock
+        )
+        if counted:
+            clocks[name].append(clock)
+    stream = bandwidth()
+    rows = []
+    for name, (model, memory) in models.items():
+        first = median(clock.first for clock in clocks[name])
+        rate = median(clock.rate for clock in clocks[name])
+        rows.append(Row(name, rate, first, memory, weight_bytes(model), stream / weight_bytes(model)))
+    return {"machine": machine(), "bandwidth": stream, "prompt": prompt, "new": new, "rows": [asdict(row) for row in rows]}
+
+
+class _Clock:
+    """A streamer that notes when `generate` hands over the prompt and then every token."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with every token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called at the end."""
+
+    @property
+    def first(self) -> float:
+        """Seconds until the first token."""
+        return self.times[2] - self.times[0]
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first."""
+        return (len(self.times) - 3) / (self.times[-1] - self.times[2])

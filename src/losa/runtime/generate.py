@@ -1,0 +1,65 @@
+"""`losa generate`: a model goes on with a text, token by token."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The continuation, and how long it took."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
+class _Pieces(TextStreamer):
+    """Hands every piece of finished text on."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, receive: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.receive = receive
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by `generate` whenever a word is complete."""
+        self.receive(text)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    receive: Callable[[str], None],
+    tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generated:
+    """Continues `prompt`, handing text to `receive` as it comes.
+
+    Args:
+        tokens: at most so many new ones.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        seed: of the draw.
+
+    Raises:
+        ValueError: an empty prompt, or numbers out of range.
+    """
+    if not prompt or tokens < 1 or temperature < 0:
+        raise ValueError(f"found {len(prompt)} characters, {tokens} tokens, temperature {temperature}; expected a prompt, >= 1 and >= 0")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    pieces: list[str] = []
+
+    def both(piece: str) -> None:
+        pieces.append(piece)
+        receive(piece)
+
+    ids = model.generate(**inputs, max_new_tokens=tokens, streamer=_Pieces(tokenizer, both), **sampling)
+    return Generated("".join(pieces), ids.shape[1] - inputs["input_ids"].shape[1], time.perf_counter() - start)

@@ -1,0 +1,197 @@
+// Random packed weights, good and corrupt, through every function of every kernel that runs here. Built with sanitizers by
+// tests/test_csrc.py: a read out of bounds ends the program. All numbers are small integers, whose sums are exact in any order, so
+// every kernel must also agree with the portable one to the bit, on what a corrupt weight decodes to as well.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+using namespace losa;
+
+namespace {
+
+std::mt19937 randomness;
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(randomness); }
+
+// Exactly `size` bytes. From malloc, where the address sanitizer sees every ordinary access; or up against a page that may not be
+// touched, where the processor sees the rest, such as loads under a mask.
+class Exact {
+ public:
+  Exact(size_t size, bool guarded) {
+    if (!guarded) {
+      p_ = std::malloc(size);
+      return;
+    }
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    const size_t pages = (size + page - 1) / page * page;
+    mapped_ = pages + page;
+    map_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map_ == MAP_FAILED || mprotect(static_cast<char*>(map_) + pages, page, PROT_NONE) != 0) std::abort();
+    p_ = static_cast<char*>(map_) + pages - size;
+  }
+  ~Exact() {
+    if (mapped_ > 0)
+      munmap(map_, mapped_);
+    else
+      std::free(p_);
+  }
+  Exact(const Exact&) = delete;
+  Exact& operator=(const Exact&) = delete;
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(p_);
+  }
+
+ private:
+  void* p_ = nullptr;
+  void* map_ = nullptr;
+  size_t mapped_ = 0;
+};
+
+std::vector<const Kernels*> kernels_here() {
+  std::vector<const Kernels*> found{&portable_kernels()};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) found.push_back(&avx2_kernels());
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  avx512 = avx512 && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+  if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_kernels());
+#endif
+  return found;
+}
+
+[[noreturn]] void fail(const char* what, const Kernels& k, int64_t round) {
+  std::printf("round %ld: %s of %s differs from portable\n", long(round), what, k.name);
+  std::exit(1);
+}
+
+// Activations of `tokens` tokens, as bfloat16 pairs and as the digits of fixed-point numbers of unit 1.
+struct Inputs {
+  Exact pairs, digits;
+  std::vector<int32_t> sums;
+  std::vector<float> unit;
+  Activations in;
+  Inputs(int64_t tokens, int64_t words, int64_t group, bool guarded)
+      : pairs(size_t(words * group * tokens) * sizeof(bf16), guarded), digits(size_t(words * tokens * 12), guarded), sums(size_t(3 * tokens)),
+        unit(size_t(tokens), 1.0f), in{tokens, pairs.as<bf16>(), digits.as<int8_t>(), sums.data(), unit.data()} {
+    std::memset(digits.as<int8_t>(), 0, size_t(words * tokens * 12));
+    for (int64_t c = 0; c < words * group; ++c)
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t x = pick(-8, 8);
+        pairs.as<bf16>()[(c / 2 * tokens + t) * 2 + c % 2] = to_bf16(float(x));
+        digits.as<int8_t>()[(c / 4 * tokens + t) * 12 + c % 4] = int8_t(x);
+        sums[size_t(3 * t)] += int32_t(x);
+      }
+  }
+};
+
+void multiply_tiles(int64_t round, const Kernels& k, const bf16* tile_0, const bf16* tile_1, int64_t pairs, bool guarded) {
+  const int64_t tokens = pick(1, 20), row = 2 * kTilePairs;
+  const bool accumulate = pick(0, 1);
+  const Exact x(size_t(tokens * row) * sizeof(bf16), guarded);
+  for (int64_t i = 0; i < tokens * row; ++i) x.as<bf16>()[i] = to_bf16(float(pick(-8, 8)));
+  const size_t sums = size_t(tokens * 2 * kStrip);
+  const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);
+  for (size_t i = 0; i < sums; ++i) found.as<float>()[i] = expected.as<float>()[i] = float(pick(-1000, 1000));
+  k.multiply(tile_0, tile_1, pairs, x.as<bf16>(), tokens, accumulate, found.as<float>());
+  portable_kernels().multiply(tile_0, tile_1, pairs, x.as<bf16>(), tokens, accumulate, expected.as<float>());
+  for (size_t i = 0; i < sums; ++i)
+    if (found.as<float>()[i] != expected.as<float>()[i]) fail("a product", k, round);
+}
+
+// Sums that need rounding up, down and to even, and those that are no numbers: any NaN will do for a NaN.
+void round_sums(int64_t round, const Kernels& k) {
+  const float special[] = {0.0f, -0.0f, HUGE_VALF, -HUGE_VALF, NAN, -NAN, 3.4e38f, -3.4e38f};
+  float sum[kStrip], scale[kStrip], shift[kStrip];
+  for (int64_t r = 0; r < kStrip; ++r) {
+    sum[r] = pick(0, 3) > 0 ? float(pick(-5000, 5000)) : special[pick(0, 7)];
+    scale[r] = pick(0, 1) ? 1.0f : 0.5f;
+    shift[r] = float(pick(-100, 100));
+  }
+  bf16 found[kStrip], expected[kStrip];
+  k.round(sum, scale, shift, found);
+  portable_kernels().round(sum, scale, shift, expected);
+  for (int64_t r = 0; r < kStrip; ++r)
+    if (found[r] != expected[r] && !(std::isnan(to_float(found[r])) && std::isnan(to_float(expected[r])))) fail("a rounded sum", k, round);
+}
+
+void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
+  const bool int8 = pick(0, 1), guarded = pick(0, 1), corrupt = pick(0, 2) > 0;
+  const int64_t group = int8 ? 4 : 2, bytes = 2 * group, strips = pick(1, 3), words = pick(0, 3) > 0 ? pick(1, 40) : pick(1, 200);
+  const Exact mask(size_t(strips * words * bytes), guarded);
+  const int64_t density = pick(0, 8);  // eighths; 0 and 8 are words without and with every weight
+  std::vector<int64_t> offsets(size_t(strips + 1));
+  for (int64_t s = 0, n = 0; s < strips; ++s) {
+    for (int64_t i = s * words * bytes; i < (s + 1) * words * bytes; ++i) {
+      uint8_t byte = 0;
+      for (int64_t bit = 0; bit < 8; ++bit) byte = uint8_t(byte | (pick(0, 7) < density) << bit);
+      mask.as<uint8_t>()[i] = byte;
+      n += __builtin_popcount(byte);
+    }
+    offsets[size_t(s + 1)] = n;
+  }
+  int64_t count = offsets.back();
+  if (corrupt) {  // fewer values than bits, random bytes, random offsets
+    if (pick(0, 1)) count = pick(0, count);
+    for (int64_t flips = pick(0, 4); flips > 0; --flips) mask.as<uint8_t>()[pick(0, strips * words * bytes - 1)] = uint8_t(pick(0, 255));
+    for (int64_t& o : offsets) o = pick(0, 1) ? pick(0, count) : std::min(o, count);
+  }
+  const Exact values(size_t(count) * (int8 ? 1 : 2), guarded);
+  for (int64_t i = 0; i < count; ++i) {
+    if (int8)
+      values.as<int8_t>()[i] = int8_t(pick(-128, 127));
+    else
+      values.as<bf16>()[i] = to_bf16(float(pick(-128, 127)));
+  }
+  const std::vector<float> scale(size_t(strips * kStrip), 1.0f);
+  const Packed p{strips * kStrip, words * group, words, mask.as<uint8_t>(), values.as<void>(), count, offsets.data(), int8 ? scale.data() : nullptr};
+
+  for (const Kernels* k : kernels) {
+    round_sums(round, *k);
+    const Inputs inputs(pick(1, int8 ? k->stream_tokens_int8 : k->stream_tokens), words, group, guarded);
+    const size_t sums = size_t(inputs.in.tokens * kStrip);
+    for (int64_t s = 0; s < strips; ++s) {
+      const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);
+      const bool found_ok = k->stream(p, inputs.in, s, found.as<float>());
+      const bool expected_ok = portable_kernels().stream(p, inputs.in, s, expected.as<float>());
+      if (found_ok != expected_ok || (!corrupt && !found_ok)) fail("the verdict", *k, round);
+      for (size_t i = 0; i < sums; ++i)
+        if (found.as<float>()[i] != expected.as<float>()[i]) fail("a sum", *k, round);
+
+      Cursor cursor{p.offsets[s], true}, expected_cursor = cursor;
+      const int64_t pairs = words * group / 2;
+      for (int64_t first = 0; first < pairs; first += kTilePairs) {
+        const int64_t n = std::min(kTilePairs, pairs - first);
+        const size_t size = size_t(n * kWordBits16) * sizeof(bf16);
+        const Exact tile(size, guarded), expected_tile(size, guarded);
+        k->decode(p, cursor, s, first, n, tile.as<bf16>());
+        portable_kernels().decode(p, expected_cursor, s, first, n, expected_tile.as<bf16>());
+        if (std::memcmp(tile.as<bf16>(), expected_tile.as<bf16>(), size) != 0) fail("a tile", *k, round);
+        if (cursor.value != expected_cursor.value || cursor.ok != expected_cursor.ok) fail("the cursor", *k, round);
+        const int64_t half = n / 2;  // two tiles of different numbers
+        if (half > 0) multiply_tiles(round, *k, tile.as<bf16>(), tile.as<bf16>() + half * kWordBits16, half, guarded);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t rounds = argc > 1 ? std::atol(argv[1]) : 1000;
+  const auto kernels = kernels_here();
+  for (int64_t round = 0; round < rounds; ++round) {
+    randomness.seed(uint32_t(round));
+    one_round(round, kernels);
+  }
+  std::printf("%ld rounds:", long(rounds));
+  for (const Kernels* k : kernels) std::printf(" %s", k->name);
+  std::puts("");
+}

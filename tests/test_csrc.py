@@ -1,0 +1,59 @@
+"""The C++ kernels by themselves, without torch: warnings, corrupt weights under sanitizers, AMX on an emulator."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+HARNESSES = ROOT / "tests" / "csrc"
+PORTABLE, AVX2, AVX512 = (CSRC / f"{name}.cpp" for name in ("portable", "avx2", "avx512"))
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# gcc 12 warns in its own intrinsics, which make undefined registers of uninitialized variables.
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+@pytest.fixture
+def compiler() -> str:
+    found = next(filter(None, (shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    if found is None:
+        pytest.skip("no C++ compiler: neither $CXX nor c++, g++ or clang++ is on the path")
+    return found
+
+
+def compile_cpp(compiler: str, *arguments: object) -> None:
+    done = subprocess.run([compiler, "-std=c++17", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def output_of(program: Path, *arguments: str) -> str:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_kernels_compile_without_warnings(compiler):
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "ops.cpp"]  # which needs torch's headers
+    assert sources
+    compile_cpp(compiler, "-Wall", "-Wextra", "-Werror", *QUIET, "-fsyntax-only", *sources)
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="AMX is an extension of x86-64")
+def test_amx_multiplies_as_the_portable_kernels_do(compiler, tmp_path):
+    program = tmp_path / "amx_emulated"
+    compile_cpp(compiler, "-O1", *QUIET, HARNESSES / "amx_emulated.cpp", PORTABLE, AVX512, "-o", program)
+    assert "largest error" in output_of(program)
+
+
+def test_corrupt_weights_are_never_read_out_of_bounds(compiler, tmp_path):
+    (tmp_path / "empty.cpp").write_text("int main() {}\n")
+    linked = subprocess.run([compiler, *SANITIZERS, tmp_path / "empty.cpp", "-o", tmp_path / "empty"], capture_output=True)
+    if linked.returncode != 0 or subprocess.run([tmp_path / "empty"], capture_output=True).returncode != 0:
+        pytest.skip(f"{compiler} has no runtime for the address and undefined behaviour sanitizers")
+    program = tmp_path / "fuzz_kernels"
+    compile_cpp(compiler, "-O1", *QUIET, *SANITIZERS, HARNESSES / "fuzz_kernels.cpp", PORTABLE, AVX2, AVX512, "-o", program)
+    assert "1000 rounds: portable" in output_of(program, "1000")

@@ -1,0 +1,358 @@
+"""Packed checkpoints: there and back again, through every door that opens a model, and every way a file can be damaged."""
+
+import json
+import math
+import random
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, make_tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, pipeline
+
+import losa
+from losa import SparseConfig, SparseLinear
+from losa.doctor import toy_tokenizer
+from losa.evaluation.perplexity import perplexity
+from losa.inspect import inspect
+from losa.models import find_decoder
+from losa.runtime.bench import compare, weight_bytes
+from losa.runtime.files import pack_checkpoint, unpack_checkpoint
+from losa.runtime.generate import generate
+
+
+def make_sparse(family: str, directory, shards: bool = False, sparsity: float = 0.7):
+    """A checkpoint of a tiny model in bfloat16 whose linear layers are `sparsity` zeros."""
+    model = make_tiny_model(family).bfloat16()
+    for linear in find_decoder(model).linears().values():
+        linear.weight.data[torch.rand(linear.weight.shape) < sparsity] = 0
+    model.save_pretrained(directory, max_shard_size="20KB" if shards else "50GB")
+    toy_tokenizer().save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    make_sparse("llama", folder / "sparse")
+    pack_checkpoint(folder / "sparse", folder / "packed")
+    pack_checkpoint(folder / "sparse", folder / "int8", "int8")
+    return folder
+
+
+def tensors(directory) -> dict[str, torch.Tensor]:
+    return {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8)) for key in first
+    )
+
+
+IDS = torch.arange(1, 41).view(2, 20)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_packed_and_unpacks_bitwise(family, tmp_path):
+    sparse = make_sparse(family, tmp_path / "sparse", shards=True)
+    result = pack_checkpoint(tmp_path / "sparse", tmp_path / "packed")
+    assert result["layers"] == len(find_decoder(sparse).linears())
+    assert result["sparsity"] == pytest.approx(0.7, abs=0.05)
+    assert unpack_checkpoint(tmp_path / "packed", tmp_path / "again") == result["layers"]
+    assert same(tensors(tmp_path / "sparse"), tensors(tmp_path / "again"))
+    packed, _ = losa.load(tmp_path / "packed")
+    dense, _ = losa.load(tmp_path / "again")
+    assert sum(isinstance(module, SparseLinear) for module in packed.modules()) == result["layers"]
+    exact = make_exact(dense)
+    with torch.no_grad():
+        want, ours, torchs = exact(IDS).logits, packed(IDS).logits, dense(IDS).logits
+    assert (ours - want).abs().max() <= 2 * (torchs - want).abs().max()
+
+
+def make_exact(model):
+    """The same model in float64."""
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.double().eval()
+
+
+def test_sizes_are_what_the_format_says(tmp_path):
+    model = make_tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).bfloat16()
+    for linear in find_decoder(model).linears().values():
+        linear.weight.data[torch.rand(linear.weight.shape) < 0.7] = 0
+    model.save_pretrained(tmp_path / "sparse")
+    shapes = [linear.weight.shape for linear in find_decoder(model).linears().values()]
+    weights, rows = sum(shape.numel() for shape in shapes), sum(shape[0] for shape in shapes)
+    for values, size, scales in (("bfloat16", 2, 0), ("int8", 1, 4 * rows)):
+        result = pack_checkpoint(tmp_path / "sparse", tmp_path / values, values)
+        stored = round(weights * (1 - result["sparsity"]))
+        offsets = 8 * sum(shape[0] // 16 + 1 for shape in shapes)
+        assert result["packed_bytes"] == weights // 8 + size * stored + scales + offsets
+        assert result["dense_bytes"] == 2 * weights
+
+
+def test_int8_is_close_and_smaller(llama):
+    sparse, _ = losa.load(llama / "sparse")
+    small, _ = losa.load(llama / "int8")
+    with torch.no_grad():
+        want, found = sparse(IDS).logits.float(), small(IDS).logits.float()
+    assert (found - want).norm() / want.norm() < 0.02
+    assert weight_bytes(small) < weight_bytes(losa.load(llama / "packed")[0]) < weight_bytes(sparse)
+
+
+def test_from_pretrained_packs_a_sparse_checkpoint_and_saves_it(llama, tmp_path):
+    for values, packed in (("bfloat16", "packed"), ("int8", "int8")):
+        model = AutoModelForCausalLM.from_pretrained(llama / "sparse", quantization_config=SparseConfig(values))
+        wanted, _ = losa.load(llama / packed)
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+        model.save_pretrained(tmp_path / packed)
+        assert same(tensors(tmp_path / packed), tensors(llama / packed))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / packed)
+        with torch.no_grad():
+            assert torch.equal(again(IDS).logits, wanted(IDS).logits)
+
+
+def test_generate_pipeline_perplexity_and_eval(llama, monkeypatch, capsys):
+    sparse, tokenizer = losa.load(llama / "sparse")
+    packed, _ = losa.load(llama / "packed")
+    pieces = []
+    first = generate(sparse, tokenizer, "THE OLD MAN", pieces.append, 12)
+    second = generate(packed, tokenizer, "THE OLD MAN", lambda piece: None, 12)
+    assert first.text == second.text == "".join(pieces)
+    assert first.tokens == 12
+    text = pipeline("text-generation", model=packed, tokenizer=tokenizer)("THE", max_new_tokens=4)[0]["generated_text"]
+    assert text.startswith("THE")
+    ids = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(0))
+    assert perplexity(packed, ids) == pytest.approx(perplexity(sparse, ids), rel=1e-3)
+    with pytest.raises(ValueError, match="found 0 characters"):
+        generate(packed, tokenizer, "", pieces.append)
+
+
+def test_inspect_reads_the_header(llama):
+    sparse, packed = inspect(llama / "sparse"), inspect(llama / "packed")
+    assert {(layer.name, layer.zeros, layer.numel) for layer in sparse} == {(layer.name, layer.zeros, layer.numel) for layer in packed}
+
+
+def test_bench_compares_in_one_process(llama):
+    for directory, names in ((llama / "sparse", ["dense", "sparse bfloat16", "sparse int8"]), (llama / "int8", ["dense", "sparse int8"])):
+        result = compare(directory, prompt=4, new=3, rounds=1)
+        assert [row["name"] for row in result["rows"]] == names
+        for row in result["rows"]:
+            assert row["tokens_per_second"] > 0
+            assert row["limit_tokens_per_second"] == pytest.approx(result["bandwidth"] / row["weight_bytes"])
+    with pytest.raises(ValueError, match="1 new tokens"):
+        compare(llama / "packed", new=1)
+    with pytest.raises(ValueError, match="more than the model's 64; ask for fewer"):
+        compare(llama / "packed", prompt=63, new=2)
+
+
+def test_float32_weights_are_rounded_once(tmp_path):
+    model = make_tiny_model("llama")
+    model.save_pretrained(tmp_path / "float32")
+    toy_tokenizer().save_pretrained(tmp_path / "float32")
+    pack_checkpoint(tmp_path / "float32", tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    found = tensors(tmp_path / "again")
+    for name, linear in find_decoder(model).linears().items():
+        assert torch.equal(found[f"{name}.weight"], linear.weight.data.bfloat16())
+    assert losa.load(tmp_path / "packed")[0].dtype == torch.bfloat16
+
+
+def test_plain_transformers_fails_loudly(llama):
+    """Without losa, a packed directory must never open as a model with random weights."""
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(llama / 'packed')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "size" in done.stderr
+    assert "mismatch" in done.stderr
+
+
+def test_training_and_pruning_a_packed_model_is_refused(llama):
+    packed, tokenizer = losa.load(llama / "packed")
+    with pytest.raises(ValueError, match="load the original checkpoint"):
+        losa.prune(packed, tokenizer, losa.LosaConfig.from_dict({"output": "x", "calibration": {"data": "x"}}))
+
+
+def test_output_must_not_exist_and_source_must_be_a_checkpoint(llama, tmp_path):
+    with pytest.raises(ValueError, match="exists; choose another"):
+        pack_checkpoint(llama / "sparse", llama / "packed")
+    with pytest.raises(ValueError, match="is not a directory"):
+        pack_checkpoint(tmp_path / "nothing", tmp_path / "packed")
+    with pytest.raises(ValueError, match="is packed already"):
+        pack_checkpoint(llama / "packed", tmp_path / "twice")
+    with pytest.raises(ValueError, match="is not packed"):
+        unpack_checkpoint(llama / "sparse", tmp_path / "again")
+    with pytest.raises(ValueError, match="packed values are 'int3'"):
+        pack_checkpoint(llama / "sparse", tmp_path / "packed", "int3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_pack_leaves_nothing(llama, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("losa.runtime.files._finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack_checkpoint(llama / "sparse", tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- damage -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    shutil.copytree(llama / "packed", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def change_header(directory, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(directory, change):
+    file = directory / "model.safetensors"
+    found = load_file(file)
+    change(found)
+    save_file(found, file, metadata={"format": "pt"})
+
+
+def both_doors_refuse(directory, message: str):
+    with pytest.raises(ValueError, match=message):
+        losa.load(directory)
+    with pytest.raises(ValueError, match=message):
+        unpack_checkpoint(directory, directory.parent / "again")
+    assert not (directory.parent / "again").exists()
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "packed format 2, expected 1"),
+        ({"version": "1"}, "packed format '1', expected 1"),
+        ({"values": "int3"}, "packed values are 'int3'"),
+        ({"extra": 1}, "unknown keys in the packed header: extra"),
+        ({"layers": [1]}, "layers is a list"),
+        ({"layers": {LAYER: -1}}, "claims -1 stored values"),
+        ({"layers": {LAYER: 1.5}}, r"claims 1\.5 stored values"),
+        ({"layers": {LAYER: True}}, "claims True stored values"),
+        ({"layers": {"model.norm": 3}}, "model.norm"),
+        ({"layers": {"../../etc": 3}}, "etc"),
+    ],
+)
+def test_a_header_that_cannot_be_believed(copy, changes, message):
+    change_header(copy, **changes)
+    both_doors_refuse(copy, message)
+
+
+def test_a_header_that_claims_too_much_allocates_nothing(copy):
+    change_header(copy, layers={LAYER: 10**15})
+    with pytest.raises(ValueError, match="more than its 1536 weights"):
+        losa.load(copy)
+
+
+def _drop(key):
+    return lambda found: found.pop(key)
+
+
+def _replace(key, value):
+    return lambda found: found.__setitem__(key, value(found[key]))
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_mask", "weight_offsets"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("missing", lambda tensor: None),
+        ("short", lambda tensor: tensor[:-1].clone()),
+        ("long", lambda tensor: torch.cat([tensor, tensor[:1]])),
+        ("other type", lambda tensor: tensor.to(torch.float32)),
+        ("empty", lambda tensor: tensor[:0].clone()),
+    ],
+)
+def test_tensors_that_do_not_fit_the_header(copy, part, name, change):
+    key = f"{LAYER}.{part}"
+
+    def damage(found):
+        changed = change(found.pop(key))
+        if changed is not None:
+            found[key] = changed
+
+    change_tensors(copy, damage)
+    both_doors_refuse(copy, LAYER)
+
+
+def test_masks_that_disagree_with_offsets_and_values(copy):
+    change_tensors(copy, _replace(f"{LAYER}.weight_mask", lambda mask: mask ^ 1))
+    both_doors_refuse(copy, "the offsets do not count the bits of the masks")
+
+
+def test_a_missing_scale(llama, tmp_path):
+    shutil.copytree(llama / "int8", tmp_path / "copy")
+    change_tensors(tmp_path / "copy", _drop(f"{LAYER}.weight_scale"))
+    both_doors_refuse(tmp_path / "copy", LAYER)
+
+
+def test_truncated_files(copy):
+    file = copy / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        both_doors_refuse(copy, "damaged|cannot open")
+    file.unlink()
+    both_doors_refuse(copy, "cannot open|no .safetensors")
+
+
+def test_wrong_method_is_refused_by_us_and_not_mistaken_by_transformers(copy):
+    change_header(copy, quant_method="other")
+    with pytest.raises((ValueError, RuntimeError)):
+        losa.load(copy)
+    with pytest.raises(ValueError, match="is not packed"):
+        unpack_checkpoint(copy, copy.parent / "again")
+
+
+def test_fuzzed_files_are_refused_or_open_unchanged(copy):
+    """Any byte of the safetensors header or of masks and offsets changed: an error, or a model that still runs."""
+    generator = random.Random(0)
+    file = copy / "model.safetensors"
+    whole = bytearray(file.read_bytes())
+    (header,) = struct.unpack("<Q", whole[:8])
+    opened = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(generator.choice([1, 1, 4])):
+            damaged[generator.randrange(8 + header if generator.random() < 0.5 else len(damaged))] = generator.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            model, _ = losa.load(copy)
+        except (ValueError, RuntimeError):
+            continue
+        opened += 1
+        with torch.no_grad():
+            assert model(IDS[:, :4]).logits.shape == (2, 4, 64)  # a changed value is not noticed, and harms nobody
+    assert opened < 60
+
+
+def test_fuzzed_configs_are_refused_or_open(copy):
+    generator = random.Random(1)
+    text = (copy / "config.json").read_text()
+    start = text.index("quantization_config")
+    for _ in range(40):
+        place = generator.randrange(start, len(text))
+        (copy / "config.json").write_text(text[:place] + generator.choice('0{}[]",:-x9') + text[place + 1 :])
+        try:
+            model, _ = losa.load(copy)
+        except (ValueError, RuntimeError):
+            continue
+        assert all(math.isfinite(value) for value in model(IDS[:1, :4]).logits.flatten().tolist())
