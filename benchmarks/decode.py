@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py --output docs/benchmarks
 
-Builds the model (TinyLlama's shape: 1.1 billion parameters, untied head), saves it, and measures it as `losa bench` does: decoding
+Builds the model (TinyLlama's shape: 1.1 billion parameters, untied head), saves it, measures it as `losa bench` does: decoding
 through transformers' `generate`, batch 1, and the time to the first token of a short and a long prompt. Writes decode.csv.
 """
 
@@ -44,7 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for decode.csv")
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--model", type=Path, help="use this checkpoint instead of a random one; made there when it does not exist")
+    parser.add_argument(
+        "--model", type=Path, help="use this checkpoint instead of a random one; made there when it does not exist"
+    )
     parser.add_argument("--prompts", nargs="+", type=int, default=[32, 512])
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)

@@ -4,9 +4,10 @@
     python benchmarks/layers.py --output OUT --models 7B --sparsity 0.7 --tokens 1 --threads 2
 
 Every measurement rotates over copies of the weight that together are several times the last-level cache, all in huge pages, and
-dense and packed layers take turns, so that both see the same clock and the same neighbours. Times are medians. One of the turns only
-reads the dense weight (`amax`): no dense engine can be faster with one token, so `best dense` is the fastest of that, `F.linear` and
-`torch.mv`, and the share of bandwidth is the packed layer's bytes per second over that read's. Writes layers.csv and layers.svg.
+dense and packed layers take turns, so that both see the same clock and the same neighbours. Times are medians. One of the turns
+only reads the dense weight (`amax`): no dense engine is faster with one token, so `best dense` is the fastest of that, `F.linear`
+and `torch.mv`, and the share of bandwidth is the packed layer's bytes per second over that read's. Writes layers.csv and
+layers.svg.
 """
 
 import argparse
@@ -56,6 +57,7 @@ class Copies:
         return home.copy_(tensor)
 
     def next(self) -> list[Tensor | None]:
+        """The next copy."""
         self.turn = (self.turn + 1) % self.count
         return self.copies[self.turn]
 
@@ -142,7 +144,9 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
                 axis.plot(tokens, [sum(points[t]) / len(points[t]) for t in tokens], style, marker=".", label=f"{model} {values}")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", title=f"{level:.0%} zeros", xlabel="tokens")
-        axis.set_xticks(sorted({int(row["tokens"]) for row in rows}), labels=[str(t) for t in sorted({int(row["tokens"]) for row in rows})])
+        axis.set_xticks(
+            sorted({int(row["tokens"]) for row in rows}), labels=[str(t) for t in sorted({int(row["tokens"]) for row in rows})]
+        )
         axis.minorticks_off()
     axes[0][0].set_ylabel("speed-up over dense bfloat16")
     axes[0][-1].legend(fontsize=7)

@@ -47,9 +47,14 @@ def write(path: Path, kind: gguf.GGMLQuantizationType) -> None:
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{block}.{norm}.weight", np.ones(HIDDEN, dtype=np.float32))
         for name, rows, columns in [
-            ("attn_q", HIDDEN, HIDDEN), ("attn_k", key_rows, HIDDEN), ("attn_v", key_rows, HIDDEN), ("attn_output", HIDDEN, HIDDEN),
-            ("ffn_gate", INNER, HIDDEN), ("ffn_up", INNER, HIDDEN), ("ffn_down", HIDDEN, INNER),
-        ]:  # fmt: skip
+            ("attn_q", HIDDEN, HIDDEN),
+            ("attn_k", key_rows, HIDDEN),
+            ("attn_v", key_rows, HIDDEN),
+            ("attn_output", HIDDEN, HIDDEN),
+            ("ffn_gate", INNER, HIDDEN),
+            ("ffn_up", INNER, HIDDEN),
+            ("ffn_down", HIDDEN, INNER),
+        ]:
             matrix(f"blk.{block}.{name}.weight", rows, columns)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -249,7 +249,9 @@ def test_pack_run_and_unpack(folder, tmp_path, monkeypatch, capsys):
     assert out.startswith("THE QUICK")
     assert "5 tokens in" in err
     first = losa_main(monkeypatch, capsys, "generate", packed, "--prompt", "THE", "--temperature", "1", "--seed", "1")
-    assert first[1] == losa_main(monkeypatch, capsys, "generate", packed, "--prompt", "THE", "--temperature", "1", "--seed", "1")[1]
+    assert (
+        first[1] == losa_main(monkeypatch, capsys, "generate", packed, "--prompt", "THE", "--temperature", "1", "--seed", "1")[1]
+    )
     code, out, err = losa_main(monkeypatch, capsys, "bench", packed, "--prompt", "4", "--new", "3", "--rounds", "1")
     assert code == 0, err
     assert "sparse bfloat16" in out
@@ -257,7 +259,10 @@ def test_pack_run_and_unpack(folder, tmp_path, monkeypatch, capsys):
     code, out, err = losa_main(monkeypatch, capsys, "unpack", packed, again)
     assert code == 0, err
     assert tensors(again).keys() == tensors(source).keys()
-    sparse = [evaluate_checkpoint(LosaConfig.from_dict({"model": str(path)}), str(folder / "text.txt"), [32], 8) for path in (again, packed)]
+    sparse = [
+        evaluate_checkpoint(LosaConfig.from_dict({"model": str(path)}), str(folder / "text.txt"), [32], 8)
+        for path in (again, packed)
+    ]
     assert sparse[0][0]["perplexity"] == pytest.approx(sparse[1][0]["perplexity"], rel=1e-3)
 
 

@@ -50,10 +50,21 @@ def code_blocks(language: str) -> list[str]:
 
 def test_every_losa_command_of_the_readme_runs(toy_home):
     commands = [line.split("#")[0] for block in code_blocks("bash") for line in block.splitlines() if line.startswith("losa ")]
-    assert {shlex.split(command)[1] for command in commands} >= {"plan", "run", "inspect", "eval", "pack", "unpack", "generate", "bench"}
+    assert {shlex.split(command)[1] for command in commands} >= {
+        "plan",
+        "run",
+        "inspect",
+        "eval",
+        "pack",
+        "unpack",
+        "generate",
+        "bench",
+    }
     for command in commands:
         arguments = shlex.split(stand_in(command))[1:]
-        arguments += {"run": ["-c", "short.yaml"], "plan": ["-c", "short.yaml"], "bench": ["--prompt", "8", "--new", "4"]}.get(arguments[0], [])
+        arguments += {"run": ["-c", "short.yaml"], "plan": ["-c", "short.yaml"], "bench": ["--prompt", "8", "--new", "4"]}.get(
+            arguments[0], []
+        )
         assert not app(arguments, standalone_mode=False), command
 
 

@@ -44,7 +44,9 @@ def test_format_equals_a_walk_by_hand_and_unpacks_to_itself(shape, density, valu
     W_OI = sparse(*shape, density)
     packed = pack(W_OI, values)
     check(packed)
-    mask, stored, offsets = packed_by_hand(W_OI if values == torch.bfloat16 else exact(packed) / packed.scale.double()[:, None], values)
+    mask, stored, offsets = packed_by_hand(
+        W_OI if values == torch.bfloat16 else exact(packed) / packed.scale.double()[:, None], values
+    )
     assert packed.mask.flatten().tolist() == mask
     assert packed.values.double().tolist() == stored
     assert packed.offsets.tolist() == offsets

@@ -136,11 +136,16 @@ def test_generate_pipeline_perplexity_and_eval(llama, monkeypatch, capsys):
 
 def test_inspect_reads_the_header(llama):
     sparse, packed = inspect(llama / "sparse"), inspect(llama / "packed")
-    assert {(layer.name, layer.zeros, layer.numel) for layer in sparse} == {(layer.name, layer.zeros, layer.numel) for layer in packed}
+    assert {(layer.name, layer.zeros, layer.numel) for layer in sparse} == {
+        (layer.name, layer.zeros, layer.numel) for layer in packed
+    }
 
 
 def test_bench_compares_in_one_process(llama):
-    for directory, names in ((llama / "sparse", ["dense", "sparse bfloat16", "sparse int8"]), (llama / "int8", ["dense", "sparse int8"])):
+    for directory, names in (
+        (llama / "sparse", ["dense", "sparse bfloat16", "sparse int8"]),
+        (llama / "int8", ["dense", "sparse int8"]),
+    ):
         result = compare(directory, prompt=4, new=3, rounds=1)
         assert [row["name"] for row in result["rows"]] == names
         for row in result["rows"]:

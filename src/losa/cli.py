@@ -195,7 +195,9 @@ def plan(
 def pack(
     directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.")],
     packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
-    values: Annotated[str, typer.Option(help="`bfloat16` keeps every weight; `int8` rounds them, with a scale per row.")] = "bfloat16",
+    values: Annotated[
+        str, typer.Option(help="`bfloat16` keeps every weight; `int8` rounds them, with a scale per row.")
+    ] = "bfloat16",
     trust_remote_code: Trust = None,
 ) -> None:
     """Store a sparse checkpoint small: one bit for every weight, one number for every weight that is not zero.
@@ -209,8 +211,9 @@ def pack(
     _quiet()
     done = pack_checkpoint(directory, packed, values, bool(trust_remote_code))
     out.print(
-        f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: {size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, "
-        f"{done['ratio']:.3f} of dense\nsaved and verified: {packed}",
+        f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: "
+        f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense\n"
+        f"saved and verified: {packed}",
         highlight=False,
     )
 

@@ -78,4 +78,6 @@ def self_test(device: str = "auto") -> dict[str, float]:
         difference = (load(Path(folder, "packed"))[0](ids).logits - reopened(ids).logits).abs().max().item()
         if not difference < 0.01:
             raise RuntimeError(f"self-test failed: logits of the packed model differ by {difference:.4f}")
-        return {"sparsity asked": 0.6, "sparsity in the file": zeros, "packed model differs by": difference} | sparse.losa_record["perplexity"]
+        return {"sparsity asked": 0.6, "sparsity in the file": zeros, "packed model differs by": difference} | sparse.losa_record[
+            "perplexity"
+        ]

@@ -119,11 +119,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def size(count: float) -> str:
-    """Bytes, readable."""
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
-
-
 def bench_table(result: dict[str, Any]) -> Group:
     """Output of `losa bench`."""
     dense = next(row for row in result["rows"] if row["name"] == "dense")
@@ -140,5 +135,5 @@ def bench_table(result: dict[str, Any]) -> Group:
             size(row["resident_bytes"]),
             f"{row['resident_bytes'] / dense['resident_bytes']:.2f}" if dense["resident_bytes"] > 0 else "",
         )
-    stream = f"limit: tokens/s at the {result['bandwidth'] / 1e9:.1f} GB/s that memory was measured to deliver, reading every weight once a token"
+    stream = f"limit: reading every weight once a token, at the {result['bandwidth'] / 1e9:.1f} GB/s measured on this memory"
     return Group(table, stream, f"machine: {result['machine']}")

@@ -1,12 +1,13 @@
 """`losa bench`: tokens per second, sparse against dense, in one process, beside what the memory allows.
 
-Generating one token reads every weight once, so no engine can be faster than bandwidth / bytes of weights. Models take turns, round
+Generating one token reads every weight once, so no engine is faster than bandwidth / bytes of weights. Models take turns, round
 by round, because a machine's clock and neighbours change from minute to minute; medians are reported.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from losa.environment import machine
 from losa.models import load, max_length, one_line
 from losa.progress import progress
-from losa.runtime.header import SparseConfig
+from losa.runtime.header import VALUES, SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 
@@ -66,11 +67,11 @@ def open_all(directory: str) -> dict[str, tuple[PreTrainedModel, int]]:
     if getattr(first.config, "quantization_config", None) is None:
         found["dense"] = (first, resident_bytes() - before)
         makers: dict[str, Callable[[], PreTrainedModel]] = {
-            f"sparse {values}": lambda values=values: _packed(directory, values) for values in ("bfloat16", "int8")
+            f"sparse {values}": partial(_packed, directory, values) for values in VALUES
         }
     else:
         found[f"sparse {first.config.quantization_config.values}"] = (first, resident_bytes() - before)
-        makers = {"dense": lambda: _unpacked(directory)}
+        makers = {"dense": partial(_unpacked, directory)}
     for name, make in makers.items():
         before = resident_bytes()
         model = make()
@@ -112,7 +113,9 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     models = open_all(str(directory))
     config = next(iter(models.values()))[0].config.get_text_config()
     if prompt + new > max_length(config):
-        raise ValueError(f"{prompt} tokens of prompt and {new} new ones are more than the model's {max_length(config)}; ask for fewer")
+        raise ValueError(
+            f"{prompt} tokens of prompt and {new} new ones are more than the model's {max_length(config)}; ask for fewer"
+        )
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     clocks: dict[str, list[_Clock]] = {name: [] for name in models}
     turns = [(name, counted) for counted in range(rounds + 1) for name in models]

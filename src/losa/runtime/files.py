@@ -75,7 +75,9 @@ def pack_checkpoint(
         _convert_files(source, partial, convert)
         missing = sorted(linears.keys() - config.layers.keys())
         if missing:
-            raise ValueError(f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers")
+            raise ValueError(
+                f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
+            )
         _finish(source, partial, {"dtype": "bfloat16", "quantization_config": config.to_dict()})
     sizes["sparsity"] = 1 - sum(config.layers.values()) / total
     return sizes | {"ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
@@ -125,7 +127,9 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
         _convert_files(source, partial, convert)
         missing = sorted(config.layers.keys() - unpacked)
         if missing:
-            raise ValueError(f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names")
+            raise ValueError(
+                f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
+            )
         _finish(source, partial, {"quantization_config": None})
     return len(config.layers)
 
@@ -203,7 +207,8 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} has no .safetensors file; only safetensors checkpoints are read")
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
@@ -222,7 +227,12 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
 def _finish(source: Path, output: Path, changes: dict[str, Any]) -> None:
     """Copies what is not weights, writes config.json with `changes` (None removes a key), and flushes everything to disk."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(".") and file.suffix != ".safetensors" and file.name not in (INDEX, "config.json"):
+        if (
+            file.is_file()
+            and not file.name.startswith(".")
+            and file.suffix != ".safetensors"
+            and file.name not in (INDEX, "config.json")
+        ):
             shutil.copy2(file, output / file.name)
     config = _read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})

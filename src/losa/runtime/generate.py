@@ -49,7 +49,9 @@ def generate(
         ValueError: an empty prompt, or numbers out of range.
     """
     if not prompt or tokens < 1 or temperature < 0:
-        raise ValueError(f"found {len(prompt)} characters, {tokens} tokens, temperature {temperature}; expected a prompt, >= 1 and >= 0")
+        raise ValueError(
+            f"found {len(prompt)} characters, {tokens} tokens, temperature {temperature}; expected a prompt, >= 1 and >= 0"
+        )
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

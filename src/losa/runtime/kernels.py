@@ -30,9 +30,10 @@ def available() -> tuple[str, ...]:
     except (IndexError, OSError) as error:
         reason = "were not built when losa was installed" if isinstance(error, IndexError) else f"do not load ({error})"
         logger.warning(
-            "losa's CPU kernels %s: packed layers are unpacked at every call, slower than dense ones. With torch and a C++ compiler "
-            "installed, build them: pip install --no-build-isolation --force-reinstall --no-deps losa", reason
-        )  # fmt: skip
+            "losa's CPU kernels %s: packed layers are unpacked at every call, slower than dense ones. With torch and a C++ "
+            "compiler installed, build them: pip install --no-build-isolation --force-reinstall --no-deps losa",
+            reason,
+        )
         return (REFERENCE,)
     torch.library.register_fake("losa::sparse_linear", _shape)
     bits = torch.ops.losa.cpu_kernels()

@@ -90,5 +90,3 @@ class SparseLinear(nn.Module):
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-

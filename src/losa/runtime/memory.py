@@ -17,7 +17,7 @@ HUGE = 2 << 20  # bytes of a huge page on x86-64; aarch64 with 4 KiB base pages 
 
 
 def huge_region(size: int) -> Tensor:
-    """`[size]` uninitialised bytes, aligned to a huge page; not resident until written. Ordinary pages where there are no huge ones."""
+    """`[size]` bytes, aligned to a huge page, not resident until written. Ordinary pages where there are no huge ones."""
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         region = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(mmap.MADV_HUGEPAGE)

@@ -46,8 +46,7 @@ def mask_shape(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def _by_words(W_OI: torch.Tensor, group: int) -> torch.Tensor:
     """`[O, I]`, padded with zeros, as `[strips, words, 16 * group]`: the order of the values."""
-    O, I = W_OI.shape
-    padded = torch.nn.functional.pad(W_OI, (0, -I % group, 0, -O % STRIP))
+    padded = torch.nn.functional.pad(W_OI, (0, -W_OI.shape[1] % group, 0, -W_OI.shape[0] % STRIP))
     strips, words = padded.shape[0] // STRIP, padded.shape[1] // group
     return padded.view(strips, STRIP, words, group).transpose(1, 2).reshape(strips, words, STRIP * group)
 
@@ -95,7 +94,7 @@ def pack(W_OI: torch.Tensor, values: torch.dtype = torch.bfloat16) -> PackedWeig
     keep = words != 0  # for int8, a weight that rounds to zero is a zero from here on
     counts = keep.flatten(1).sum(1)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    mask = _pack_bits(keep).flatten(1).reshape(mask_shape(*W_OI.shape, values))
+    mask = _pack_bits(keep).flatten(1).reshape(mask_shape(W_OI.shape[0], W_OI.shape[1], values))
     return PackedWeight(mask=mask, values=words[keep], offsets=offsets, scale=scale_O, rows=W_OI.shape[0], columns=W_OI.shape[1])
 
 
@@ -120,16 +119,22 @@ def check(packed: PackedWeight, name: str = "packed weight") -> None:
     """
     values, offsets = packed.values, packed.offsets
     if values.dtype not in GROUPS or values.dim() != 1:
-        raise ValueError(f"{name}: values are {values.dtype} of shape {tuple(values.shape)}, expected bfloat16 or int8 of one dimension")
+        raise ValueError(
+            f"{name}: values are {values.dtype} of shape {tuple(values.shape)}, expected bfloat16 or int8 of one dimension"
+        )
     shape = mask_shape(packed.rows, packed.columns, values.dtype)
     if packed.mask.dtype != torch.uint8 or tuple(packed.mask.shape) != shape:
         raise ValueError(f"{name}: mask is {packed.mask.dtype} of shape {tuple(packed.mask.shape)}, expected uint8 of {shape}")
     if offsets.dtype != torch.int64 or tuple(offsets.shape) != (shape[0] + 1,):
-        raise ValueError(f"{name}: offsets are {offsets.dtype} of shape {tuple(offsets.shape)}, expected int64 of ({shape[0] + 1},)")
+        raise ValueError(
+            f"{name}: offsets are {offsets.dtype} of shape {tuple(offsets.shape)}, expected int64 of ({shape[0] + 1},)"
+        )
     if (values.dtype == torch.int8) != (packed.scale is not None):
         raise ValueError(f"{name}: int8 values come with a scale per row and bfloat16 values with none")
     if packed.scale is not None and (packed.scale.dtype != torch.float32 or tuple(packed.scale.shape) != (packed.rows,)):
-        raise ValueError(f"{name}: scale is {packed.scale.dtype} of shape {tuple(packed.scale.shape)}, expected float32 of ({packed.rows},)")
+        raise ValueError(
+            f"{name}: scale is {packed.scale.dtype} of shape {tuple(packed.scale.shape)}, expected float32 of ({packed.rows},)"
+        )
     counts = np.bitwise_count(packed.mask.cpu().numpy()).sum(1, dtype=np.int64)
     expected = np.concatenate([[0], counts.cumsum()])
     if not np.array_equal(offsets.cpu().numpy(), expected):
