@@ -31,8 +31,9 @@ class SparseLinear(nn.Module):
         self.weight = _frozen(torch.empty(count, dtype=values))
         self.weight_mask = _frozen(torch.empty(strips, width, dtype=torch.uint8))
         self.weight_offsets = _frozen(torch.empty(strips + 1, dtype=torch.int64))
-        self.weight_scale = _frozen(torch.empty(out_features, dtype=torch.float32)) if values == torch.int8 else None
-        self.bias = _frozen(torch.empty(out_features, dtype=torch.bfloat16)) if bias else None
+        scale = _frozen(torch.empty(out_features, dtype=torch.float32)) if values == torch.int8 else None
+        self.register_parameter("weight_scale", scale)
+        self.register_parameter("bias", _frozen(torch.empty(out_features, dtype=torch.bfloat16)) if bias else None)
         self.kernel = kernels.choose()
 
     @classmethod
@@ -45,24 +46,27 @@ class SparseLinear(nn.Module):
         packed = pack(linear.weight.data, values)
         made = cls(linear.in_features, linear.out_features, 0, values)
         made.weight, made.weight_mask, made.weight_offsets = map(_frozen, (packed.values, packed.mask, packed.offsets))
-        made.weight_scale = None if packed.scale is None else _frozen(packed.scale)
-        made.bias = None if linear.bias is None else _frozen(linear.bias.data.bfloat16())
+        if packed.scale is not None:
+            made.weight_scale = _frozen(packed.scale)
+        if linear.bias is not None:
+            made.bias = _frozen(linear.bias.data.bfloat16())
         return made
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as the kernels take it; nothing is copied."""
-        return PackedWeight(
-            mask=self.weight_mask, values=self.weight, offsets=self.weight_offsets, scale=self.weight_scale,
-            rows=self.out_features, columns=self.in_features,
-        )  # fmt: skip
+        held = self._parameters  # directly: five attribute lookups of a module would take as long as the operator's call
+        mask, values, offsets = held["weight_mask"], held["weight"], held["weight_offsets"]
+        assert mask is not None and values is not None and offsets is not None
+        return PackedWeight(mask, values, offsets, held["weight_scale"], self.out_features, self.in_features)
 
     def to_linear(self) -> nn.Linear:
         """The dense layer again."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        bias = self._parameters["bias"]
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         linear.weight = _frozen(unpack(self.packed))
-        if self.bias is not None:
-            linear.bias = self.bias
+        if bias is not None:
+            linear.bias = bias
         return linear
 
     def check(self, name: str) -> None:
@@ -77,7 +81,7 @@ class SparseLinear(nn.Module):
         """`[..., I]` bfloat16 -> `[..., O]`."""
         if x.dtype != torch.bfloat16:
             raise ValueError(f"a packed layer computes in bfloat16, found {x.dtype}; load the model with dtype=torch.bfloat16")
-        return kernels.linear(x, self.packed, self.bias, self.kernel)
+        return kernels.linear(x, self.packed, self._parameters["bias"], self.kernel)
 
     def extra_repr(self) -> str:
         """Shape, zeros and storage, for `print(model)`."""

@@ -17,7 +17,7 @@ Legend: O out_features, I in_features, S strips, T tokens.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,8 @@ STRIP = 16  # rows of a strip
 GROUPS = {torch.bfloat16: 2, torch.int8: 4}  # columns of a word, by the values' type
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PackedWeight:
-    """One packed weight; the fields are described at the top of this file."""
+class PackedWeight(NamedTuple):
+    """One packed weight; the fields are described at the top of this file. A tuple, because every call of a layer makes one."""
 
     mask: torch.Tensor
     values: torch.Tensor

@@ -1,7 +1,7 @@
 """An outside reference: llama.cpp on the architecture of benchmarks/decode.py, random weights, BF16 and Q8_0.
 
     pip install llama-cpp-python gguf
-    python benchmarks/llama_cpp.py --threads 2
+    python benchmarks/outside.py --threads 2
 
 Needs none of losa. Prints tokens per second of decoding after a prompt of 32 tokens, batch 1: the median of the rounds.
 """
