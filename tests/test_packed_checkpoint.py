@@ -178,6 +178,15 @@ def test_plain_transformers_fails_loudly(llama):
     assert "mismatch" in done.stderr
 
 
+def test_the_model_card_says_how_it_opens(tmp_path):
+    make_sparse("llama", tmp_path / "sparse")
+    (tmp_path / "sparse" / "README.md").write_text("# A model\n")
+    pack_checkpoint(tmp_path / "sparse", tmp_path / "packed")
+    assert 'losa.load("packed")' in (tmp_path / "packed" / "README.md").read_text()
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == "# A model\n"
+
+
 def test_training_and_pruning_a_packed_model_is_refused(llama):
     packed, tokenizer = losa.load(llama / "packed")
     with pytest.raises(ValueError, match="load the original checkpoint"):

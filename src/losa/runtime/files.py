@@ -27,6 +27,12 @@ from losa.runtime.packed import PackedWeight, check, pack, unpack
 
 INDEX = "model.safetensors.index.json"
 PARTS = ("weight", "weight_mask", "weight_offsets", "weight_scale")
+CARD_MARK = "\n## Packed\n"
+CARD = (
+    CARD_MARK + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
+    '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
+    "`losa unpack` writes the checkpoint that transformers opens alone, as the example above shows.\n"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +85,7 @@ def pack_checkpoint(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
         _finish(source, partial, {"dtype": "bfloat16", "quantization_config": config.to_dict()})
+        _note_on_card(partial, CARD.format(name=output.name, values=values))
     sizes["sparsity"] = 1 - sum(config.layers.values()) / total
     return sizes | {"ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
@@ -131,6 +138,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
         _finish(source, partial, {"quantization_config": None})
+        _note_on_card(partial, "")
     return len(config.layers)
 
 
@@ -240,6 +248,13 @@ def _finish(source: Path, output: Path, changes: dict[str, Any]) -> None:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def _note_on_card(directory: Path, note: str) -> None:
+    """Replaces what the model card says of packing, where there is a card."""
+    card = directory / "README.md"
+    if card.is_file():
+        card.write_text(card.read_text("utf-8").split(CARD_MARK)[0] + note, encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
