@@ -84,8 +84,8 @@ def pack_checkpoint(
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
-        _finish(source, partial, {"dtype": "bfloat16", "quantization_config": config.to_dict()})
-        _note_on_card(partial, CARD.format(name=output.name, values=values))
+        changes = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
+        _finish(source, partial, changes, CARD.format(name=output.name, values=values))
     sizes["sparsity"] = 1 - sum(config.layers.values()) / total
     return sizes | {"ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
@@ -137,8 +137,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
-        _finish(source, partial, {"quantization_config": None})
-        _note_on_card(partial, "")
+        _finish(source, partial, {"quantization_config": None}, "")
     return len(config.layers)
 
 
@@ -232,8 +231,8 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
         _write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _finish(source: Path, output: Path, changes: dict[str, Any]) -> None:
-    """Copies what is not weights, writes config.json with `changes` (None removes a key), and flushes everything to disk."""
+def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> None:
+    """Copies what is not weights, the card with a new `note`, config.json with `changes` (None removes a key); flushes all to disk."""
     for file in source.iterdir():
         if (
             file.is_file()
@@ -244,6 +243,7 @@ def _finish(source: Path, output: Path, changes: dict[str, Any]) -> None:
             shutil.copy2(file, output / file.name)
     config = _read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
+    _note_on_card(output, note)
     for file in [*output.iterdir(), output]:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
