@@ -232,7 +232,7 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
 
 
 def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> None:
-    """Copies what is not weights, the card with a new `note`, config.json with `changes` (None removes a key); flushes all to disk."""
+    """Copies what is not weights, the card with a new `note`, config.json with `changes` (None removes a key). Flushes it all."""
     for file in source.iterdir():
         if (
             file.is_file()
