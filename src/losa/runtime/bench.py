@@ -62,9 +62,9 @@ def open_all(directory: str) -> dict[str, tuple[PreTrainedModel, int]]:
     """
     before = resident_bytes()
     first, _ = load(directory)
-    settle(first)
     found = {}
     if getattr(first.config, "quantization_config", None) is None:
+        settle(first)  # packed models are settled when they are opened
         found["dense"] = (first, resident_bytes() - before)
         makers: dict[str, Callable[[], PreTrainedModel]] = {
             f"sparse {values}": partial(_packed, directory, values) for values in VALUES
