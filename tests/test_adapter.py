@@ -4,10 +4,12 @@ and go without a loss, zeros that stay bitwise zero, and a merged model that is 
 import pytest
 import references
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from losa.adapter import MaskedLinear, attach, masked_linears, merge
-from losa.adapter.function import MaskedLowRankLinear, effective_weight
+from losa.adapter import function
+from losa.pruning.masks import pack_bits
 
 O, I, R, SCALE = 7, 10, 3, 2.0  # noqa: E741 - the project's legend
 
@@ -47,6 +49,15 @@ def bits(tensor):
     return tensor.detach().contiguous().view({4: torch.int32, 2: torch.int16, 8: torch.int64}[tensor.element_size()])
 
 
+def fused(x, W, bias, M, a, b, keep_effective=False):
+    """The autograd function, with a bool mask."""
+    return function.MaskedLowRankLinear.apply(x, W, bias, pack_bits(M), a, b, SCALE, keep_effective)
+
+
+def effective_weight(W, M, a, b):
+    return function.effective_weight(W, pack_bits(M), a, b, SCALE)
+
+
 # the autograd function
 
 
@@ -54,14 +65,14 @@ def bits(tensor):
 @pytest.mark.parametrize("shape", [(5, I), (2, 3, I), (1, I), (I,)], ids=str)
 def test_gradients_are_exact(bias, shape):
     x, W, b_O, M, a, b = parts(bias=bias, shape=shape)
-    assert torch.autograd.gradcheck(lambda x, a, b: MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE), (x, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: fused(x, W, b_O, M, a, b), (x, a, b))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(5, I), (2, 3, I)], ids=str)
 def test_outputs_and_gradients_equal_autograd_of_the_formula(bias, shape):
     x, W, b_O, M, a, b = parts(torch.float32, bias, shape)
-    ours = MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE)
+    ours = fused(x, W, b_O, M, a, b)
     plain = references.masked_low_rank_linear(x, W, b_O, M, a, b, SCALE)
     torch.testing.assert_close(ours, plain)
     dy = torch.randn_like(plain)
@@ -71,7 +82,7 @@ def test_outputs_and_gradients_equal_autograd_of_the_formula(bias, shape):
 
 def test_only_what_needs_a_gradient_gets_one():
     x, W, b_O, M, a, b = parts()
-    y = MaskedLowRankLinear.apply(x.detach(), W, b_O, M, a, b, SCALE)
+    y = fused(x.detach(), W, b_O, M, a, b)
     y.sum().backward()
     assert x.grad is None and a.grad is not None and b.grad is not None
 
@@ -97,7 +108,7 @@ def bfloat16_errors():
         return nn.functional.linear(x, M * (W + SCALE * (b @ a).to(W.dtype)))
 
     truth = outputs(plain, torch.float64, torch.float64)
-    ours = outputs(lambda x, W, a, b: MaskedLowRankLinear.apply(x, W, None, M, a, b, SCALE), torch.bfloat16, torch.float32)
+    ours = outputs(lambda x, W, a, b: fused(x, W, None, M, a, b), torch.bfloat16, torch.float32)
     composed = outputs(plain, torch.bfloat16, torch.bfloat16)
     return [[float((g.double() - t).abs().max()) for g, t in zip(got, truth, strict=True)] for got in (ours, composed)]
 
@@ -122,34 +133,75 @@ def saved_tensors(run):
 
 def test_no_composed_weight_is_kept_for_backward():
     x, W, b_O, M, a, b = parts(torch.float32, shape=(4, I))
-    saved = saved_tensors(lambda: MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE))
-    assert {t.data_ptr() for t in saved if t.numel() >= O * I} == {W.data_ptr(), M.data_ptr()}
+    saved = saved_tensors(lambda: fused(x, W, b_O, M, a, b))
+    assert {t.data_ptr() for t in saved if t.numel() >= O * I} == {W.data_ptr()}
 
 
 def test_the_input_is_kept_and_not_copied():
     x, W, b_O, M, a, b = parts(torch.float32)
-    saved = saved_tensors(lambda: MaskedLowRankLinear.apply(x, W, b_O, M, a, b, SCALE))
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, W, M, a, b)}
+    packed = pack_bits(M)
+    saved = saved_tensors(lambda: function.MaskedLowRankLinear.apply(x, W, b_O, packed, a, b, SCALE, False))
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, W, packed, a, b)}
+
+
+@pytest.mark.parametrize("panel", [1, 3 * 8 * 4 * I, 1 << 20], ids=["8 rows", "24 rows", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_change_nothing(monkeypatch, panel, dtype):
+    """37 rows of 10 columns: masks whose last byte is padded, panels that end in the middle of the weight."""
+    monkeypatch.setitem(function.PANEL_BYTES, "cpu", panel)
+    torch.manual_seed(0)
+    W, M, a, b = torch.randn(37, I).to(dtype), torch.rand(37, I) > 0.5, torch.randn(R, I), torch.randn(37, R)
+    expected = torch.where(M, W + SCALE * (b @ a), 0.0)
+    torch.testing.assert_close(effective_weight(W, M, a, b), expected.to(dtype))
+    G = torch.randn(37, I).to(dtype)
+    masked = torch.where(M, G, 0.0).float()
+    dA, dB = function.adapter_gradients(G.clone(), pack_bits(M), a, b, SCALE)
+    torch.testing.assert_close(dA, SCALE * b.T @ masked)
+    torch.testing.assert_close(dB, SCALE * masked @ a.T)
+
+
+def test_a_gradient_outside_the_mask_may_be_infinite():
+    G, M = torch.full((8, I), float("nan")), torch.zeros(8, I, dtype=torch.bool)
+    M[3, 4] = True
+    G[3, 4] = 2.0
+    dA, dB = function.adapter_gradients(G, pack_bits(M), torch.ones(R, I), torch.ones(8, R), SCALE)
+    assert dA.sum() == R * SCALE * 2 and dB.sum() == R * SCALE * 2
+
+
+def test_under_checkpointing_the_effective_weight_is_built_twice_a_layer_and_not_kept(monkeypatch):
+    """Once in forward and once when the block is recomputed; its backward finds it saved."""
+    built = []
+    original = function.effective_weight
+    monkeypatch.setattr(function, "effective_weight", lambda *args: built.append(1) or original(*args))
+    x, W, b_O, M, a, b = parts(torch.float32)
+    plain = torch.autograd.grad(fused(x, W, b_O, M, a, b).square().sum(), (x, a, b))
+    assert len(built) == 2
+    run = lambda x, a, b: fused(x, W, b_O, M, a, b, True)  # noqa: E731
+    checkpointed = torch.utils.checkpoint.checkpoint(run, x, a, b, use_reentrant=False)
+    assert len(built) == 3
+    for got, expected in zip(torch.autograd.grad(checkpointed.square().sum(), (x, a, b)), plain, strict=True):
+        assert torch.equal(got, expected)
+    assert len(built) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_effective_weight_is_bitwise_zero_outside_the_mask(dtype):
     _, W, _, M, a, b = parts(dtype)
     adapter_dtype = torch.promote_types(dtype, torch.float32)
-    weight = effective_weight(-W.abs() - 1, M, a.to(adapter_dtype), b.to(adapter_dtype), SCALE)
+    weight = effective_weight(-W.abs() - 1, M, a.to(adapter_dtype), b.to(adapter_dtype))
     assert weight.dtype == dtype
     assert not bits(weight)[~M].any()
 
 
 def test_the_effective_weight_equals_the_formula():
     _, W, _, M, a, b = parts()
-    torch.testing.assert_close(effective_weight(W, M, a, b, SCALE), M * (W + SCALE * (b @ a)), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(effective_weight(W, M, a, b), M * (W + SCALE * (b @ a)), rtol=1e-14, atol=1e-14)
 
 
 def test_infinite_products_outside_the_mask_are_zero_too():
     _, W, _, M, a, b = parts()
     W = W.masked_fill(~M, float("inf"))
-    assert not bits(effective_weight(W, M, a, b, SCALE))[~M].any()
+    assert not bits(effective_weight(W, M, a, b))[~M].any()
 
 
 # attaching

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from losa.adapter import masked_linears
 from losa.config import LosaConfig, differences
-from losa.pruning.masks import pack_bits, unpack_bits
+from losa.pruning.masks import unpack_bits
 
 MANIFEST = "stage.json"
 RECORD = "losa.json"
@@ -63,7 +63,7 @@ def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConf
     temporary.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for key, layer in masked_linears(model).items():
-        tensors[f"{key}.mask"] = pack_bits(layer.keep_OI).cpu()
+        tensors[f"{key}.mask"] = layer.keep_bits
         tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"] = layer.lora_A.data, layer.lora_B.data
         if layer.dense_OI is not None:
             tensors[f"{key}.weight"] = layer.weight.data

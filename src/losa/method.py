@@ -22,7 +22,7 @@ from losa.calibration import block_grams, prune_blocks
 from losa.config import LosaConfig
 from losa.importance import cka_matrix, rmi_importance
 from losa.pruning import Pattern, Solution, get_pruner
-from losa.pruning.masks import pack_bits, unpack_bits
+from losa.pruning.masks import unpack_bits
 from losa.pruning.sparsegpt import DAMPING
 from losa.session import Session
 from losa.training import train
@@ -77,7 +77,7 @@ def measure_baselines(session: Session) -> None:
     """Perplexity of the dense model, and of what one-shot pruning with the same pruner makes of it."""
     session.measure("dense")
     assert session.config.sparsity is not None
-    before = {name: pack_bits(layer.keep_OI) for name, layer in masked_linears(session.model).items()}
+    before = {name: layer.keep_bits.clone() for name, layer in masked_linears(session.model).items()}
     with session.timed("baseline"):
         _prune_to(session, [session.config.sparsity] * len(session.decoder.blocks), share=1.0)
     session.measure("pruned")

@@ -11,27 +11,68 @@ under checkpointing: 3 times the large GEMMs of plain LoRA.) Here a layer keeps 
 
 These gradients are exact. That is 6 N O I flops a layer, 1.5 times plain LoRA's 4 N O I, whose result cannot be merged.
 
-Legend: `N` tokens, `O` out_features, `I` in_features, `R` rank.
+What is not a large product is memory traffic, so it goes by panels of rows: a panel's float32 sum, its mask bits and its result
+stay in the cache, and no float32 tensor of the size of the weight exists. Masks are bits; multiplying the *bit pattern* of a
+weight by its bit, as integers, keeps it exactly or makes it +0, also where it is NaN or negative.
+
+Legend: `N` tokens, `O` out_features, `I` in_features, `R` rank, `P` rows of a panel.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from losa.pruning.masks import unpack_bytes
 
-def merged_weight(W_OI: Tensor, M_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """`M * (W + s B A)` in the dtype of the adapters; +0 (bitwise) wherever the mask is False.
+# float32 bytes of a panel: the fastest of 0.5 to 4 MiB on a CPU (docs/LOG.md); on a GPU large enough that launches do not count.
+PANEL_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def panels(shape: torch.Size, device: torch.device) -> Iterator[slice]:
+    """Slices of rows of an `(O, I)` tensor; each starts at a whole byte of its mask."""
+    rows = PANEL_BYTES.get(device.type, PANEL_BYTES["cuda"]) // (4 * shape[1])
+    rows = max(8, rows - rows % 8)
+    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+
+
+def mask_(values_PI: Tensor, bits: Tensor, rows: slice) -> Tensor:
+    """Makes, in place, every weight outside the mask +0: `rows` of a layer whose whole mask is `bits` (`masks.pack_bits`)."""
+    columns = values_PI.shape[1]
+    keep = unpack_bytes(bits[rows.start * columns // 8 : -(-rows.stop * columns // 8)])[: values_PI.numel()]
+    values_PI.view(INTEGERS[values_PI.dtype.itemsize]).mul_(keep.view_as(values_PI))
+    return values_PI
+
+
+def effective_weight(
+    W_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`M * (W + s B A)`, summed in the dtype of the adapters, cast once; +0 (bitwise) wherever the mask is False.
 
     This is the only place that forms the merged weight: training, calibration, evaluation and the saved file agree.
+
+    Args:
+        bits: the keep-mask, packed by `masks.pack_bits`.
+        dtype: of the result; that of `W` when None.
     """
-    return torch.addmm(W_OI.to(A_RI.dtype), B_OR, A_RI, alpha=scale).masked_fill_(~M_OI, 0.0)
+    result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)
+    for rows in panels(W_OI.shape, W_OI.device):
+        result_OI[rows] = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
+        mask_(result_OI[rows], bits, rows)
+    return result_OI
 
 
-def effective_weight(W_OI: Tensor, M_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """The merged weight, cast once to the dtype of `W`."""
-    return merged_weight(W_OI, M_OI, A_RI, B_OR, scale).to(W_OI.dtype)
+def adapter_gradients(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`dA = s B^T (M * G)` and `dB = s (M * G) A^T` in the dtype of the adapters. Overwrites `G` by `M * G`."""
+    dA_RI, dB_OR = torch.zeros_like(A_RI), torch.empty_like(B_OR)
+    for rows in panels(G_OI.shape, G_OI.device):
+        G_PI = mask_(G_OI[rows], bits, rows).to(A_RI.dtype)
+        dA_RI.addmm_(B_OR[rows].T, G_PI, alpha=scale)
+        torch.mm(G_PI, A_RI.T, out=dB_OR[rows])
+    return dA_RI, dB_OR.mul_(scale)
 
 
 class MaskedLowRankLinear(torch.autograd.Function):
@@ -39,22 +80,31 @@ class MaskedLowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, M_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        W_OI: Tensor,
+        bias_O: Tensor | None,
+        bits: Tensor,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        scale: float,
+        keep_effective: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, W_OI, M_OI, A_RI, B_OR)
+        W_eff_OI = effective_weight(W_OI, bits, A_RI, B_OR, scale)
+        # Under activation checkpointing what is saved here is dropped at once and recomputed, for one block, right before its
+        # backward: then W_eff may as well be kept until then instead of being built a third time.
+        ctx.save_for_backward(x, W_OI, bits, A_RI, B_OR, W_eff_OI if keep_effective else None)
         ctx.scale = scale
-        return torch.nn.functional.linear(x, effective_weight(W_OI, M_OI, A_RI, B_OR, scale), bias_O)
+        return torch.nn.functional.linear(x, W_eff_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        x, W_OI, M_OI, A_RI, B_OR = ctx.saved_tensors
+        x, W_OI, bits, A_RI, B_OR, W_eff_OI = ctx.saved_tensors
         dx = dA_RI = dB_OR = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ effective_weight(W_OI, M_OI, A_RI, B_OR, ctx.scale)
+            dx = dy @ (effective_weight(W_OI, bits, A_RI, B_OR, ctx.scale) if W_eff_OI is None else W_eff_OI)
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             G_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            G_OI = G_OI.masked_fill_(~M_OI, 0.0).to(A_RI.dtype)
-            dA_RI = ctx.scale * (B_OR.T @ G_OI)
-            dB_OR = ctx.scale * (G_OI @ A_RI.T)
-        return dx, None, None, None, dA_RI, dB_OR, None
+            dA_RI, dB_OR = adapter_gradients(G_OI, bits, A_RI, B_OR, ctx.scale)
+        return dx, None, None, None, dA_RI, dB_OR, None, None

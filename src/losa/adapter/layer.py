@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa.adapter.function import MaskedLowRankLinear, effective_weight, merged_weight
+from losa.adapter.function import MaskedLowRankLinear, effective_weight
 from losa.models import check_supported, find_decoder
+from losa.pruning.masks import pack_bits, unpack_bits
 
 
 class MaskedLinear(nn.Linear):
@@ -27,15 +28,17 @@ class MaskedLinear(nn.Linear):
 
     Attributes:
         weight: frozen base weight `(O, I)`.
-        keep_OI: bool mask, True keeps. Changed only by `set_solution`, only from True to False.
+        keep_bits: the mask, a bit a weight (`masks.pack_bits`); a byte a weight would be half of a bfloat16 model. Changed only by
+            `set_solution`, `restore` and `reset`; `keep_OI` is the same as bool.
         lora_A, lora_B: float32 (float64 over a float64 base), `(max_rank, I)` and `(O, max_rank)`.
         rank: active rank; rows of `lora_A` at and above it do nothing.
         scale: `alpha / r`, the same at every rank.
         dense_OI: the original weight, on the host, kept from the moment the base first differs from it.
         dense: when True, forward runs the original dense layer (for reconstruction errors and distillation).
+        keep_effective: whether backward finds the effective weight saved; set under activation checkpointing only.
     """
 
-    keep_OI: Tensor
+    keep_bits: Tensor
 
     def __init__(self, linear: nn.Linear, max_rank: int, scale: float, generator: torch.Generator) -> None:
         # nn.Linear's own initialiser would allocate and fill a weight only to drop it.
@@ -46,14 +49,19 @@ class MaskedLinear(nn.Linear):
             self.bias.requires_grad_(False)
         device = self.weight.device
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.register_buffer("keep_OI", torch.ones_like(self.weight, dtype=torch.bool), persistent=False)
+        self.register_buffer("keep_bits", pack_bits(torch.ones_like(self.weight, dtype=torch.bool)), persistent=False)
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5)), as LoRA and peft initialise A
         A_RI = torch.empty(max_rank, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(A_RI.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
         self.rank, self.scale = max_rank, scale
         self.dense_OI: Tensor | None = None
-        self.dense = False
+        self.dense = self.keep_effective = False
+
+    @property
+    def keep_OI(self) -> Tensor:
+        """The mask as bool, `(O, I)`, True keeps; a copy."""
+        return unpack_bits(self.keep_bits, self.weight.shape)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -62,11 +70,11 @@ class MaskedLinear(nn.Linear):
 
     def merged(self) -> Tensor:
         """The merged weight before it is cast, `(O, I)`: what solvers work on, so that no base weight is rounded on the way."""
-        return merged_weight(self.weight, self.keep_OI, *self.factors, self.scale)
+        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale, dtype=self.lora_A.dtype)
 
     def effective(self) -> Tensor:
         """The merged weight, `(O, I)` in the base dtype, bitwise zero outside the mask."""
-        return effective_weight(self.weight, self.keep_OI, *self.factors, self.scale)
+        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any leading shape, `(..., I) -> (..., O)`."""
@@ -74,7 +82,8 @@ class MaskedLinear(nn.Linear):
             weight = self.weight if self.dense_OI is None else self.dense_OI.to(x.device)
             return nn.functional.linear(x, weight, self.bias)
         if torch.is_grad_enabled():
-            y: Tensor = MaskedLowRankLinear.apply(x, self.weight, self.bias, self.keep_OI, *self.factors, self.scale)
+            adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective)
+            y: Tensor = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter)
             return y
         return nn.functional.linear(x, self.effective(), self.bias)
 
@@ -89,7 +98,7 @@ class MaskedLinear(nn.Linear):
         """
         if (keep_OI & ~self.keep_OI).any():
             raise ValueError("a pruned weight came back; masks must be nested")
-        self.keep_OI.copy_(keep_OI)
+        self.keep_bits.copy_(pack_bits(keep_OI))
         if weight_OI is not None:
             A_RI, B_OR = self.factors
             self._set_base(torch.addmm(weight_OI.to(A_RI.dtype), B_OR, A_RI, alpha=-self.scale))
@@ -114,7 +123,7 @@ class MaskedLinear(nn.Linear):
     @torch.no_grad()
     def restore(self, keep_OI: Tensor, weight_OI: Tensor | None) -> None:
         """Mask and, if it had changed, base weight of a saved stage."""
-        self.keep_OI.copy_(keep_OI)
+        self.keep_bits.copy_(pack_bits(keep_OI))
         if weight_OI is not None:
             self._set_base(weight_OI)
 
@@ -124,7 +133,7 @@ class MaskedLinear(nn.Linear):
         if self.dense_OI is not None:
             self.weight.copy_(self.dense_OI)
             self.dense_OI = None
-        self.keep_OI.copy_(keep_OI)
+        self.keep_bits.copy_(pack_bits(keep_OI))
         self.lora_B.zero_()
 
 
