@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import FAMILIES
 from helpers import save_text, toy_model
 from transformers import TrainerCallback
 
@@ -9,7 +10,8 @@ from losa.adapter import attach, masked_linears
 from losa.config import TrainConfig
 from losa.data import padded_samples, training_blocks
 from losa.doctor import toy_tokenizer
-from losa.training import train
+from losa.loss import causal_loss
+from losa.training import collate, separates_documents, train
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +30,11 @@ def masked_model(dtype: torch.dtype = torch.float32):
     return model
 
 
-def run_training(model, rows, tmp_path, callbacks=(), **changes):
+def run_training(model, rows, tmp_path, callbacks=(), eos=None, **changes):
     config = TrainConfig(**{"batch_size": 8, "lr": 0.01, "distill": 0.0, **changes})
-    return train(model, rows, config, name="training, step 1/1", seed=7, work_dir=tmp_path / "trainer", callbacks=callbacks)
+    return train(
+        model, rows, config, name="training, step 1/1", seed=7, work_dir=tmp_path / "trainer", eos=eos, callbacks=callbacks
+    )
 
 
 def adapters(model) -> dict[str, torch.Tensor]:
@@ -175,6 +179,55 @@ def test_padding_changes_no_gradient(tmp_path):
     assert seen
     for name, gradient in seen.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
+
+
+EOS = 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_cannot_separate_documents_are_found(tiny_model, family):
+    assert separates_documents(tiny_model(family)) == (family != "opt")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+def test_packed_documents_do_not_see_each_other(tiny_model, token_ids, tmp_path, family):
+    """Documents joined in rows: loss and gradients are those of the documents on their own, in every family."""
+    documents = [torch.cat([row[: 5 + 3 * index], torch.tensor([EOS])]) for index, row in enumerate(token_ids(4, 16))]
+    rows = torch.stack([torch.cat(documents[:3])[:27], torch.cat([documents[3], documents[2]])[:27]])
+    cut = [*documents[:3], documents[3], documents[2][: 27 - len(documents[3])]]
+    assert sum(len(document) for document in cut) == rows.numel()
+    model = attach(tiny_model(family))
+    count = sum(len(document) - 1 for document in cut)
+    expected = 0.0
+    for document in cut:
+        loss = causal_loss(model(input_ids=document[None]).logits, document[None]) / count
+        loss.backward()
+        expected += loss.item()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    batch = collate([{"input_ids": row} for row in rows], eos=EOS)
+    labels = batch.pop("labels")
+    loss = causal_loss(model(**batch, use_cache=False).logits, labels) / (labels[:, 1:] != -100).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_rows_of_one_document_keep_the_fast_path(token_ids):
+    assert "position_ids" not in collate([{"input_ids": row} for row in token_ids(2, 16)], eos=EOS)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_documents_are_separated_where_the_model_can(tiny_model, token_ids, tmp_path, family, monkeypatch):
+    model, rows, seen = attach(tiny_model(family)), token_ids(8, 16), []
+    rows[:, 7] = EOS
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: seen.append("position_ids" in kwargs) or forward(*args, **kwargs))
+    monkeypatch.setattr("losa.training.separates_documents", lambda model: family != "opt")
+    run_training(model, rows, tmp_path, eos=EOS)
+    assert seen == [family != "opt"]
 
 
 def test_accumulated_batches_are_one_large_batch(rows, tmp_path):

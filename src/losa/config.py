@@ -102,6 +102,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     distill: float = 0.5  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
+    distill_blocks: float = 0.0  # weight, added, of the relative error of every block's output against the dense model's
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
     def __post_init__(self) -> None:
@@ -115,6 +116,7 @@ class TrainConfig:
         _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
         _require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
+        _require(self.distill_blocks >= 0, "train.distill_blocks", self.distill_blocks, "at least 0")
         _require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
         _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 

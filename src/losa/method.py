@@ -144,5 +144,6 @@ def adapt(session: Session, step: int) -> None:
             name=f"training, step {step}/{config.steps}",
             seed=(config.seed * 1000 + step) % 2**32,
             work_dir=Path(config.output, "logs") if config.output and config.train.report_to != "none" else Path(scratch),
+            eos=session.tokenizer.eos_token_id,
             callbacks=session.callbacks,
         )

@@ -7,21 +7,27 @@ none (`checkpoint.py` does, between dynamic steps).
 Legend: `S` rows, `T` tokens of each.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from losa.adapter import dense_mode, dense_weights_on_device
+from losa.adapter import dense_mode, dense_weights_on_device, masked_linears
 from losa.config import TrainConfig
-from losa.distillation import kl_divergence
+from losa.loss import IGNORED, block_loss, causal_loss
+from losa.models import find_decoder
 from losa.progress import progress
+
+logger = logging.getLogger(__name__)
 
 Samples = Sequence[dict[str, list[int]]]
 
@@ -40,15 +46,41 @@ class Rows(Dataset):
         return {"input_ids": row} if isinstance(row, Tensor) else row
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stacks rows; shorter ones are padded on the right, with no loss and no attention there."""
+def collate(rows: list[dict[str, Any]], eos: int | None = None) -> dict[str, Tensor]:
+    """Stacks rows. Shorter ones are padded on the right, with no loss and no attention there.
+
+    Packed rows hold several documents, each ended by `eos`. Positions start again with every document: transformers then lets no
+    token attend to another document, and none is predicted from one.
+    """
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     lengths = torch.tensor([len(i) for i in ids])
-    if (lengths == input_ids.shape[1]).all():
-        return {"input_ids": input_ids, "labels": input_ids}
-    real = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    return {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, -100), "attention_mask": real.long()}
+    if (lengths != input_ids.shape[1]).any():
+        real = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        return {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, IGNORED), "attention_mask": real.long()}
+    starts = torch.zeros_like(input_ids, dtype=torch.bool)
+    if eos is not None:
+        starts[:, 1:] = input_ids[:, :-1] == eos
+    batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(starts, IGNORED)}
+    if starts.any():  # without positions, attention takes the faster path of whole rows
+        place = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        batch["position_ids"] = place - place.where(starts, 0).cummax(1).values
+    return batch
+
+
+@torch.no_grad()
+def separates_documents(model: PreTrainedModel) -> bool:
+    """Whether positions that start again keep a document from seeing the one before it in its row. Most families do that, some
+    (OPT) do not; found by changing a token of one document and looking at the logits of the next."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    device = model.get_input_embeddings().weight.device
+    ids = torch.zeros(2, 8, dtype=torch.int64, device=device)
+    ids[1, 0] = 1
+    positions = torch.arange(4, device=device).repeat(2).expand(2, 8)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    change = (logits[0] - logits[1]).abs()
+    return bool(change[4:].max() <= 1e-3 * change[:4].max())
 
 
 class _Guard(TrainerCallback):
@@ -96,33 +128,80 @@ class _Bar(TrainerCallback):
 
 
 class LosaTrainer(Trainer):
-    """A Trainer whose guard sees every loss, and whose loss may be distilled from the dense model."""
+    """A Trainer whose loss may be distilled from the dense model (see `loss.py`), and whose guard sees every loss."""
 
-    guard: _Guard | None = None
-    distill: float = 0.0
-    temperature: float = 1.0
+    guard: _Guard
+    config: TrainConfig
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """`(1 - distill) * cross-entropy + distill * KL to the dense model`, each a mean over the update's tokens."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if self.distill:
-            unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
-            model.eval()  # no dropout in the teacher
-            with torch.no_grad(), dense_mode(model):
-                teacher_BTV = model(**unlabelled).logits
-            model.train()
-            tokens = kwargs.get("num_items_in_batch")
-            tokens = (inputs["labels"][:, 1:] != -100).sum() if tokens is None else tokens
-            kl = kl_divergence(outputs["logits"], teacher_BTV, inputs["labels"], self.temperature) / tokens
-            loss = (1 - self.distill) * loss + self.distill * kl
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        """The mean over the tokens of the whole update: of all accumulated batches, on all processes."""
+        config, labels_BT = self.config, inputs["labels"]
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        teacher_BTV, dense = self._teacher(model, inputs) if config.distill or config.distill_blocks else (None, [])
+        with _block_outputs(model, bool(config.distill_blocks)) as sparse:
+            outputs = model(**inputs, use_cache=False)  # a cache would also make packed documents see each other
+        counted = (labels_BT[:, 1:] != IGNORED).sum()
+        tokens = counted if num_items_in_batch is None else num_items_in_batch
+        loss = causal_loss(outputs.logits, labels_BT, teacher_BTV, config.distill, config.temperature) / tokens
+        if config.distill_blocks:
+            ratio = block_loss(sparse, dense, inputs.get("attention_mask"))
+            loss = loss + config.distill_blocks * ratio * counted / tokens
+        if num_items_in_batch is not None:  # DDP and FSDP average gradients over processes; `tokens` are those of all
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _teacher(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """What the dense model says: logits, and the outputs of its blocks if they are wanted. Before the sparse model's forward,
+        so that no activation of that one is alive yet."""
+        dense = self.accelerator.unwrap_model(model)
+        dense.eval()  # no dropout in the teacher
+        with torch.no_grad(), dense_mode(dense), _block_outputs(dense, bool(self.config.distill_blocks)) as blocks:
+            logits_BTV = dense(**inputs, use_cache=False).logits
+        dense.train()
+        return logits_BTV, blocks
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, then hands the loss to the guard (no host synchronisation here)."""
         loss = super().training_step(*args, **kwargs)
-        assert self.guard is not None
         self.guard.loss = loss.detach()
         return loss
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Activation checkpointing, block by block, while it lasts. Nothing when not `on`."""
+    if not on:
+        yield
+        return
+    layers = masked_linears(model).values()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.keep_effective = True
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.keep_effective = False
+
+
+@contextmanager
+def _block_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collects the output of every decoder block while it lasts. Nothing when not wanted."""
+    outputs: list[Tensor] = []
+
+    def note(block: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = find_decoder(model).blocks if wanted else []
+    handles = [block.register_forward_hook(note) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def train(
@@ -133,6 +212,7 @@ def train(
     name: str,
     seed: int,
     work_dir: Path,
+    eos: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[list[float]]:
     """Trains whatever of `model` requires gradients on `rows`, once through.
@@ -142,6 +222,7 @@ def train(
         name: shown on the progress bar and in errors.
         seed: of the row order.
         work_dir: for what callbacks write.
+        eos: the token that ends a document in packed blocks; documents then do not see each other. None: no such token.
         callbacks: passed to the Trainer.
 
     Returns:
@@ -153,6 +234,9 @@ def train(
     """
     assert config.lr is not None, "resolve the configuration first"
     device = next(model.parameters()).device
+    if eos is not None and not separates_documents(model):
+        logger.warning("%s attends across the documents packed in one row; it is trained that way", type(model).__name__)
+        eos = None
     args = TrainingArguments(
         output_dir=str(work_dir),
         num_train_epochs=1,
@@ -181,22 +265,19 @@ def train(
         model=model,
         args=args,
         train_dataset=Rows(rows),
-        data_collator=collate,
+        data_collator=partial(collate, eos=eos),
         callbacks=[guard, _Bar(name), *callbacks],
     )
-    trainer.guard, trainer.distill, trainer.temperature = guard, config.distill, config.temperature
+    trainer.guard, trainer.config = guard, config
     trainer.pop_callback(PrinterCallback)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    distilling = config.distill or config.distill_blocks
     try:
-        with dense_weights_on_device(model) if config.distill else nullcontext():
+        with _checkpointing(model, config.gradient_checkpointing), dense_weights_on_device(model) if distilling else nullcontext():
             trainer.train()
     except torch.OutOfMemoryError as error:
         knobs = f"train.batch_size ({config.batch_size}), train.length, or set train.gradient_checkpointing: true"
         raise torch.OutOfMemoryError(f"{name} ran out of memory; lower {knobs}. {error}") from error
     finally:
         model.config.use_cache = use_cache
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
         model.eval()
     return [[entry["step"], float(entry["loss"])] for entry in trainer.state.log_history if "loss" in entry]
