@@ -7,6 +7,7 @@ imported there, so it must not import losa either.
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -38,6 +39,28 @@ def _child(log: str, function: Callable[..., None], args: tuple[Any, ...]) -> No
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    function(*args)
+
+
+def ranks(log: Path, count: int, function: Callable[..., None], *args: Any) -> list[int]:
+    """Runs `function(*args)` in `count` processes, as torchrun starts them. Returns their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [start(log.with_suffix(f".{rank}"), _ranked, rank, count, port, function, args) for rank in range(count)]
+    for process in started:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    return [-1 if process.exitcode is None else process.exitcode for process in started]
+
+
+def _ranked(rank: int, count: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     function(*args)
 
 

@@ -7,8 +7,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from losa.adapter import MaskedLinear, attach, masked_linears, merge
-from losa.adapter import function
+from losa.adapter import MaskedLinear, attach, function, masked_linears, merge
 from losa.pruning.masks import pack_bits
 
 O, I, R, SCALE = 7, 10, 3, 2.0  # noqa: E741 - the project's legend

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from losa.adapter import attach, masked_linears
 from losa.calibration import InputStatistics, ReconstructionError, block_grams, prune_blocks
-from losa.models import block_inputs, block_linears, find_decoder
+from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
 from losa.pruning import PRUNERS, Pattern, get_pruner
 
 UNSTRUCTURED = Pattern()
@@ -108,7 +108,7 @@ def test_the_batch_size_does_not_change_the_masks(token_ids):
 
 
 def test_a_failing_layer_is_named(token_ids):
-    with pytest.raises(ValueError, match=r"block 0, self_attn\.q_proj: in_features is 32, expected a multiple of 5"):
+    with pytest.raises(ValueError, match=r"block 0, self_attn\.q_proj, .*in_features is 32, expected a multiple of 5"):
         prune_blocks(attach(lively()), token_ids(), [0.5] * 3, get_pruner("wanda"), Pattern(2, 5))
 
 
@@ -129,18 +129,86 @@ def test_shared_statistics_equal_separate_ones(tiny_model, token_ids, family, pr
     with torch.no_grad():
         shared.collect(block, 0, stream)
         handles = [layer.register_forward_pre_hook(hook) for layer in block_linears(block).values()]
-        list(stream.outputs(block, 0))
+        for batch in range(len(stream.hidden)):
+            stream.output(block, 0, batch)
     for handle in handles:
         handle.remove()
-    assert all(torch.equal(shared.of(layer), separate[layer]) for layer in block_linears(block).values())
+    layers = block_linears(block)
+    found = {name: statistic for names, statistic in shared.groups(block) for name in names}
+    assert found.keys() == layers.keys()
+    assert all(torch.equal(found[name], separate[layer]) for name, layer in layers.items())
 
 
 def test_layers_with_one_input_share_one_statistic(token_ids):
     model = lively()
-    statistics = InputStatistics(get_pruner("sparsegpt"))
+    statistics, block = InputStatistics(get_pruner("sparsegpt")), find_decoder(model).blocks[0]
     with torch.no_grad():
-        statistics.collect(find_decoder(model).blocks[0], 0, block_inputs(model, token_ids(), 2))
-    assert len(statistics.values) == 4  # q k v, o, gate up, down
+        statistics.collect(block, 0, block_inputs(model, token_ids(), 2))
+    groups = [[name.split(".")[-1] for name in names] for names, _ in statistics.groups(block)]
+    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_collecting_ends_a_forward_at_the_last_input(token_ids):
+    """Counted in products: seven in the first batch, six in each of the others."""
+    model, calls = lively(), []
+    block = find_decoder(model).blocks[0]
+    for layer in block_linears(block).values():
+        layer.register_forward_hook(lambda *args: calls.append(1))
+    with torch.no_grad():
+        InputStatistics(get_pruner("wanda")).collect(block, 0, block_inputs(model, token_ids(6), 2))
+    assert len(calls) == 7 + 6 + 6
+
+
+class Experts(nn.Module):
+    """A block whose second layer sees only some sequences: those that begin with a large number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, hidden):
+        hidden = self.first(hidden)
+        chosen = hidden[:, 0, 0] > 0
+        if chosen.any():
+            hidden = hidden.clone()
+            hidden[chosen] = self.second(hidden[chosen])
+        return self.third(hidden)
+
+
+def test_layers_that_some_batches_do_not_reach_miss_nothing():
+    block, pruner = Experts(), get_pruner("wanda")
+    stream = BlockInputs(list(torch.randn(24, 5, 4).split(2)), [{}])
+    inputs = {layer: [] for layer in block_linears(block).values()}
+    handles = [layer.register_forward_pre_hook(lambda layer, args: inputs[layer].append(args[0])) for layer in inputs]
+    with torch.no_grad():
+        for batch in range(12):
+            stream.output(block, 0, batch)
+        for handle in handles:
+            handle.remove()
+        statistics = InputStatistics(pruner)
+        statistics.collect(block, 0, stream)
+    assert 0 < len(inputs[block.second]) < 12
+    for names, statistic in statistics.groups(block):
+        expected = torch.cat([x.flatten(0, -2) for x in inputs[block_linears(block)[names[0]]]]).double().square().sum(0)
+        torch.testing.assert_close(statistic, expected)
+
+
+def test_errors_may_be_measured_on_some_sequences(token_ids):
+    """The masks come from all of them."""
+    ids = token_ids(6, 16)
+    models = [attach(lively()) for _ in range(3)]
+    whole, some, none = (
+        prune_blocks(model, ids, [0.6] * 3, get_pruner("wanda"), UNSTRUCTURED, batch_size=4, error_sequences=count)
+        for model, count in zip(models, (None, 5, 0), strict=True)
+    )
+    assert none == [] and some != whole
+    assert some == pytest.approx(whole, rel=0.3)
+    for one, other in zip(masked_linears(models[0]).values(), masked_linears(models[1]).values(), strict=True):
+        assert torch.equal(one.keep_OI, other.keep_OI)
+    dense = lively()
+    with torch.no_grad():
+        states = [model.model(ids[:5], output_hidden_states=True).hidden_states[1] for model in (dense, models[1])]
+    assert some[0] == pytest.approx(references.reconstruction_error(*states), rel=1e-4)
 
 
 def test_collecting_leaves_no_hook(token_ids):

@@ -30,7 +30,13 @@ def hessian(x):
 def solve(name, weight, keep, inputs, rate, pattern=UNSTRUCTURED, share=1.0):
     pruner = get_pruner(name)
     statistic = pruner.collect(None, inputs.float()) if pruner.collect else None
-    return pruner.solve(weight, keep, statistic, rate, pattern, share)
+    return pruner.solve([weight], [keep], statistic, rate, pattern, share)[0]
+
+
+def sparsegpt_one(weight, keep, H, rate, pattern, share=1.0):
+    """SparseGPT on a layer that shares its input with none: weight, mask, damping."""
+    [(weight, keep)], damping = sparsegpt.prune([weight], [keep], H, rate, pattern, share)
+    return weight, keep, damping
 
 
 def test_an_unknown_pruner_is_refused():
@@ -109,7 +115,7 @@ def test_wanda_refuses_activations_that_are_not_finite():
 
 
 def assert_equals_surgeon(weight, keep, H, rate, pattern=UNSTRUCTURED):
-    new_weight, new_keep, damping = sparsegpt.prune(weight, keep, H, rate, pattern)
+    new_weight, new_keep, damping = sparsegpt_one(weight, keep, H, rate, pattern)
     expected_weight, expected_keep = references.obs_prune(weight, keep, H, rate, pattern.n, pattern.m)
     assert torch.equal(new_keep, expected_keep)
     torch.testing.assert_close(new_weight, expected_weight, rtol=1e-8, atol=1e-8)
@@ -126,7 +132,7 @@ def test_sparsegpt_equals_the_surgeon(shape, rate):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sparsegpt_equals_the_surgeon_from_a_pruned_start(shape):
     H = hessian(correlated(400, shape[1]))
-    weight, keep, _ = sparsegpt.prune(torch.randn(shape, dtype=torch.float64), full(*shape), H, 0.4, UNSTRUCTURED)
+    weight, keep, _ = sparsegpt_one(torch.randn(shape, dtype=torch.float64), full(*shape), H, 0.4, UNSTRUCTURED)
     assert_equals_surgeon(weight, keep, hessian(correlated(400, shape[1])), 0.65)
 
 
@@ -146,7 +152,7 @@ def test_sparsegpt_equals_the_surgeon_in_groups(n, m):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
 def test_sparsegpt_completes_a_pattern_begun_earlier(n, m):
     H, pattern = hessian(correlated(400, 200)), Pattern(n, m)
-    weight, keep, _ = sparsegpt.prune(torch.randn(24, 200, dtype=torch.float64), full(24, 200), H, 0.0, pattern, share=0.6)
+    weight, keep, _ = sparsegpt_one(torch.randn(24, 200, dtype=torch.float64), full(24, 200), H, 0.0, pattern, share=0.6)
     assert keep.view(24, -1, m).sum(2).min() >= n
     assert int((~keep).sum()) == pytest.approx(0.6 * 24 * 200 * pattern.sparsity, rel=0.02)
     assert_equals_surgeon(weight, keep, H, 0.0, pattern)
@@ -154,7 +160,7 @@ def test_sparsegpt_completes_a_pattern_begun_earlier(n, m):
 
 @pytest.mark.parametrize("rate", [0.123, 0.5, 0.655])
 def test_sparsegpt_meets_its_count_over_uneven_blocks(rate):
-    _, keep, _ = sparsegpt.prune(torch.randn(7, 300), full(7, 300), hessian(correlated(400, 300)), rate, UNSTRUCTURED)
+    _, keep, _ = sparsegpt_one(torch.randn(7, 300), full(7, 300), hessian(correlated(400, 300)), rate, UNSTRUCTURED)
     assert int((~keep).sum()) == round(7 * 300 * rate)
 
 
@@ -162,7 +168,7 @@ def test_sparsegpt_masks_are_nested():
     weight, keep, H = torch.randn(24, 200), full(24, 200), hessian(correlated(400, 200)).float()
     for rate in (0.342, 0.549, 0.655, 0.694, 0.7):
         before = keep
-        weight, keep, _ = sparsegpt.prune(weight, keep, H, rate, UNSTRUCTURED)
+        weight, keep, _ = sparsegpt_one(weight, keep, H, rate, UNSTRUCTURED)
         assert not (keep & ~before).any()
 
 
@@ -188,7 +194,7 @@ def test_the_upper_factor_is_that_of_the_damped_inverse():
 def test_the_hessian_is_left_as_it_was():
     H = hessian(correlated(400, 50))
     before = H.clone()
-    sparsegpt.prune(torch.randn(6, 50), full(6, 50), H, 0.5, UNSTRUCTURED)
+    sparsegpt_one(torch.randn(6, 50), full(6, 50), H, 0.5, UNSTRUCTURED)
     assert torch.equal(H, before)
 
 
@@ -208,7 +214,7 @@ def indefinite(negative):
 @pytest.mark.parametrize(("negative", "damping"), [(-0.05, 0.1), (-0.5, 1.0), (-3.0, 10.0)])
 def test_damping_is_raised_and_recorded_when_the_factorisation_fails(negative, damping, caplog):
     with caplog.at_level(logging.WARNING, "losa"):
-        weight, _, used = sparsegpt.prune(torch.randn(4, 16).double(), full(4, 16), indefinite(negative), 0.5, UNSTRUCTURED)
+        weight, _, used = sparsegpt_one(torch.randn(4, 16).double(), full(4, 16), indefinite(negative), 0.5, UNSTRUCTURED)
     assert used == pytest.approx(damping)
     assert "does not factorise with damping 0.01" in caplog.text
     assert torch.isfinite(weight).all()
@@ -217,12 +223,12 @@ def test_damping_is_raised_and_recorded_when_the_factorisation_fails(negative, d
 def test_raised_damping_equals_the_surgeon_with_that_damping():
     weight, H = torch.randn(4, 16, dtype=torch.float64), indefinite(-0.05)
     expected, _ = references.obs_prune(weight, full(4, 16), H, 0.5, damping=0.1)
-    torch.testing.assert_close(sparsegpt.prune(weight, full(4, 16), H, 0.5, UNSTRUCTURED)[0], expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(sparsegpt_one(weight, full(4, 16), H, 0.5, UNSTRUCTURED)[0], expected, rtol=1e-8, atol=1e-8)
 
 
 def test_a_hopeless_hessian_is_refused():
     with pytest.raises(ValueError, match="does not factorise even with damping 10"):
-        sparsegpt.prune(torch.randn(4, 16), full(4, 16), indefinite(-10.0), 0.5, UNSTRUCTURED)
+        sparsegpt_one(torch.randn(4, 16), full(4, 16), indefinite(-10.0), 0.5, UNSTRUCTURED)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -230,12 +236,12 @@ def test_a_hessian_that_is_not_finite_is_refused(bad):
     H = hessian(correlated(400, 16))
     H[2, 3] = bad
     with pytest.raises(ValueError, match="not finite"):
-        sparsegpt.prune(torch.randn(4, 16), full(4, 16), H, 0.5, UNSTRUCTURED)
+        sparsegpt_one(torch.randn(4, 16), full(4, 16), H, 0.5, UNSTRUCTURED)
 
 
 def test_sparsegpt_refuses_a_width_the_pattern_does_not_divide():
     with pytest.raises(ValueError, match="expected a multiple of 4"):
-        sparsegpt.prune(torch.randn(4, 18), full(4, 18), hessian(correlated(50, 18)), 0.5, Pattern(2, 4))
+        sparsegpt_one(torch.randn(4, 18), full(4, 18), hessian(correlated(50, 18)), 0.5, Pattern(2, 4))
 
 
 def dead_inputs(size=1.0):
@@ -283,3 +289,21 @@ def test_survivors_are_left_alone_by_mask_only_pruners(name):
     solution = solve(name, weight, full(8, 40), correlated(100, 40), 0.5)
     assert torch.equal(solution.weight_OI[solution.keep_OI], weight[solution.keep_OI])
     assert not PRUNERS[name].updates_weights
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize(
+    ("rate", "pattern", "share"), [(0.55, UNSTRUCTURED, 1.0), (0.0, Pattern(2, 4), 1.0), (0.0, Pattern(2, 4), 0.4)]
+)
+def test_layers_solved_together_are_solved_as_if_alone(pruner, rate, pattern, share):
+    """q, k and v of different heights, one of them pruned before."""
+    x = correlated(300, 160)
+    weights = [torch.randn(rows, 160, dtype=torch.float64) for rows in (24, 8, 16)]
+    masks = [full(24, 160), full(8, 160), torch.rand(16, 160) > 0.2]
+    solver = get_pruner(pruner)
+    statistic = solver.collect(None, x.float()) if solver.collect else None
+    together = solver.solve(weights, masks, statistic, rate, pattern, share)
+    for weight, mask, solution in zip(weights, masks, together, strict=True):
+        alone = solver.solve([weight], [mask], statistic, rate, pattern, share)[0]
+        assert torch.equal(solution.keep_OI, alone.keep_OI)
+        torch.testing.assert_close(solution.weight_OI, alone.weight_OI, rtol=1e-9, atol=1e-9)

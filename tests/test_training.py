@@ -224,7 +224,9 @@ def test_documents_are_separated_where_the_model_can(tiny_model, token_ids, tmp_
     model, rows, seen = attach(tiny_model(family)), token_ids(8, 16), []
     rows[:, 7] = EOS
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: seen.append("position_ids" in kwargs) or forward(*args, **kwargs))
+    monkeypatch.setattr(
+        model, "forward", lambda *args, **kwargs: seen.append("position_ids" in kwargs) or forward(*args, **kwargs)
+    )
     monkeypatch.setattr("losa.training.separates_documents", lambda model: family != "opt")
     run_training(model, rows, tmp_path, eos=EOS)
     assert seen == [family != "opt"]

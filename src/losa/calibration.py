@@ -10,14 +10,16 @@ Legend: `S` sequences, `T` tokens, `H` hidden, `L` blocks, `N` tokens of a batch
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa.adapter import MaskedLinear, dense_mode
-from losa.importance import gram
+from losa import distributed
+from losa.adapter import MaskedLinear, dense_mode, masked_linears
+from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
 from losa.progress import progress
 from losa.pruning import Pattern, Pruner, Solution
@@ -36,13 +38,19 @@ def block_grams(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8, dev
     Returns:
         `L` float64 matrices on the CPU.
     """
-    stream = block_inputs(model, ids_ST, batch_size)
-    grams = []
-    for index, block in enumerate(progress(find_decoder(model).blocks, "importance")):
-        grams.append(gram(torch.cat([batch.flatten(1) for batch in stream.hidden])).cpu())
-        with on_device(block, device):
-            stream.advance(block, index)
+    stream = block_inputs(model, distributed.part(ids_ST), batch_size)
+    grams, blocks = [], find_decoder(model).blocks
+    for index, block in enumerate(progress(blocks, "importance")):
+        features_nD = torch.cat([batch.flatten(1) for batch in stream.hidden])
+        grams.append(sum(gram(distributed.gather(part_nD)) for part_nD in features_nD.split(CHUNK, 1)).cpu())
+        if index + 1 < len(blocks):
+            with on_device(block, device):
+                stream.advance(block, index)
     return grams
+
+
+class _Enough(Exception):  # noqa: N818 - not an error
+    """Ends a block's forward once all inputs that were wanted have been seen."""
 
 
 @dataclass
@@ -53,25 +61,17 @@ class InputStatistics:
     values: dict[int, Tensor] = field(default_factory=dict)  # by the id of the layer that owns it
     owner: dict[int, int] = field(default_factory=dict)
 
-    def of(self, layer: nn.Module) -> Tensor | None:
-        """The statistic of a layer, None for pruners that need none.
-
-        Raises:
-            ValueError: no calibration token reached the layer.
-        """
-        if self.pruner.collect is None:
-            return None
-        if id(layer) not in self.owner:
-            raise ValueError("no calibration token reached this layer; use more calibration text or --pruner magnitude")
-        return self.values[self.owner[id(layer)]]
-
     def collect(self, block: nn.Module, index: int, stream: BlockInputs) -> None:
-        """Runs the block over the stream, without advancing it."""
+        """Runs the block over the stream, without advancing it, and sums over processes. After the first batch a forward ends at
+        the last layer's input: the last product, a quarter of a Llama block's flops, would serve nothing."""
         if self.pruner.collect is None:
             return
+        layers = list(block_linears(block).values())
         seen: list[tuple[Tensor, int]] = []  # this batch's inputs, and which layer met each first
+        calls, once = 0, False  # once: every layer was called, once, in the first batch; no experts that some tokens never reach
 
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal calls
             x = args[0]
             owner = next((first for tensor, first in seen if tensor is x), None)
             if owner is None:
@@ -80,14 +80,50 @@ class InputStatistics:
                 assert self.pruner.collect is not None
                 self.values[owner] = self.pruner.collect(self.values.get(owner), x.flatten(0, -2))
             self.owner[id(layer)] = owner
+            calls += 1
+            if once and calls == len(layers):
+                raise _Enough
 
-        handles = [layer.register_forward_pre_hook(hook) for layer in block_linears(block).values()]
+        handles = [layer.register_forward_pre_hook(hook) for layer in layers]
         try:
-            for _ in stream.outputs(block, index):
+            for batch in range(len(stream.hidden)):
                 seen.clear()
+                calls = 0
+                with suppress(_Enough):
+                    stream.output(block, index, batch)
+                once = once or (batch == 0 and calls == len(self.owner) == len(layers))
         finally:
             for handle in handles:
                 handle.remove()
+        self._sum_over_processes(layers)
+
+    def _sum_over_processes(self, layers: list[nn.Linear]) -> None:
+        """Also where a process's tokens did not reach a layer (experts) and another's did."""
+        if distributed.world_size() == 1:
+            return
+        assert self.pruner.collect is not None
+        position = {id(layer): number for number, layer in enumerate(layers)}
+        found = [position[self.owner[id(layer)]] if id(layer) in self.owner else -1 for layer in layers]
+        owners = distributed.max_(torch.tensor(found, device=layers[0].weight.device)).tolist()
+        self.owner = {id(layer): id(layers[owner]) for layer, owner in zip(layers, owners, strict=True) if owner >= 0}
+        for number in sorted({owner for owner in owners if owner >= 0}):
+            layer = layers[number]
+            if id(layer) not in self.values:
+                self.values[id(layer)] = self.pruner.collect(None, layer.weight.new_empty(0, layer.in_features))
+            distributed.sum_(self.values[id(layer)])
+
+    def groups(self, block: nn.Module) -> list[tuple[list[str], Tensor | None]]:
+        """The block's layers, those that share a statistic together, and the statistic; None for pruners that need none.
+
+        Raises:
+            ValueError: no calibration token reached a layer.
+        """
+        groups: dict[int, list[str]] = {}
+        for name, layer in block_linears(block).items():
+            if self.pruner.collect is not None and id(layer) not in self.owner:
+                raise ValueError(f"no calibration token reached {name}; use more calibration text or --pruner magnitude")
+            groups.setdefault(self.owner.get(id(layer), id(layer)), []).append(name)
+        return [(names, self.values.get(owner)) for owner, names in groups.items()]
 
 
 class ReconstructionError:
@@ -96,6 +132,13 @@ class ReconstructionError:
     def __init__(self) -> None:
         self.difference_H: Tensor | float = 0.0
         self.norm_H: Tensor | float = 0.0
+
+    def sum_over_processes(self) -> "ReconstructionError":
+        """Adds what the other processes saw."""
+        assert isinstance(self.difference_H, Tensor) and isinstance(self.norm_H, Tensor)
+        distributed.sum_(self.difference_H)
+        distributed.sum_(self.norm_H)
+        return self
 
     def add(self, dense: Tensor, sparse: Tensor) -> None:
         """Adds a batch of block outputs, `(b, T, H)` each."""
@@ -118,6 +161,7 @@ def prune_blocks(
     pattern: Pattern,
     share: float = 1.0,
     batch_size: int = 8,
+    error_sequences: int | None = None,
     device: torch.device | None = None,
     on_solution: Callable[[str, Solution], None] | None = None,
 ) -> list[float]:
@@ -127,37 +171,70 @@ def prune_blocks(
 
     Args:
         model: after `adapter.attach`.
-        ids_ST: calibration sequences.
+        ids_ST: calibration sequences; of several processes, each takes a part.
         rates: ratio of zeros of each block; ignored for n:m patterns.
         share: n:m only, the ratio of the pattern's zeros to set now.
+        error_sequences: how many of the sequences also go through the dense model, for the errors; all when None. With 0 there is
+            no dense stream, and no errors.
         device: where blocks run, if not where the model is.
         on_solution: told each layer's name (`block.layer`) and the solver's answer.
 
     Returns:
         The reconstruction error of each block.
     """
-    sparse = block_inputs(model, ids_ST, batch_size)
-    dense = sparse.clone()
+    sparse = block_inputs(model, distributed.part(ids_ST), batch_size)
+    dense = sparse.first(len(distributed.part(ids_ST[:error_sequences])))
     errors = []
     for index, block in enumerate(progress(find_decoder(model).blocks, f"pruning ({pruner.name})")):
         with on_device(block, device):
             statistics = InputStatistics(pruner)
             statistics.collect(block, index, sparse)
-            for name, layer in block_linears(block).items():
-                assert isinstance(layer, MaskedLinear)
-                try:
-                    statistic = statistics.of(layer)
-                    solution = pruner.solve(layer.merged(), layer.keep_OI, statistic, rates[index], pattern, share)
-                except ValueError as error:
-                    raise ValueError(f"block {index}, {name}: {error}") from error
+            for name, solution in _solve(block, index, statistics, rates[index], pattern, share).items():
                 if on_solution is not None:
                     on_solution(f"{index}.{name}", solution)
+                layer = block_linears(block)[name]
+                assert isinstance(layer, MaskedLinear)
                 layer.set_solution(solution.keep_OI, solution.weight_OI if pruner.updates_weights else None)
             with dense_mode(block):
                 dense.advance(block, index)
             sparse.advance(block, index)
-        error_of = ReconstructionError()
-        for dense_batch, sparse_batch in zip(dense.hidden, sparse.hidden, strict=True):
-            error_of.add(dense_batch, sparse_batch)
-        errors.append(error_of.value())
+        if dense.hidden:
+            error_of = ReconstructionError()
+            for dense_batch, sparse_batch in zip(dense.hidden, sparse.hidden, strict=False):
+                error_of.add(dense_batch, sparse_batch[: len(dense_batch)])
+            errors.append(error_of.sum_over_processes().value())
     return errors
+
+
+def _solve(
+    block: nn.Module, index: int, statistics: InputStatistics, rate: float, pattern: Pattern, share: float
+) -> dict[str, Solution]:
+    """The solver's answers for all layers of a block. Each group of layers is solved by one process, which tells the others."""
+    pruner, layers = statistics.pruner, masked_linears(block)
+    solutions: dict[str, Solution] = {}
+    groups = statistics.groups(block)
+    for number, (names, statistic) in enumerate(groups):
+        if number % distributed.world_size() == distributed.rank():
+            weights, masks = [layers[name].merged() for name in names], [layers[name].keep_OI for name in names]
+            try:
+                solved = pruner.solve(weights, masks, statistic, rate, pattern, share)
+            except ValueError as error:
+                raise ValueError(f"block {index}, {', '.join(names)}: {error}") from error
+            solutions |= dict(zip(names, solved, strict=True))
+    if distributed.world_size() > 1:
+        for number, (names, _) in enumerate(groups):
+            for name in names:
+                source = number % distributed.world_size()
+                solutions[name] = _send(solutions.get(name), layers[name], pruner.updates_weights, source)
+    return {name: solutions[name] for name in layers}
+
+
+def _send(solution: Solution | None, layer: MaskedLinear, with_weight: bool, source: int) -> Solution:
+    """One layer's solution from the process that has it."""
+    if solution is None:
+        solution = Solution(torch.empty_like(layer.weight, dtype=layer.lora_A.dtype), torch.empty_like(layer.keep_OI))
+    damping = torch.tensor(solution.damping or 0.0, device=layer.weight.device)
+    distributed.send_(solution.keep_OI.view(torch.uint8), source)
+    if with_weight:
+        distributed.send_(solution.weight_OI, source)
+    return Solution(solution.weight_OI, solution.keep_OI, distributed.send_(damping, source).item() or None)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,8 @@ app = typer.Typer(
 
     Start with `losa demo`. Then `losa plan MODEL` to see what a run needs, and `losa run MODEL --data TEXT --output DIR`.""",
 )
-out, err = Console(), Console(stderr=True)
+_others = os.environ.get("RANK", "0") != "0"  # under torchrun, only the first process speaks
+out, err = Console(quiet=_others), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Local directory or hub name of a causal language model.")]
 Data = Annotated[
@@ -41,6 +43,13 @@ SetKeys = Annotated[list[str] | None, typer.Option("--set", help="`key=value` fo
 Preset = Annotated[str | None, typer.Option(help="Start from a shipped configuration: `paper`, the released recipe.")]
 Device = Annotated[str | None, typer.Option(help="`auto` (default), `cpu` or `cuda`.")]
 Offload = Annotated[bool | None, typer.Option("--offload", help="Calibrate with one block at a time on the device.")]
+Shard = Annotated[
+    bool | None, typer.Option("--shard", help="Under torchrun: spread the weights over all GPUs while training (FSDP2).")
+]
+Distill = Annotated[
+    float | None,
+    typer.Option(help="Weight of the KL to the dense model in the loss, 0..1; the rest is cross-entropy. Default 0.5."),
+]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.")]
 Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -59,8 +68,10 @@ def run(
     preset: Preset = None,
     config: ConfigFile = None,
     set_: SetKeys = None,
+    distill: Distill = None,
     device: Device = None,
     offload: Offload = None,
+    shard: Shard = None,
     seed: Seed = None,
     trust_remote_code: Trust = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete stage in --output.")] = False,
@@ -68,6 +79,8 @@ def run(
     """Prune MODEL in five dynamic steps, recover its quality, save a sparse checkpoint that transformers opens as it is.
 
     Example: `losa run meta-llama/Llama-2-7b-hf --sparsity 0.7 --data alpaca.json --output llama-sparse`
+
+    Several GPUs: `torchrun --nproc-per-node 8 -m losa run ...`, or `accelerate launch -m losa run ...`; the same result, sooner.
     """
     from losa.method import run as run_losa
     from losa.models import load
@@ -77,8 +90,8 @@ def run(
     resolved = _config(
         preset, config, set_,
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, device=device, offload=offload,
-        seed=seed, trust_remote_code=trust_remote_code,
-        **{"train.data": data, "calibration.data": calibration, "eval.data": eval_data},
+        shard=shard, seed=seed, trust_remote_code=trust_remote_code,
+        **{"train.data": data, "calibration.data": calibration, "eval.data": eval_data, "train.distill": distill},
     )  # fmt: skip
     check_request(resolved, training=True, resume=resume)
     _heavy()
@@ -343,7 +356,8 @@ def _quiet(level: int = logging.INFO) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("losa").setLevel(level)
+    logging.getLogger("losa").setLevel(logging.ERROR if _others else level)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's to fix
 
 
 def main() -> None:

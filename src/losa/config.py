@@ -50,11 +50,15 @@ class CalibrationConfig:
     data: str | None = None  # a text source (see data.py); the training text when None
     sequences: int = 128  # for pruning and errors
     rmi_sequences: int = 64  # of these, for representation mutual information
+    rmi_length: int = 512  # at most so many tokens of each of those
+    error_sequences: int = 32  # of these, for reconstruction errors
     length: int | None = None  # tokens of each; min(2048, what the model allows) when None
 
     def __post_init__(self) -> None:
         _require(self.sequences >= 1, "calibration.sequences", self.sequences, "at least 1")
         _require(self.rmi_sequences >= 2, "calibration.rmi_sequences", self.rmi_sequences, "at least 2")
+        _require(self.rmi_length >= 8, "calibration.rmi_length", self.rmi_length, "at least 8 tokens")
+        _require(self.error_sequences >= 1, "calibration.error_sequences", self.error_sequences, "at least 1")
         _require(self.length is None or self.length >= 8, "calibration.length", self.length, "at least 8 tokens")
 
 
@@ -92,7 +96,7 @@ class TrainConfig:
     samples: int | None = None  # instead of tokens: documents, one a row, padded, not packed (the released recipe)
     last_share: float = 0.9  # of them in the last dynamic step; the earlier steps share the rest evenly. Released recipe: 0.6
     length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
-    batch_size: int = 8  # rows of one forward
+    batch_size: int = 8  # rows of one forward, of all processes together
     accumulation: int = 1  # forwards of one optimizer step
     lr: float | None = None  # peak; 2e-4 * 4096 / hidden size, at most 5e-3, when None
     weight_decay: float = 0.001
@@ -154,7 +158,8 @@ class LosaConfig:
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
     dtype: str = "auto"  # of the base weights; the checkpoint's own when auto
-    offload: bool = False  # calibrate with one block at a time on the device
+    offload: bool = False  # the model stays on the host; calibrate with one block at a time on the device
+    shard: bool = False  # of several processes, each holds a part of the weights while training (FSDP2); implies offload
     trust_remote_code: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -177,6 +182,7 @@ class LosaConfig:
         _require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
         enough = self.train.samples is None or self.train.samples >= self.steps
         _require(enough, "train.samples", self.train.samples, f"at least one for each of {self.steps} steps")
+        self.offload = self.offload or self.shard
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
 

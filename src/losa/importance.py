@@ -13,8 +13,10 @@ Legend: `n` calibration sequences, `D = T*H` features of one sequence, `L` block
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 16  # features of a sequence multiplied at once
 
-def gram(F_nD: Tensor, chunk: int = 1 << 16) -> Tensor:
+
+def gram(F_nD: Tensor, chunk: int = CHUNK) -> Tensor:
     """Linear-kernel Gram matrix `K = F F^T`, products in float32, sums over chunks in float64.
 
     Args:

@@ -79,7 +79,7 @@ def measure_baselines(session: Session) -> None:
     assert session.config.sparsity is not None
     before = {name: layer.keep_bits.clone() for name, layer in masked_linears(session.model).items()}
     with session.timed("baseline"):
-        _prune_to(session, [session.config.sparsity] * len(session.decoder.blocks), share=1.0)
+        _prune_to(session, [session.config.sparsity] * len(session.decoder.blocks), share=1.0, with_errors=False)
     session.measure("pruned")
     for name, layer in masked_linears(session.model).items():
         layer.reset(unpack_bits(before[name], layer.weight.shape))
@@ -93,7 +93,7 @@ def sparsify(session: Session, step: int) -> None:
     rates, importance = [target] * len(blocks), None
     if config.delta > 0:
         with session.timed("importance"):
-            ids_ST = session.data.calibration[: config.calibration.rmi_sequences]
+            ids_ST = session.data.calibration[: config.calibration.rmi_sequences, : config.calibration.rmi_length]
             grams = block_grams(session.model, ids_ST, device=session.device)
             importance = rmi_importance(cka_matrix(grams)).tolist()
         previous = session.record["steps"][-1]["rates"] if session.record["steps"] else None
@@ -117,7 +117,9 @@ def sparsify(session: Session, step: int) -> None:
     )
 
 
-def _prune_to(session: Session, rates: Sequence[float], share: float) -> tuple[list[float], dict[str, float]]:
+def _prune_to(
+    session: Session, rates: Sequence[float], share: float, with_errors: bool = True
+) -> tuple[list[float], dict[str, float]]:
     """Prunes to `rates`; returns the errors, and the damping of the layers where SparseGPT had to raise it."""
     raised: dict[str, float] = {}
 
@@ -128,7 +130,17 @@ def _prune_to(session: Session, rates: Sequence[float], share: float) -> tuple[l
     config = session.config
     ids_ST = session.data.calibration[: config.calibration.sequences]
     pruner, pattern = get_pruner(config.pruner), Pattern.parse(config.pattern)
-    errors = prune_blocks(session.model, ids_ST, rates, pruner, pattern, share, device=session.device, on_solution=note)
+    errors = prune_blocks(
+        session.model,
+        ids_ST,
+        rates,
+        pruner,
+        pattern,
+        share,
+        error_sequences=config.calibration.error_sequences if with_errors else 0,
+        device=session.device,
+        on_solution=note,
+    )
     return errors, raised
 
 

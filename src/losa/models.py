@@ -131,22 +131,25 @@ class BlockInputs:
     hidden: list[Tensor]
     kwargs: list[dict[str, Any]]
 
-    def clone(self) -> "BlockInputs":
-        """A second stream from the same place. Tensors are shared until one of the two advances."""
-        return BlockInputs(list(self.hidden), self.kwargs)
-
-    def outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
-        """Runs block number `index`, on the device it is on, batch by batch; the stream itself stays where it is."""
-        device = next(block.parameters()).device
-        kwargs = _to(self.kwargs[index], device)
+    def first(self, count: int) -> "BlockInputs":
+        """A second stream of the first `count` sequences. Tensors are shared until one of the two advances."""
+        hidden = []
         for batch in self.hidden:
-            output = block(batch.to(device), **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+            if count > 0:
+                hidden.append(batch[:count])
+            count -= len(batch)
+        return BlockInputs(hidden, self.kwargs)
+
+    def output(self, block: nn.Module, index: int, batch: int) -> Tensor:
+        """Runs block number `index`, on the device it is on, over one batch; the stream itself stays where it is."""
+        device = next(block.parameters()).device
+        output = block(self.hidden[batch].to(device), **_to(self.kwargs[index], device))
+        return output[0] if isinstance(output, tuple) else output
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replaces the hidden states by the block's outputs, kept on the device the inputs were on."""
-        for position, output in enumerate(self.outputs(block, index)):
-            self.hidden[position] = output.to(self.hidden[position].device)
+        for batch, hidden in enumerate(self.hidden):
+            self.hidden[batch] = self.output(block, index, batch).to(hidden.device)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from losa import checkpoint
+from losa import checkpoint, distributed
 from losa.adapter import attach, merge
 from losa.config import LosaConfig
 from losa.data import RunData, check_sources, prepare
@@ -61,27 +61,30 @@ class Session:
             ValueError: something in the request is wrong.
         """
         check_request(config, training=kind == "run", resume=resume)
+        device = resolve_device(config.device)
+        distributed.join(device)
         check_supported(model)
         check_pattern(find_decoder(model), Pattern.parse(config.pattern))
         if kind == "run":
             check_precision(model, config)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
         logger.info("configuration:\n%s", config.to_yaml())
-        device = resolve_device(config.device)
         output = Path(config.output) if config.output else None
         manifest = checkpoint.latest_stage(output, config) if output and resume else None
         began = time.perf_counter()
         data = prepare(config, tokenizer, training=kind == "run")
         seconds = {"reading text": round(time.perf_counter() - began, 3)}
         record = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
+        check_parts(config, data, distributed.world_size())
         if manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
             raise ValueError(f"cannot resume {output}: the text changed; restore it, or start anew without --resume")
         session = cls(model, tokenizer, config, data, device, callbacks, record, "")
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         if output and manifest:
             session._restore(output, manifest)
-        elif output:
+        elif output and distributed.is_main():
             checkpoint.clear_stages(output)
+        distributed.wait()  # all have read what is in the output before anything is written there
         model.eval()
         place(model, device, config.offload)
         return session
@@ -109,7 +112,12 @@ class Session:
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:
-        """The model, all of it on the device, as training needs it."""
+        """The model as training needs it: all of it on the device, or a twin whose weights are spread over all devices."""
+        if self.config.shard:
+            twin = distributed.sharded(self.model, self.device)
+            yield twin
+            distributed.copy_trained(twin, self.model)
+            return
         self.model.to(self.device)
         yield self.model
         place(self.model, self.device, self.config.offload)
@@ -123,7 +131,7 @@ class Session:
             return
         work(self, *args)
         self.done = name
-        if self.config.output:
+        if self.config.output and distributed.is_main():
             with self.timed("saving"):
                 checkpoint.save_stage(Path(self.config.output), name, self.model, self.config, self.record)
 
@@ -158,14 +166,35 @@ class Session:
             "evaluation": evaluation,
             "config": self.config.to_dict(),
             "versions": versions(),
+            "processes": distributed.world_size(),
         }
-        if self.config.output:
+        if self.config.output and distributed.is_main():
             output = Path(self.config.output)
             with self.timed("saving"):
                 checkpoint.write_verified(output, self.model, self.tokenizer, masks, self.config.model)
             checkpoint.publish(output, self.record, model_card(self.record, output.name))
+        distributed.wait()  # the checkpoint is there
         vars(self.model).update(losa_record=self.record, losa_masks=masks)
         return self.model
+
+
+def check_parts(config: LosaConfig, data: RunData, processes: int) -> None:
+    """Refuses work that several processes cannot share.
+
+    Raises:
+        ValueError: fewer rows than processes, or rows that do not divide by them.
+    """
+    calibrating = config.calibration
+    for name, count, evenly in (
+        ("calibration.sequences", calibrating.sequences, False),
+        ("calibration.error_sequences", min(calibrating.error_sequences, calibrating.sequences), False),
+        ("calibration.rmi_sequences", calibrating.rmi_sequences, True),
+        ("train.batch_size", config.train.batch_size, True),
+        ("eval.windows", len(data.evaluation), False),
+    ):
+        if count < processes or (evenly and count % processes):
+            expected = f"a multiple of the {processes} processes" if evenly else f"at least one for each of {processes} processes"
+            raise ValueError(f"{name} is {count}, expected {expected}")
 
 
 def check_precision(model: PreTrainedModel, config: LosaConfig) -> None:
@@ -201,8 +230,10 @@ def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -
         ValueError: a text is missing; the output is a file, the source model, someone's files, or a finished run to be resumed.
     """
     check_sources(config, training)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("losa runs in one process; start it without torchrun or accelerate launch")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("the accelerate configuration asks for FSDP; leave that out and set shard: true (--shard) instead")
+    if config.shard and distributed.launched() == 1:
+        raise ValueError("shard is True, expected several processes; start losa with torchrun or accelerate launch")
     if config.output is None:
         return
     output = Path(config.output)

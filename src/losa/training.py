@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from losa import distributed
 from losa.adapter import dense_mode, dense_weights_on_device, masked_linears
 from losa.config import TrainConfig
 from losa.loss import IGNORED, block_loss, causal_loss
@@ -96,7 +98,7 @@ class _Guard(TrainerCallback):
         total = torch.stack(torch._foreach_norm(gradients)).sum()
         if self.loss is not None:
             total = total + self.loss
-        if not torch.isfinite(total):
+        if not torch.isfinite(total.full_tensor() if isinstance(total, DTensor) else total):
             where = f"{self.name}, update {state.global_step + 1}"
             raise FloatingPointError(
                 f"{where}: loss or gradient is not finite; lower train.lr (now {self.lr:g}) or set dtype: float32"
@@ -176,13 +178,14 @@ def _checkpointing(model: PreTrainedModel, on: bool) -> Iterator[None]:
         yield
         return
     layers = masked_linears(model).values()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # newer and older transformers
+    getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
     for layer in layers:
         layer.keep_effective = True
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{word}_checkpointing_disable")()
         for layer in layers:
             layer.keep_effective = False
 
@@ -240,7 +243,7 @@ def train(
     args = TrainingArguments(
         output_dir=str(work_dir),
         num_train_epochs=1,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // distributed.world_size(),
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
@@ -257,6 +260,9 @@ def train(
         run_name=name,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_backend="gloo" if device.type == "cpu" and distributed.world_size() > 1 else None,
+        ddp_broadcast_buffers=False,  # masks are the same everywhere
+        ddp_find_unused_parameters=False,
     )
     args._n_gpu = min(args.n_gpu, 1)  # one device: DataParallel would copy the model to every visible GPU
     guard = _Guard(name, config.lr)
@@ -272,7 +278,10 @@ def train(
     trainer.pop_callback(PrinterCallback)
     distilling = config.distill or config.distill_blocks
     try:
-        with _checkpointing(model, config.gradient_checkpointing), dense_weights_on_device(model) if distilling else nullcontext():
+        with (
+            _checkpointing(model, config.gradient_checkpointing),
+            dense_weights_on_device(model) if distilling else nullcontext(),
+        ):
             trainer.train()
     except torch.OutOfMemoryError as error:
         knobs = f"train.batch_size ({config.batch_size}), train.length, or set train.gradient_checkpointing: true"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from losa import distributed
 from losa.models import logits_by_block
 from losa.progress import progress
 
@@ -27,7 +28,8 @@ def perplexity(
     label: str = "perplexity",
     device: torch.device | None = None,
 ) -> float:
-    """Token perplexity of the windows `ids_ST`; log-probabilities in float32, their sum in float64.
+    """Token perplexity of the windows `ids_ST`; log-probabilities in float32, their sum in float64. Of several processes, each
+    takes a part of the windows.
 
     Args:
         device: run with one decoder block at a time on this device, for a model whose blocks are on the host.
@@ -39,13 +41,14 @@ def perplexity(
         raise ValueError(f"windows have shape {tuple(ids_ST.shape)}, expected (windows >= 1, tokens >= 2)")
     was_training = model.training
     model.eval()
-    batches = _logits(model, ids_ST, batch_size) if device is None else logits_by_block(model, ids_ST, batch_size, device)
-    total = 0.0
-    for ids, logits_BTV in progress(batches, label, total=-(-len(ids_ST) // batch_size)):
+    mine_ST = distributed.part(ids_ST)
+    batches = _logits(model, mine_ST, batch_size) if device is None else logits_by_block(model, mine_ST, batch_size, device)
+    total = torch.zeros((), dtype=torch.float64, device=device or model.get_input_embeddings().weight.device)
+    for ids, logits_BTV in progress(batches, label, total=-(-len(mine_ST) // batch_size)):
         loss = cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        total += loss.double().sum().item()
+        total += loss.double().sum()
     model.train(was_training)
-    return math.exp(total / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
+    return math.exp(distributed.sum_(total).item() / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
 
 
 def _logits(model: PreTrainedModel, ids_ST: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

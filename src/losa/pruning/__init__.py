@@ -4,7 +4,7 @@ A solver is two functions: `collect` folds a batch of inputs into a small statis
 statistic into new weights and a nested mask. Nothing here knows models, adapters or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,30 +30,42 @@ class Pruner:
 
     Attributes:
         collect: `(statistic or None, X_NI) -> statistic`; None when the solver looks at weights only.
-        solve: `(W_OI, keep_OI, statistic, rate, pattern, share) -> Solution`.
+        solve: `(weights, masks, statistic, rate, pattern, share) -> solutions`, for layers that are fed by one tensor and so
+            share its statistic: q, k and v, or gate and up. Each layer is pruned to `rate` on its own.
         updates_weights: whether surviving weights change too.
     """
 
     name: str
     collect: Callable[[Tensor | None, Tensor], Tensor] | None
-    solve: Callable[[Tensor, Tensor, Tensor | None, float, Pattern, float], Solution]
+    solve: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None, float, Pattern, float], list[Solution]]
     updates_weights: bool = False
 
 
-def _magnitude(W_OI: Tensor, keep_OI: Tensor, _: Tensor | None, rate: float, pattern: Pattern, share: float) -> Solution:
-    keep_OI = magnitude.prune(W_OI, keep_OI, rate, pattern, share)
-    return Solution(W_OI.where(keep_OI, 0), keep_OI)
+def _by_mask(choose: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Solution]:
+    """Solutions of a solver that only chooses a mask, `(W_OI, keep_OI) -> keep_OI`."""
+    chosen = [choose(W_OI, keep_OI) for W_OI, keep_OI in zip(weights, masks, strict=True)]
+    return [Solution(W_OI.where(keep_OI, 0), keep_OI) for W_OI, keep_OI in zip(weights, chosen, strict=True)]
 
 
-def _wanda(W_OI: Tensor, keep_OI: Tensor, sq_I: Tensor | None, rate: float, pattern: Pattern, share: float) -> Solution:
+def _magnitude(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], _: Tensor | None, rate: float, pattern: Pattern, share: float
+) -> list[Solution]:
+    return _by_mask(lambda W_OI, keep_OI: magnitude.prune(W_OI, keep_OI, rate, pattern, share), weights, masks)
+
+
+def _wanda(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], sq_I: Tensor | None, rate: float, pattern: Pattern, share: float
+) -> list[Solution]:
     assert sq_I is not None, "wanda needs input statistics"
-    keep_OI = wanda.prune(W_OI, keep_OI, sq_I, rate, pattern, share)
-    return Solution(W_OI.where(keep_OI, 0), keep_OI)
+    return _by_mask(lambda W_OI, keep_OI: wanda.prune(W_OI, keep_OI, sq_I, rate, pattern, share), weights, masks)
 
 
-def _sparsegpt(W_OI: Tensor, keep_OI: Tensor, H_II: Tensor | None, rate: float, pattern: Pattern, share: float) -> Solution:
+def _sparsegpt(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], H_II: Tensor | None, rate: float, pattern: Pattern, share: float
+) -> list[Solution]:
     assert H_II is not None, "sparsegpt needs input statistics"
-    return Solution(*sparsegpt.prune(W_OI, keep_OI, H_II, rate, pattern, share))
+    solved, damping = sparsegpt.prune(weights, masks, H_II, rate, pattern, share)
+    return [Solution(W_OI, keep_OI, damping) for W_OI, keep_OI in solved]
 
 
 PRUNERS: dict[str, Pruner] = {

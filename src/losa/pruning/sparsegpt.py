@@ -12,6 +12,7 @@ Legend: `O` out_features, `I` in_features, `N` tokens, `C` columns of one block.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -70,52 +71,57 @@ def _block_mask(score_OC: Tensor, keep_OC: Tensor, count: int) -> Tensor:
 
 
 def prune(
-    W_OI: Tensor, keep_OI: Tensor, H_II: Tensor, rate: float, pattern: Pattern, share: float = 1.0
-) -> tuple[Tensor, Tensor, float]:
-    """Solves one layer. Works in float32, or in float64 when `W_OI` is.
+    weights: Sequence[Tensor], masks: Sequence[Tensor], H_II: Tensor, rate: float, pattern: Pattern, share: float = 1.0
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """Solves the layers that share one input: one factorisation, and one pass over the columns for all their rows.
+
+    Rows do not depend on each other but for the choice of the mask, which is made layer by layer. Works in float32, or in float64
+    when the weights are.
 
     Args:
-        W_OI: merged weights, zeros outside `keep_OI`.
-        keep_OI: mask of the step before; what is False stays False, and its error is passed on like any other.
+        weights: merged weights, `(O, I)` each, zeros outside their masks.
+        masks: of the step before; what is False stays False, and its error is passed on like any other.
         H_II: from `collect`.
-        rate: ratio of zeros, in [0, 1); unstructured only.
+        rate: ratio of zeros of each layer, in [0, 1); unstructured only.
         share: n:m only, see `masks.keep_n_of_m`; candidates are taken per group of `m` columns.
 
     Returns:
-        New weights `(O, I)` with zeros outside the new mask, the nested mask, and the damping ratio used.
+        For each layer new weights `(O, I)` with zeros outside the new mask, and the nested mask; and the damping ratio used.
 
     Raises:
         ValueError: `H` does not factorise, or n:m does not divide `I`.
     """
-    rows, columns = W_OI.shape
+    columns = weights[0].shape[1]
     if pattern.structured and columns % pattern.m:
         raise ValueError(f"in_features is {columns}, expected a multiple of {pattern.m} for pattern {pattern.n}:{pattern.m}")
-    W_OI = W_OI.double() if W_OI.dtype == torch.float64 else W_OI.float()
-    W_OI = W_OI.clone()
+    heights = [len(W_OI) for W_OI in weights]
+    W_OI, keep_OI = torch.cat(list(weights)), torch.cat(list(masks))
+    W_OI = W_OI if W_OI.dtype == torch.float64 else W_OI.float()
     new_OI = keep_OI.clone()
     U_II, damping = inverse_factor(H_II.to(W_OI.dtype))
     dead_I = torch.diagonal(H_II) == 0
     block = BLOCK if not pattern.structured else BLOCK - BLOCK % pattern.m
-    done = 0
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         W_OC, U_CC = W_OI[:, start:stop].clone(), U_II[start:stop, start:stop]
         error_OC = torch.zeros_like(W_OC)
         if not pattern.structured:
             score_OC = (W_OC / torch.diagonal(U_CC)).square().masked_fill(dead_I[start:stop], 0.0)
-            count = pruned_count(rows * stop, rate) - done
-            new_OI[:, start:stop] = _block_mask(score_OC, keep_OI[:, start:stop], count)
-            done += int((~new_OI[:, start:stop]).sum())
+            for new, score in zip(new_OI.split(heights), score_OC.split(heights), strict=True):
+                count = pruned_count(len(new) * stop, rate) - int((~new[:, :start]).sum())
+                new[:, start:stop] = _block_mask(score, new[:, start:stop], count)
         for c in range(stop - start):
             i = start + c
             if pattern.structured and i % pattern.m == 0:
-                group = slice(c, c + pattern.m)
-                score = (W_OC[:, group] / torch.diagonal(U_CC)[group]).square().masked_fill(dead_I[i : i + pattern.m], 0.0)
-                new_OI[:, i : i + pattern.m] = keep_n_of_m(score, keep_OI[:, i : i + pattern.m], pattern, share)
+                columns_of_group = slice(c, c + pattern.m)
+                score_OC = (W_OC[:, columns_of_group] / torch.diagonal(U_CC)[columns_of_group]).square()
+                score_OC.masked_fill_(dead_I[i : i + pattern.m], 0.0)
+                for new, score in zip(new_OI.split(heights), score_OC.split(heights), strict=True):
+                    new[:, i : i + pattern.m] = keep_n_of_m(score, new[:, i : i + pattern.m], pattern, share)
             kept_O = torch.where(new_OI[:, i], W_OC[:, c], 0.0)
             error_OC[:, c] = (W_OC[:, c] - kept_O) / U_CC[c, c]
             W_OC[:, c:] -= error_OC[:, c, None] * U_CC[c, c:]
             W_OC[:, c] = kept_O
         W_OI[:, start:stop] = W_OC
         W_OI[:, stop:] -= error_OC @ U_II[start:stop, stop:]
-    return W_OI, new_OI, damping
+    return list(zip(W_OI.split(heights), new_OI.split(heights), strict=True)), damping

@@ -1,0 +1,118 @@
+"""Several processes, started by `torchrun` or `accelerate launch`: who am I, and the four things they say to each other.
+
+accelerate joins the processes; torch.distributed carries the tensors. With one process, everything here does nothing.
+
+What is shared: calibration sequences (statistics are summed), solving (each group of layers by one process, which sends its answer
+to the others), evaluation windows, and the rows of a training batch. So all processes hold the same masks and adapters, and the
+same configuration gives the same result, up to the order of floating-point sums, on any number of them.
+"""
+
+import copy
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from losa.models import find_decoder
+
+
+def launched() -> int:
+    """How many processes the launcher started, before they are joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device: torch.device) -> None:
+    """Joins the processes, if a launcher started several: NCCL between GPUs, gloo between CPUs. Each then has its own GPU."""
+    if launched() > 1 and not dist.is_initialized():
+        PartialState(cpu=device.type == "cpu", backend="gloo" if device.type == "cpu" else None)
+
+
+def world_size() -> int:
+    """The number of joined processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This one's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and shows progress. Known from the launcher before they are joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def part(rows: Tensor) -> Tensor:
+    """This process's share of rows: every `world_size`-th."""
+    return rows[rank() :: world_size()]
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sums over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_(tensor: Tensor) -> Tensor:
+    """The largest over processes, element by element, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def send_(tensor: Tensor, source: int) -> Tensor:
+    """Process `source` sends, all others receive, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, which hold equally many, in the order of `part`'s argument: the inverse of `part`."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def wait() -> None:
+    """Until all are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sharded(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A twin of the model for training, its parameters spread over all processes, block by block (FSDP2). The model stays as it
+    is, on the host: FSDP does not undo what it does to a module.
+
+    Masks, a bit a weight, are not spread.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+    memo |= {id(value): value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)}
+    twin = copy.deepcopy(model, memo)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in (*find_decoder(twin).blocks, twin):
+        fully_shard(module, mesh=mesh)
+    vars(twin)["_is_accelerate_prepared"] = True  # or the Trainer would wrap it for DDP as well
+    return twin
+
+
+@torch.no_grad()
+def copy_trained(twin: PreTrainedModel, model: PreTrainedModel) -> None:
+    """The trained parameters of a sharded twin, whole, into the model."""
+    trained = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = trained[name]
+            assert isinstance(value, DTensor)
+            parameter.copy_(value.full_tensor())

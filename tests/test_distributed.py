@@ -1,0 +1,90 @@
+"""Promised: two processes do what one does. Same masks, same rates and ranks, loss and adapters equal within float32 rounding,
+with the whole model in every process (DDP) and with its weights spread over them (FSDP2)."""
+
+import processes
+import pytest
+import torch
+from helpers import record_of, set_up, tensors, toy_config, toy_values
+
+from losa.data import RunData
+from losa.session import check_parts, check_request
+
+
+def run_in(folder, output, count, *options):
+    """`losa run` on the toy in `count` processes; the output directory."""
+    values = toy_values(folder)
+    sets = [f"calibration.{key}={value}" for key, value in values["calibration"].items()]
+    sets += [f"train.{key}={value}" for key, value in values["train"].items() if key != "data"]
+    sets += ["eval.length=32", "eval.windows=16", "steps=3", "calibration.error_sequences=5", "device=cpu"]
+    arguments = ["run", values["model"], "--output", str(folder / output), "--data", values["train"]["data"], "--sparsity", "0.6"]
+    arguments += [item for pair in sets for item in ("--set", pair)] + list(options)
+    statuses = processes.ranks(folder / output, count, processes.losa, arguments)
+    logs = [(folder / output).with_suffix(f".{rank}").read_text() for rank in range(count)]
+    assert statuses == [0] * count, logs
+    return folder / output, logs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return set_up(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return run_in(folder, "alone", 1)[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+def test_two_processes_do_what_one_does(folder, alone, options):
+    together, logs = run_in(folder, "together" + "".join(options), 2, *options)
+    one, two = record_of(alone), record_of(together)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for step, other in zip(one["steps"], two["steps"], strict=True):
+        assert (step["rates"], step["ranks"]) == (other["rates"], other["ranks"])
+        assert other["errors"] == pytest.approx(step["errors"], rel=1e-5)
+        assert [loss for _, loss in other["loss"]] == pytest.approx([loss for _, loss in step["loss"]], rel=1e-5)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+    found = tensors(together)
+    for name, expected in tensors(alone).items():
+        assert torch.equal(found[name] == 0, expected == 0), name
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    assert "saved and verified" in logs[0]
+    assert logs[1] == ""  # one of them speaks
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+def test_everything_at_once(folder, options):
+    """SparseGPT's updated weights, accumulation, checkpointing, distillation of blocks."""
+    sets = ["train.accumulation=2", "train.batch_size=4", "train.gradient_checkpointing=true", "train.distill_blocks=0.1"]
+    chosen = ["--pruner", "sparsegpt", *(item for pair in sets for item in ("--set", pair))]
+    runs = [
+        run_in(folder, f"all-{count}{''.join(options)}", count, *chosen, *(options if count > 1 else []))[0] for count in (1, 2)
+    ]
+    one, two = (record_of(run) for run in runs)
+    assert [step["ranks"] for step in one["steps"]] == [step["ranks"] for step in two["steps"]]
+    # Rounding may swap two nearly equal scores, and then the weights that make up for them differ too.
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=5e-3)
+    different = [(a == 0) != (b == 0) for a, b in zip(*(tensors(run).values() for run in runs), strict=True)]
+    assert sum(int(d.sum()) for d in different) / sum(d.numel() for d in different) < 2e-3
+
+
+def test_shares_that_do_not_divide_are_refused(tmp_path):
+    config = toy_config(tmp_path, train={"batch_size": 6})
+    data = RunData(None, torch.zeros(8, 32), torch.zeros(3, 32))
+    check_parts(config, data, 3)
+    with pytest.raises(ValueError, match=r"train\.batch_size is 6, expected a multiple of the 4 processes"):
+        check_parts(toy_config(tmp_path, train={"batch_size": 6}, calibration={"rmi_sequences": 8}), data, 4)
+    with pytest.raises(ValueError, match=r"eval\.windows is 3, expected at least one for each of 6 processes"):
+        check_parts(config, data, 6)
+
+
+def test_sharding_one_process_is_refused(tmp_path, monkeypatch):
+    folder = set_up(tmp_path)
+    with pytest.raises(ValueError, match="shard is True, expected several processes"):
+        check_request(toy_config(folder, shard=True), training=True)
+
+
+def test_an_accelerate_configuration_with_fsdp_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="set shard: true"):
+        check_request(toy_config(set_up(tmp_path)), training=True)
