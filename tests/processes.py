@@ -59,7 +59,7 @@ def _ranked(rank: int, count: int, port: int, function: Callable[..., None], arg
     import torch
 
     torch.set_num_threads(1)
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     function(*args)
 

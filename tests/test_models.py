@@ -91,12 +91,15 @@ def test_recorded_inputs_are_those_of_the_first_block(tiny_model, token_ids, fam
     assert torch.equal(torch.cat(block_inputs(model, ids, 2).hidden), seen[0])
 
 
-def test_a_cloned_stream_advances_on_its_own(tiny_model, token_ids):
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5])
+def test_a_second_stream_advances_on_its_own(tiny_model, token_ids, count):
     model = tiny_model("llama")
-    stream = block_inputs(model, token_ids(), 2)
+    stream = block_inputs(model, token_ids(5), 2)
     before = [batch.clone() for batch in stream.hidden]
+    second = stream.first(count)
+    assert torch.equal(torch.cat([torch.empty(0, 16, 32), *second.hidden]), torch.cat(before)[:count])
     with torch.no_grad():
-        stream.clone().advance(find_decoder(model).blocks[0], 0)
+        second.advance(find_decoder(model).blocks[0], 0)
     assert all(torch.equal(a, b) for a, b in zip(stream.hidden, before, strict=True))
 
 

@@ -42,7 +42,8 @@ def block_grams(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8, dev
     grams, blocks = [], find_decoder(model).blocks
     for index, block in enumerate(progress(blocks, "importance")):
         features_nD = torch.cat([batch.flatten(1) for batch in stream.hidden])
-        grams.append(sum(gram(distributed.gather(part_nD)) for part_nD in features_nD.split(CHUNK, 1)).cpu())
+        of_parts = [gram(distributed.gather(part_nD)) for part_nD in features_nD.split(CHUNK, 1)]
+        grams.append(torch.stack(of_parts).sum(0).cpu())
         if index + 1 < len(blocks):
             with on_device(block, device):
                 stream.advance(block, index)

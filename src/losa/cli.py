@@ -48,7 +48,7 @@ Shard = Annotated[
 ]
 Distill = Annotated[
     float | None,
-    typer.Option(help="Weight of the KL to the dense model in the loss, 0..1; the rest is cross-entropy. Default 0.5."),
+    typer.Option(help="Weight of the KL to the dense model, 0..1; the rest is cross-entropy. Default 0.5."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.")]
 Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]

@@ -2,9 +2,9 @@
 
 accelerate joins the processes; torch.distributed carries the tensors. With one process, everything here does nothing.
 
-What is shared: calibration sequences (statistics are summed), solving (each group of layers by one process, which sends its answer
-to the others), evaluation windows, and the rows of a training batch. So all processes hold the same masks and adapters, and the
-same configuration gives the same result, up to the order of floating-point sums, on any number of them.
+What is shared: calibration sequences (statistics are summed), solving (each group of layers by one process, which sends its
+answer to the others), evaluation windows, and the rows of a training batch. So all processes hold the same masks and adapters,
+and the same configuration gives the same result, up to the order of floating-point sums, on any number of them.
 """
 
 import copy

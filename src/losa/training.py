@@ -159,6 +159,7 @@ class LosaTrainer(Trainer):
         so that no activation of that one is alive yet."""
         dense = self.accelerator.unwrap_model(model)
         dense.eval()  # no dropout in the teacher
+        blocks: list[Tensor]
         with torch.no_grad(), dense_mode(dense), _block_outputs(dense, bool(self.config.distill_blocks)) as blocks:
             logits_BTV = dense(**inputs, use_cache=False).logits
         dense.train()
@@ -198,8 +199,7 @@ def _block_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
     def note(block: nn.Module, args: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    blocks = find_decoder(model).blocks if wanted else []
-    handles = [block.register_forward_hook(note) for block in blocks]
+    handles = [block.register_forward_hook(note) for block in (find_decoder(model).blocks if wanted else [])]
     try:
         yield outputs
     finally:

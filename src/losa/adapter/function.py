@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from losa.pruning.masks import unpack_bytes
+from losa.pruning.masks import byte_table, unpack_bytes
 
 # float32 bytes of a panel: the fastest of 0.5 to 4 MiB on a CPU (docs/LOG.md); on a GPU large enough that launches do not count.
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -39,10 +39,10 @@ def panels(shape: torch.Size, device: torch.device) -> Iterator[slice]:
     return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
-def mask_(values_PI: Tensor, bits: Tensor, rows: slice) -> Tensor:
+def mask_(values_PI: Tensor, bits: Tensor, rows: slice, table: Tensor) -> Tensor:
     """Makes, in place, every weight outside the mask +0: `rows` of a layer whose whole mask is `bits` (`masks.pack_bits`)."""
     columns = values_PI.shape[1]
-    keep = unpack_bytes(bits[rows.start * columns // 8 : -(-rows.stop * columns // 8)])[: values_PI.numel()]
+    keep = unpack_bytes(bits[rows.start * columns // 8 : -(-rows.stop * columns // 8)], table)[: values_PI.numel()]
     values_PI.view(INTEGERS[values_PI.dtype.itemsize]).mul_(keep.view_as(values_PI))
     return values_PI
 
@@ -58,18 +58,18 @@ def effective_weight(
         bits: the keep-mask, packed by `masks.pack_bits`.
         dtype: of the result; that of `W` when None.
     """
-    result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)
+    result_OI, table = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype), byte_table(W_OI.device)
     for rows in panels(W_OI.shape, W_OI.device):
         result_OI[rows] = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
-        mask_(result_OI[rows], bits, rows)
+        mask_(result_OI[rows], bits, rows, table)
     return result_OI
 
 
 def adapter_gradients(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`dA = s B^T (M * G)` and `dB = s (M * G) A^T` in the dtype of the adapters. Overwrites `G` by `M * G`."""
-    dA_RI, dB_OR = torch.zeros_like(A_RI), torch.empty_like(B_OR)
+    dA_RI, dB_OR, table = torch.zeros_like(A_RI), torch.empty_like(B_OR), byte_table(G_OI.device)
     for rows in panels(G_OI.shape, G_OI.device):
-        G_PI = mask_(G_OI[rows], bits, rows).to(A_RI.dtype)
+        G_PI = mask_(G_OI[rows], bits, rows, table).to(A_RI.dtype)
         dA_RI.addmm_(B_OR[rows].T, G_PI, alpha=scale)
         torch.mm(G_PI, A_RI.T, out=dB_OR[rows])
     return dA_RI, dB_OR.mul_(scale)

@@ -28,8 +28,8 @@ class MaskedLinear(nn.Linear):
 
     Attributes:
         weight: frozen base weight `(O, I)`.
-        keep_bits: the mask, a bit a weight (`masks.pack_bits`); a byte a weight would be half of a bfloat16 model. Changed only by
-            `set_solution`, `restore` and `reset`; `keep_OI` is the same as bool.
+        keep_bits: the mask, a bit a weight (`masks.pack_bits`); a byte a weight would be half of a bfloat16 model. Changed only
+            by `set_solution`, `restore` and `reset`; `keep_OI` is the same as bool.
         lora_A, lora_B: float32 (float64 over a float64 base), `(max_rank, I)` and `(O, max_rank)`.
         rank: active rank; rows of `lora_A` at and above it do nothing.
         scale: `alpha / r`, the same at every rank.
@@ -59,7 +59,7 @@ class MaskedLinear(nn.Linear):
         self.dense = self.keep_effective = False
 
     @property
-    def keep_OI(self) -> Tensor:
+    def keep_OI(self) -> Tensor:  # noqa: N802 - a tensor's name
         """The mask as bool, `(O, I)`, True keeps; a copy."""
         return unpack_bits(self.keep_bits, self.weight.shape)
 

@@ -6,7 +6,6 @@ happens to round to zero. Every function here takes the mask of the step before 
 Legend: `O` out_features, `I` in_features.
 """
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -124,16 +123,15 @@ def pack_bits(keep_OI: Tensor) -> Tensor:
     return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
 
 
-def unpack_bytes(packed: Tensor) -> Tensor:
-    """Bytes of packed bits -> uint8, eight values 0 or 1 for each byte. One look-up a byte, not eight shifts."""
-    return _table(packed.device)[packed.int()].view(torch.uint8)
+def byte_table(device: torch.device) -> Tensor:
+    """Byte -> its eight bits as eight bytes 0 or 1, which together are one int64; `(256,)`."""
+    bits = (torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return bits.view(torch.int64).flatten()
 
 
-@functools.cache
-def _table(device: torch.device) -> Tensor:
-    """Byte -> its eight bits as eight bytes, which is one int64."""
-    bits = (torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.view(torch.int64).flatten().to(device)
+def unpack_bytes(packed: Tensor, table: Tensor) -> Tensor:
+    """Bytes of packed bits -> uint8, eight values 0 or 1 for each byte: one look-up a byte, not eight shifts."""
+    return table[packed.int()].view(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -145,4 +143,4 @@ def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     numel = torch.Size(shape).numel()
     if packed.numel() != -(-numel // 8):
         raise ValueError(f"a packed mask of {packed.numel()} bytes cannot be of shape {tuple(shape)}")
-    return unpack_bytes(packed)[:numel].view(shape).bool()
+    return unpack_bytes(packed, byte_table(packed.device))[:numel].view(shape).bool()

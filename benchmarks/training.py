@@ -1,0 +1,219 @@
+"""One training step under a mask: ours against plain LoRA (peft) and against the scheme the paper's authors released.
+
+    python benchmarks/training.py --output docs/benchmarks
+
+One process, the same random Llama, tokens, batch and precision, steps in turn: forward, backward and an AdamW update of adapters of
+rank 16 on all seven projections. Peak memory is measured in a process of its own for each, as resident memory over what the imports
+hold. Writes training.csv. Needs peft (`pip install peft`).
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from losa.adapter import attach, dense_mode, masked_linears
+from losa.environment import keep_freed_memory, machine
+from losa.loss import causal_loss
+from losa.models import block_linears, find_decoder
+
+SHAPES = {
+    "1.1B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
+    "7B": {"max_position_embeddings": 4096},  # LlamaConfig's own defaults are Llama-2-7B's shape
+}  # fmt: skip
+RANK = 16
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Step = Callable[[Tensor], None]
+
+
+def random_model(shape: dict[str, int], device: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    torch.set_default_dtype(torch.float32)
+    return model.train()
+
+
+def random_mask(weight: Tensor) -> Tensor:
+    return torch.rand(weight.shape, device=weight.device) > 0.7
+
+
+class ReleasedLinear(nn.Module):
+    """What the release computes: the base product, and a second dense product with the masked update, under checkpointing."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, device = linear.weight, linear.weight.device
+        self.keep_OI = random_mask(linear.weight)
+        linear.weight.data.masked_fill_(~self.keep_OI, 0)
+        dtype = torch.bfloat16
+        self.lora_A = nn.Parameter(torch.randn(RANK, linear.in_features, dtype=dtype, device=device) / 64)
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, RANK, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def update(x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.keep_OI * (self.lora_B @ self.lora_A))
+
+        return nn.functional.linear(x, self.weight) + 2.0 * checkpoint(update, x, use_reentrant=False)
+
+
+def peft_model(shape: dict[str, int], device: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    return get_peft_model(random_model(shape, device), config)
+
+
+def released_model(shape: dict[str, int], device: str) -> nn.Module:
+    model = random_model(shape, device).requires_grad_(False)
+    for block in find_decoder(model).blocks:
+        for name, linear in block_linears(block).items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, ReleasedLinear(linear))
+    return model
+
+
+def losa_model(shape: dict[str, int], device: str) -> nn.Module:
+    model = attach(random_model(shape, device), max_rank=RANK)
+    for layer in masked_linears(model).values():
+        layer.set_solution(random_mask(layer.weight))
+    return model
+
+
+def stepper(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor]) -> Step:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(ids: Tensor) -> None:
+        loss(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def transformers_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def losa_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return causal_loss(model(input_ids=ids, use_cache=False).logits, ids) / ids[:, 1:].numel()
+
+
+def distilled_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad(), dense_mode(model):
+        teacher = model(input_ids=ids, use_cache=False).logits
+    logits = model(input_ids=ids, use_cache=False).logits
+    return causal_loss(logits, ids, teacher, distill=0.5) / ids[:, 1:].numel()
+
+
+SCHEMES = {
+    "peft LoRA": (peft_model, transformers_loss),
+    "released scheme": (released_model, transformers_loss),
+    "losa, cross-entropy": (losa_model, losa_loss),
+    "losa, half distilled": (losa_model, distilled_loss),
+}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(args: argparse.Namespace, scheme: str) -> int:
+    """Of two steps in a fresh process; it says on its last line what it needed."""
+    command = [sys.executable, __file__, "--peak", scheme, "--shape", args.shape, "--tokens", str(args.tokens[0])]
+    command += ["--length", str(args.length), "--blocks", str(args.blocks or 0), "--device", args.device, "--output", "."]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM). getrusage would show the parent's peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure_peak(args: argparse.Namespace, shape: dict[str, int], ids: Tensor) -> None:
+    make, loss = SCHEMES[args.peak]
+    __import__("peft")
+    before = resident("VmRSS")
+    step = stepper(make(shape, args.device), loss)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step(ids)
+    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM") - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory for training.csv")
+    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
+    parser.add_argument("--blocks", type=int, help="so many decoder blocks only")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens of a step")
+    parser.add_argument("--length", type=int, default=512, help="of a row")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", choices=SCHEMES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.blocks} if args.blocks else {})
+
+    def batch(tokens: int) -> Tensor:
+        return torch.randint(0, 32000, (tokens // args.length, args.length), device=args.device)
+
+    if args.peak:
+        return measure_peak(args, shape, batch(args.tokens[0]))
+    keep_freed_memory()
+    args.output.mkdir(parents=True, exist_ok=True)
+    models: dict[Callable, nn.Module] = {}
+    steps = {name: stepper(models.setdefault(make, make(shape, args.device)), loss) for name, (make, loss) in SCHEMES.items()}
+    with (args.output / "training.csv").open("w", newline="") as file:
+        print(f"# {machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {args.shape}, {shape}", file=file)
+        writer = csv.DictWriter(file, ["scheme", "tokens", "seconds", "of_peft", "tokens_per_s", "peak_mib", "peak_of_peft"])
+        writer.writeheader()
+        for tokens in args.tokens:
+            ids, seconds = batch(tokens), {name: [] for name in steps}
+            for turn in range(args.rounds + 1):
+                for name, step in steps.items():
+                    start = time.perf_counter()
+                    step(ids)
+                    synchronize()
+                    if turn:  # the first one warms up
+                        seconds[name].append(time.perf_counter() - start)
+            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            for name, median in medians.items():
+                row = {
+                    "scheme": name, "tokens": tokens, "seconds": round(median, 3),
+                    "of_peft": round(median / medians["peft LoRA"], 3), "tokens_per_s": round(tokens / median, 1),
+                }  # fmt: skip
+                writer.writerow(row)
+                file.flush()
+                print(row, flush=True)
+        del steps, models
+        for tokens in args.tokens:
+            args.tokens = [tokens]
+            peaks = {name: peak_bytes(args, name) for name in SCHEMES}
+            for name, peak in peaks.items():
+                ratio = round(peak / peaks["peft LoRA"], 3)
+                row = {"scheme": name, "tokens": tokens, "peak_mib": peak >> 20, "peak_of_peft": ratio}
+                writer.writerow(row)
+                print(row, flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
