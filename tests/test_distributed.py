@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import record_of, set_up, tensors, toy_config, toy_values
 
-from losa.data import RunData
 from losa.session import check_parts, check_request
 
 
@@ -70,12 +69,12 @@ def test_everything_at_once(folder, options):
 
 def test_shares_that_do_not_divide_are_refused(tmp_path):
     config = toy_config(tmp_path, train={"batch_size": 6})
-    data = RunData(None, torch.zeros(8, 32), torch.zeros(3, 32))
-    check_parts(config, data, 3)
+    check_parts(config, 3, 3)
+    check_parts(config, 6)
     with pytest.raises(ValueError, match=r"train\.batch_size is 6, expected a multiple of the 4 processes"):
-        check_parts(toy_config(tmp_path, train={"batch_size": 6}, calibration={"rmi_sequences": 8}), data, 4)
+        check_parts(toy_config(tmp_path, train={"batch_size": 6}, calibration={"rmi_sequences": 8}), 4)
     with pytest.raises(ValueError, match=r"eval\.windows is 3, expected at least one for each of 6 processes"):
-        check_parts(config, data, 6)
+        check_parts(config, 6, 3)
 
 
 def test_sharding_one_process_is_refused(tmp_path, monkeypatch):

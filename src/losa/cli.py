@@ -186,19 +186,26 @@ def plan(
     set_: SetKeys = None,
     device: Device = None,
     offload: Offload = None,
+    shard: Shard = None,
+    processes: Annotated[int, typer.Option(help="As many as torchrun would start, on a device each.")] = 1,
+    memory: Annotated[float | None, typer.Option(help="GiB of a device that is not here, to plan for that one.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that it sustains.")] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = None,
 ) -> None:
-    """Memory, time and disk of a run, before anything is loaded. Exit status 1 if it cannot fit."""
+    """Memory, time and disk of a run, before anything is loaded. Exit status 1 if it cannot fit.
+
+    Example: `losa plan meta-llama/Llama-2-70b-hf --processes 8 --shard --memory 80 --tflops 300`
+    """
     from losa.plan import plan as make_plan
     from losa.report.table import plan_table
 
     resolved = _config(
         preset, config, set_,
         model=model, output=str(output) if output else None, sparsity=sparsity, pruner=pruner, pattern=pattern, device=device,
-        offload=offload, trust_remote_code=trust_remote_code,
+        offload=offload, shard=shard, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = make_plan(resolved)
+    made = make_plan(resolved, processes, memory and int(memory * 2**30), tflops and tflops * 1e12)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
     if not made.fits:
         raise typer.Exit(1)

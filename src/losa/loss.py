@@ -57,10 +57,8 @@ class _FusedLoss(torch.autograd.Function):
         for start in range(0, len(student_NV), step):
             rows = slice(start, start + step)
             teacher_CV = None if teacher_NV is None else teacher_NV[rows]
-            loss, gradient_CV = _chunk(student_NV[rows], labels_N[rows], teacher_CV, distill, temperature)
-            total += loss
-            if gradient_NV is not None:
-                gradient_NV[rows] = gradient_CV
+            into_CV = None if gradient_NV is None else gradient_NV[rows]
+            total += _chunk(student_NV[rows], labels_N[rows], teacher_CV, distill, temperature, into_CV)
         ctx.save_for_backward(gradient_NV)
         return total.float()
 
@@ -72,24 +70,30 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _chunk(
-    student_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None, distill: float, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Loss of some rows, and its gradient with respect to their logits: `softmax - onehot`, and `tau (softmax - softmax)`."""
+    student_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None, distill: float, temperature: float, into_CV: Tensor | None
+) -> Tensor:
+    """Loss of some rows. The gradient with respect to their logits, `softmax - onehot` and `tau (softmax - softmax)`, goes into
+    `into_CV`, if that is given."""
     counted_C1 = (labels_C != IGNORED)[:, None]
     target_C1 = labels_C.clamp(min=0)[:, None]
     logits_CV = student_CV.float()
     log_q_CV = logits_CV.log_softmax(-1)
     hard = 1 - distill if teacher_CV is not None else 1.0
     loss_C1 = -hard * log_q_CV.gather(1, target_C1)
-    gradient_CV = log_q_CV.exp() * hard
-    gradient_CV.scatter_add_(1, target_C1, torch.full_like(loss_C1, -hard))
+    gradient_CV = None
+    if into_CV is not None:
+        gradient_CV = log_q_CV.exp().mul_(hard)
+        gradient_CV.scatter_add_(1, target_C1, torch.full_like(loss_C1, -hard))
     if teacher_CV is not None:
         log_q_CV = log_q_CV if temperature == 1 else (logits_CV / temperature).log_softmax(-1)
         log_p_CV = (teacher_CV.float() / temperature).log_softmax(-1)
         p_CV = log_p_CV.exp()
         loss_C1 += distill * temperature**2 * (p_CV * (log_p_CV - log_q_CV)).sum(1, keepdim=True)
-        gradient_CV += distill * temperature * (log_q_CV.exp() - p_CV)
-    return loss_C1.where(counted_C1, 0.0).sum(dtype=torch.float64), gradient_CV.where(counted_C1, 0.0)
+        if gradient_CV is not None:
+            gradient_CV += distill * temperature * (log_q_CV.exp() - p_CV)
+    if into_CV is not None and gradient_CV is not None:
+        into_CV.copy_(gradient_CV.where(counted_C1, 0.0))
+    return loss_C1.where(counted_C1, 0.0).sum(dtype=torch.float64)
 
 
 def block_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask_BT: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from losa import checkpoint, distributed
 from losa.adapter import attach, merge
 from losa.config import LosaConfig
 from losa.data import RunData, check_sources, prepare
-from losa.environment import resolve_device, versions
+from losa.environment import resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
 from losa.pruning import Pattern
@@ -73,9 +73,10 @@ class Session:
         manifest = checkpoint.latest_stage(output, config) if output and resume else None
         began = time.perf_counter()
         data = prepare(config, tokenizer, training=kind == "run")
+        return_freed_memory()
         seconds = {"reading text": round(time.perf_counter() - began, 3)}
         record = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
-        check_parts(config, data, distributed.world_size())
+        check_parts(config, distributed.world_size(), len(data.evaluation))
         if manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
             raise ValueError(f"cannot resume {output}: the text changed; restore it, or start anew without --resume")
         session = cls(model, tokenizer, config, data, device, callbacks, record, "")
@@ -178,8 +179,11 @@ class Session:
         return self.model
 
 
-def check_parts(config: LosaConfig, data: RunData, processes: int) -> None:
+def check_parts(config: LosaConfig, processes: int, windows: int | None = None) -> None:
     """Refuses work that several processes cannot share.
+
+    Args:
+        windows: of evaluation; None when not known yet.
 
     Raises:
         ValueError: fewer rows than processes, or rows that do not divide by them.
@@ -190,7 +194,7 @@ def check_parts(config: LosaConfig, data: RunData, processes: int) -> None:
         ("calibration.error_sequences", min(calibrating.error_sequences, calibrating.sequences), False),
         ("calibration.rmi_sequences", calibrating.rmi_sequences, True),
         ("train.batch_size", config.train.batch_size, True),
-        ("eval.windows", len(data.evaluation), False),
+        ("eval.windows", processes if windows is None else windows, False),
     ):
         if count < processes or (evenly and count % processes):
             expected = f"a multiple of the {processes} processes" if evenly else f"at least one for each of {processes} processes"

@@ -173,8 +173,8 @@ class LosaTrainer(Trainer):
 
 
 @contextmanager
-def _checkpointing(model: PreTrainedModel, on: bool) -> Iterator[None]:
-    """Activation checkpointing, block by block, while it lasts. Nothing when not `on`."""
+def activation_checkpointing(model: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Checkpoints activations block by block while it lasts. Nothing when not `on`."""
     if not on:
         yield
         return
@@ -279,7 +279,7 @@ def train(
     distilling = config.distill or config.distill_blocks
     try:
         with (
-            _checkpointing(model, config.gradient_checkpointing),
+            activation_checkpointing(model, config.gradient_checkpointing),
             dense_weights_on_device(model) if distilling else nullcontext(),
         ):
             trainer.train()

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from losa import distributed
+from losa.loss import causal_loss
 from losa.models import logits_by_block
 from losa.progress import progress
 
@@ -45,8 +45,7 @@ def perplexity(
     batches = _logits(model, mine_ST, batch_size) if device is None else logits_by_block(model, mine_ST, batch_size, device)
     total = torch.zeros((), dtype=torch.float64, device=device or model.get_input_embeddings().weight.device)
     for ids, logits_BTV in progress(batches, label, total=-(-len(mine_ST) // batch_size)):
-        loss = cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        total += loss.double().sum()
+        total += causal_loss(logits_BTV, ids)
     model.train(was_training)
     return math.exp(distributed.sum_(total).item() / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
 

@@ -89,9 +89,10 @@ def sparsity_json(layers: list[LayerSparsity]) -> dict[str, Any]:
 
 def plan_table(plan: Plan) -> Group:
     """Output of `losa plan`."""
-    table = Table(title=f"plan on {plan.device}", title_justify="left", show_header=False)
+    each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
+    table = Table(title=f"plan on {plan.device}{each}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{plan.parameters:,}, of which {plan.prunable:,} prunable")
-    rows = ("weights", "masks", "dense_copy", "adapters", "activations", "calibration", "transient")
+    rows = ("runtime", "weights", "masks", "dense_copy", "adapters", "training", "calibration", "evaluation")
     for name in rows:
         table.add_row(name.replace("_", " "), size(getattr(plan, name)))
     table.add_section()
