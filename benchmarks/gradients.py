@@ -31,8 +31,10 @@ from losa.loss import causal_loss
 
 
 class BiasedLinear(MaskedLowRankLinear):
+    """The mask dropped from the adapters' gradients."""
+
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, W_OI, bits, A_RI, B_OR, _ = ctx.saved_tensors
         dx = dy @ effective_weight(W_OI, bits, A_RI, B_OR, ctx.scale) if ctx.needs_input_grad[0] else None
         dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
@@ -42,8 +44,10 @@ class BiasedLinear(MaskedLowRankLinear):
 
 
 class SampledLinear(MaskedLowRankLinear):
+    """The adapters' gradients from a quarter of the tokens."""
+
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, W_OI, bits, A_RI, B_OR, _ = ctx.saved_tensors
         dx = dy @ effective_weight(W_OI, bits, A_RI, B_OR, ctx.scale) if ctx.needs_input_grad[0] else None
         dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
@@ -95,7 +99,10 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     seconds = step_seconds()
-    lines = [f"step, 4 blocks of 1.1 B, 2,048 tokens: {', '.join(f'{rule} {value:.2f} s' for rule, value in seconds.items())}", ""]
+    lines = [
+        f"step, 4 blocks of 1.1 B, 2,048 tokens: {', '.join(f'{rule} {value:.2f} s' for rule, value in seconds.items())}",
+        "",
+    ]
     lines += ["| gradients | tokens | perplexity, by seed |", "|---|---|---|"]
     more: Callable[[str], int] = lambda rule: round(args.tokens * seconds["exact"] / seconds[rule])  # noqa: E731
     cheaper = [rule for rule in RULES if rule != "exact"]

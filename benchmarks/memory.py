@@ -46,13 +46,27 @@ def main() -> None:
         sets = [item for pair in args.set for item in ("--set", pair)]
         command = [sys.executable, "-m", "losa", "plan", model, "--device", "cpu", "--json", *sets]
         plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        command = [sys.executable, "-c", RUN, "run", model, "--device", "cpu", "--data", args.data, "-o", str(Path(folder, "o")), *sets]
+        command = [
+            sys.executable,
+            "-c",
+            RUN,
+            "run",
+            model,
+            "--device",
+            "cpu",
+            "--data",
+            args.data,
+            "-o",
+            str(Path(folder, "o")),
+            *sets,
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         resident = int(done.stderr.split()[-1]) * 1024
         record = json.loads(Path(folder, "o", "losa.json").read_text())
     print(json.dumps({name: plan[name] >> 20 for name in ("runtime", "weights", "training", "calibration", "evaluation")}))
     print(json.dumps(record["seconds"]))
-    print(f"planned {plan['peak_memory'] / 2**20:.0f} MiB, resident {resident / 2**20:.0f} MiB, ratio {plan['peak_memory'] / resident:.3f}")
+    planned = plan["peak_memory"]
+    print(f"planned {planned >> 20} MiB, resident {resident >> 20} MiB, ratio {planned / resident:.3f}")
 
 
 if __name__ == "__main__":

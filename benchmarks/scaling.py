@@ -40,9 +40,7 @@ def main() -> None:
                 for shard in (False, True) if processes > 1 else (False,):
                     train = {"gradient_checkpointing": True, "batch_size": 8}
                     values = {"model": str(Path(folder, name)), "shard": shard, "offload": True, "train": train}
-                    made = plan(
-                        LosaConfig.from_dict(values), processes, int(arguments.memory * 2**30), arguments.tflops * 1e12
-                    )
+                    made = plan(LosaConfig.from_dict(values), processes, int(arguments.memory * 2**30), arguments.tflops * 1e12)
                     way = "whole" if not shard else "spread (`--shard`)"
                     fits = "yes" if made.peak_memory <= made.available_memory else "no"
                     gib = [f"{value / 2**30:.1f}" for value in (made.training, made.peak_memory, made.host_memory)]

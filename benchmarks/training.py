@@ -2,9 +2,9 @@
 
     python benchmarks/training.py --output docs/benchmarks
 
-One process, the same random Llama, tokens, batch and precision, steps in turn: forward, backward and an AdamW update of adapters of
-rank 16 on all seven projections. Peak memory is measured in a process of its own for each, as resident memory over what the imports
-hold. Writes training.csv. Needs peft (`pip install peft`).
+One process, the same random Llama, tokens, batch and precision, steps in turn: forward, backward and an AdamW update of adapters
+of rank 16 on all seven projections. Peak memory is measured in a process of its own for each, as resident memory over what the
+imports hold. Writes training.csv. Needs peft (`pip install peft`).
 """
 
 import argparse
@@ -64,7 +64,7 @@ class ReleasedLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.randn(RANK, linear.in_features, dtype=dtype, device=device) / 64)
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, RANK, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         def update(x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.keep_OI * (self.lora_B @ self.lora_A))
 
@@ -133,9 +133,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(args: argparse.Namespace, scheme: str) -> int:
+def peak_bytes(args: argparse.Namespace, scheme: str, tokens: int) -> int:
     """Of two steps in a fresh process; it says on its last line what it needed."""
-    command = [sys.executable, __file__, "--peak", scheme, "--shape", args.shape, "--tokens", str(args.tokens[0])]
+    command = [sys.executable, __file__, "--peak", scheme, "--shape", args.shape, "--tokens", str(tokens)]
     command += ["--length", str(args.length), "--blocks", str(args.blocks or 0), "--device", args.device, "--output", "."]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -176,14 +176,15 @@ def main() -> None:
 
     if args.peak:
         return measure_peak(args, shape, batch(args.tokens[0]))
-    keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
-    models: dict[Callable, nn.Module] = {}
-    steps = {name: stepper(models.setdefault(make, make(shape, args.device)), loss) for name, (make, loss) in SCHEMES.items()}
     with (args.output / "training.csv").open("w", newline="") as file:
         print(f"# {machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {args.shape}, {shape}", file=file)
         writer = csv.DictWriter(file, ["scheme", "tokens", "seconds", "of_peft", "tokens_per_s", "peak_mib", "peak_of_peft"])
         writer.writeheader()
+        peaks = {tokens: {name: peak_bytes(args, name, tokens) for name in SCHEMES} for tokens in args.tokens}
+        keep_freed_memory()
+        models: dict[Callable, nn.Module] = {}
+        steps = {name: stepper(models.setdefault(make, make(shape, args.device)), loss) for name, (make, loss) in SCHEMES.items()}
         for tokens in args.tokens:
             ids, seconds = batch(tokens), {name: [] for name in steps}
             for turn in range(args.rounds + 1):
@@ -198,18 +199,11 @@ def main() -> None:
                 row = {
                     "scheme": name, "tokens": tokens, "seconds": round(median, 3),
                     "of_peft": round(median / medians["peft LoRA"], 3), "tokens_per_s": round(tokens / median, 1),
+                    "peak_mib": peaks[tokens][name] >> 20,
+                    "peak_of_peft": round(peaks[tokens][name] / peaks[tokens]["peft LoRA"], 3),
                 }  # fmt: skip
                 writer.writerow(row)
                 file.flush()
-                print(row, flush=True)
-        del steps, models
-        for tokens in args.tokens:
-            args.tokens = [tokens]
-            peaks = {name: peak_bytes(args, name) for name in SCHEMES}
-            for name, peak in peaks.items():
-                ratio = round(peak / peaks["peft LoRA"], 3)
-                row = {"scheme": name, "tokens": tokens, "peak_mib": peak >> 20, "peak_of_peft": ratio}
-                writer.writerow(row)
                 print(row, flush=True)
     return None
 

@@ -182,7 +182,9 @@ def test_plan_needs_no_weights(weightless, folder, monkeypatch, capsys):
     plan = json.loads(out)
     model, _ = load(toy_config(folder))
     assert plan["parameters"] == sum(p.numel() for p in model.parameters())
-    assert plan["prunable"] == 8 * plan["masks"] == sum(tensors(folder / "model")[n].numel() for n in pruned_names(folder / "model"))
+    assert (
+        plan["prunable"] == 8 * plan["masks"] == sum(tensors(folder / "model")[n].numel() for n in pruned_names(folder / "model"))
+    )
     assert plan["weights"] == 4 * plan["parameters"]
     assert plan["fits"] is True
     code, out, _ = losa_main(monkeypatch, capsys, *arguments)

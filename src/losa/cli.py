@@ -205,7 +205,7 @@ def plan(
         model=model, output=str(output) if output else None, sparsity=sparsity, pruner=pruner, pattern=pattern, device=device,
         offload=offload, shard=shard, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = make_plan(resolved, processes, memory and int(memory * 2**30), tflops and tflops * 1e12)
+    made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
     if not made.fits:
         raise typer.Exit(1)

@@ -48,14 +48,14 @@ class CalibrationConfig:
     """Text that importance, pruning and reconstruction errors are measured on."""
 
     data: str | None = None  # a text source (see data.py); the training text when None
-    sequences: int = 128  # for pruning and errors
+    sequences: int | None = None  # for pruning; 128, or as many as make 131,072 tokens where windows are long, when None
     rmi_sequences: int = 64  # of these, for representation mutual information
     rmi_length: int = 512  # at most so many tokens of each of those
-    error_sequences: int = 32  # of these, for reconstruction errors
+    error_sequences: int = 16  # of these, for reconstruction errors
     length: int | None = None  # tokens of each; min(2048, what the model allows) when None
 
     def __post_init__(self) -> None:
-        _require(self.sequences >= 1, "calibration.sequences", self.sequences, "at least 1")
+        _require(self.sequences is None or self.sequences >= 1, "calibration.sequences", self.sequences, "at least 1")
         _require(self.rmi_sequences >= 2, "calibration.rmi_sequences", self.rmi_sequences, "at least 2")
         _require(self.rmi_length >= 8, "calibration.rmi_length", self.rmi_length, "at least 8 tokens")
         _require(self.error_sequences >= 1, "calibration.error_sequences", self.error_sequences, "at least 1")
@@ -197,6 +197,9 @@ class LosaConfig:
             part = getattr(config, name)
             part.length = min(longest, max_length) if part.length is None else part.length
             _require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
+        if config.calibration.sequences is None:
+            # The literature's 128 x 2048 tokens would take a third of a run; half of them choose as well (docs/LOG.md).
+            config.calibration.sequences = min(128, max(1, 2**17 // (config.calibration.length or 1)))
         if config.train.lr is None:
             # The released 2e-4 was set for a hidden size of 4096. Adam's steps scale with 1 / width (muP,
             # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweep that agrees. Capped for toy widths.

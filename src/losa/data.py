@@ -264,7 +264,7 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
         ValueError: a text is missing, unreadable or too short.
     """
     calibrating, evaluating = config.calibration, config.eval
-    assert calibrating.length is not None and evaluating.length is not None
+    assert calibrating.length is not None and calibrating.sequences is not None and evaluating.length is not None
     source = str(config.train.data or calibrating.data)
     documents = load_documents(source)
     if evaluating.data is None:

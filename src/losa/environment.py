@@ -71,8 +71,8 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Has glibc hand freed memory back to the system, also what threads hold: tokenizing a long text leaves several times its size
-    in theirs, where no tensor could use it. Harmless, and no effect elsewhere."""
+    """Has glibc hand freed memory back to the system, also what threads hold: tokenizing a long text leaves several times its
+    size in theirs, where no tensor could use it. Harmless, and no effect elsewhere."""
     if sys.platform.startswith("linux"):
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -34,7 +34,9 @@ from losa.session import check_parts, check_pattern
 from losa.training import activation_checkpointing
 
 CALIBRATION_BATCH, EVALUATION_BATCH = 8, 4  # the defaults of prune_blocks and perplexity
-LIBRARY_BYTES = 150 << 20  # of a CPU: pages and workspaces that libraries take at first use, holes in the heap; measured (docs/LOG.md)
+LIBRARY_BYTES = (
+    150 << 20
+)  # of a CPU: pages and workspaces that libraries take at first use, holes in the heap; measured (docs/LOG.md)
 CONTEXT_BYTES = 600 << 20  # of a GPU: the driver's context and the libraries' workspaces; an estimate, not measured
 SOLVER_BYTES = 30  # a weight of the largest layer: merged weight, scores, their order, masks
 SIMULATED_ROWS = 64  # of a training step; larger batches are scaled up from here
@@ -166,7 +168,7 @@ class _Meter(TorchDispatchMode):
         self.alive = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -252,6 +254,7 @@ def _calibration_bytes(
     build: Callable[[], PreTrainedModel], config: LosaConfig, decoder: Decoder, hidden: int, itemsize: int, processes: int
 ) -> int:
     calibrating = config.calibration
+    assert calibrating.sequences is not None
     sequences = -(-calibrating.sequences // processes) + -(-min(calibrating.error_sequences, calibrating.sequences) // processes)
     streams = sequences * (calibrating.length or 0) * hidden * itemsize
     linears = [linear for block in decoder.blocks for linear in block_linears(block).values()]
@@ -271,8 +274,8 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _flops(config: LosaConfig, decoder: Decoder, text_config: Any) -> float:
-    """Large products and attention. Of a token and a weight: 2 flops in a forward, 6 in training (8 with checkpointing), 2 for the
-    teacher; the head's weight has no gradient: 4. Attention over half a row on average: 2 T H flops a block, 3 times in training."""
+    """Large products and attention. Of a token and a weight: 2 flops in a forward, 6 in training (8 with checkpointing), 2 for
+    the teacher; the head's weight has no gradient: 4. Attention over half a row on average: 2 T H flops a block and forward."""
     prunable, hidden = sum(decoder.sizes()), text_config.hidden_size
     head = text_config.vocab_size * hidden
 
@@ -284,8 +287,8 @@ def _flops(config: LosaConfig, decoder: Decoder, text_config: Any) -> float:
     rows = train.samples or train.tokens // length
     passes = 3 + train.gradient_checkpointing + bool(train.distill or train.distill_blocks)
     trained = rows * length * (passes * forward(length) + (2 * passes - 2) * head)
-    window = calibrating.length or 1
-    collect_and_advance, errors = 2 * calibrating.sequences * window, min(calibrating.error_sequences, calibrating.sequences) * window
+    window, sequences = calibrating.length or 1, calibrating.sequences or 1
+    collect_and_advance, errors = 2 * sequences * window, min(calibrating.error_sequences, sequences) * window
     importance = calibrating.rmi_sequences * min(calibrating.rmi_length, window) if config.delta else 0
     per_step = collect_and_advance + errors + importance
     return trained + (config.steps * per_step + collect_and_advance) * forward(window)
