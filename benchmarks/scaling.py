@@ -39,7 +39,7 @@ def main() -> None:
             for processes in (1, 2, 4, 8):
                 for shard in (False, True) if processes > 1 else (False,):
                     train = {"gradient_checkpointing": True, "batch_size": 8}
-                    values = {"model": str(Path(folder, name)), "shard": shard, "offload": True, "train": train}
+                    values = {"model": str(Path(folder, name)), "shard": shard, "train": train}
                     made = plan(LosaConfig.from_dict(values), processes, int(arguments.memory * 2**30), arguments.tflops * 1e12)
                     way = "whole" if not shard else "spread (`--shard`)"
                     fits = "yes" if made.peak_memory <= made.available_memory else "no"

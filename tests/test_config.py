@@ -302,7 +302,9 @@ def test_omega_climbs_from_six_to_ten():
 def test_paper_preset_is_the_released_recipe():
     config = LosaConfig.load(preset="paper")
     assert (config.sparsity, config.steps, config.delta, config.pruner) == (0.7, 5, 0.03, "wanda")
-    assert config.calibration == CalibrationConfig(data="allenai/c4:en", sequences=128, rmi_sequences=64)
+    assert config.calibration == CalibrationConfig(
+        data="allenai/c4:en", sequences=128, rmi_sequences=64, rmi_length=2048, error_sequences=128
+    )
     assert [config.adapter.omega(step, 5) for step in range(1, 6)] == [6, 7, 8, 9, 10]
     assert (config.adapter.max_rank, config.adapter.scale) == (16, 2)
     train = config.train

@@ -5,6 +5,7 @@ import processes
 import pytest
 import torch
 from helpers import record_of, set_up, tensors, toy_config, toy_values
+from safetensors.torch import load_file, save_file
 
 from losa.session import check_parts, check_request
 
@@ -65,6 +66,46 @@ def test_everything_at_once(folder, options):
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=5e-3)
     different = [(a == 0) != (b == 0) for a, b in zip(*(tensors(run).values() for run in runs), strict=True)]
     assert sum(int(d.sum()) for d in different) / sum(d.numel() for d in different) < 2e-3
+
+
+def train_from_host(model_directory, folder, on_host):
+    """Trains the adapters of a toy on a twin that streams its weights from the host, or as it is; saves them."""
+    from pathlib import Path
+
+    from losa import distributed
+    from losa.adapter import attach, masked_linears
+    from losa.config import TrainConfig
+    from losa.models import load
+    from losa.training import train
+
+    device = torch.device("cpu")
+    model, _ = load(model_directory)
+    attach(model, 4)
+    for layer in masked_linears(model).values():
+        layer.set_solution(torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5)
+        layer.restore(layer.keep_OI, layer.weight + 0.01)  # so that the dense originals are kept apart
+    twin = model
+    if on_host:
+        distributed.join(device, alone=True)
+        twin = distributed.sharded(model, device, on_host=True)
+    rows = torch.randint(0, 60, (32, 16), generator=torch.Generator().manual_seed(1))
+    config = TrainConfig(lr=0.01, batch_size=8)
+    train(twin, rows, config, name="test", seed=0, work_dir=Path(folder), dense_on_host=on_host)
+    if on_host:
+        distributed.copy_trained(twin, model)
+        torch.distributed.destroy_process_group()
+    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, Path(folder, f"{on_host}.safetensors"))
+
+
+def test_training_with_weights_on_the_host_is_the_same_training(folder, tmp_path):
+    for on_host in (False, True):
+        log = tmp_path / f"log-{on_host}"
+        assert processes.call(log, train_from_host, str(folder / "model"), str(tmp_path), on_host) == 0, log.read_text()
+    plain, streamed = (load_file(tmp_path / f"{on_host}.safetensors") for on_host in (False, True))
+    assert any(value.any() for name, value in plain.items() if "lora_B" in name)
+    for name, value in plain.items():
+        torch.testing.assert_close(streamed[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_shares_that_do_not_divide_are_refused(tmp_path):

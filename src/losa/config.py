@@ -48,7 +48,7 @@ class CalibrationConfig:
     """Text that importance, pruning and reconstruction errors are measured on."""
 
     data: str | None = None  # a text source (see data.py); the training text when None
-    sequences: int | None = None  # for pruning; 128, or as many as make 131,072 tokens where windows are long, when None
+    sequences: int | None = None  # for pruning; 128, but no more than make 65,536 tokens (262,144: sparsegpt), when None
     rmi_sequences: int = 64  # of these, for representation mutual information
     rmi_length: int = 512  # at most so many tokens of each of those
     error_sequences: int = 16  # of these, for reconstruction errors
@@ -158,8 +158,8 @@ class LosaConfig:
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
     dtype: str = "auto"  # of the base weights; the checkpoint's own when auto
-    offload: bool = False  # the model stays on the host; calibrate with one block at a time on the device
-    shard: bool = False  # of several processes, each holds a part of the weights while training (FSDP2); implies offload
+    offload: bool = False  # for models larger than the device: decoder blocks stay on the host and visit it one at a time
+    shard: bool = False  # of several processes, each holds a part of the weights while training (FSDP2)
     trust_remote_code: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -182,9 +182,13 @@ class LosaConfig:
         _require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
         enough = self.train.samples is None or self.train.samples >= self.steps
         _require(enough, "train.samples", self.train.samples, f"at least one for each of {self.steps} steps")
-        self.offload = self.offload or self.shard
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
+
+    @property
+    def blocks_on_host(self) -> bool:
+        """Whether decoder blocks are on the host except while they compute; with `shard`, except in training."""
+        return self.offload or self.shard
 
     def resolve(self, hidden_size: int, max_length: int) -> "LosaConfig":
         """A copy with every field decided that depends on the model.
@@ -198,8 +202,10 @@ class LosaConfig:
             part.length = min(longest, max_length) if part.length is None else part.length
             _require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
         if config.calibration.sequences is None:
-            # The literature's 128 x 2048 tokens would take a third of a run; half of them choose as well (docs/LOG.md).
-            config.calibration.sequences = min(128, max(1, 2**17 // (config.calibration.length or 1)))
+            # The literature's 128 x 2048 tokens would take a third of a run. Wanda's one number a feature needs far fewer,
+            # SparseGPT's Hessians do not (docs/LOG.md).
+            tokens = 2**18 if config.pruner == "sparsegpt" else 2**16
+            config.calibration.sequences = min(128, max(1, tokens // (config.calibration.length or 1)))
         if config.train.lr is None:
             # The released 2e-4 was set for a hidden size of 4096. Adam's steps scale with 1 / width (muP,
             # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweep that agrees. Capped for toy widths.

@@ -1,6 +1,6 @@
-"""Several processes, started by `torchrun` or `accelerate launch`: who am I, and the four things they say to each other.
+"""Several processes, started by `torchrun` or `accelerate launch`: who am I, and what they say to each other.
 
-accelerate joins the processes; torch.distributed carries the tensors. With one process, everything here does nothing.
+torch.distributed carries the tensors, accelerate and FSDP2 the training. With one process, everything here does nothing.
 
 What is shared: calibration sequences (statistics are summed), solving (each group of layers by one process, which sends its
 answer to the others), evaluation windows, and the rows of a training batch. So all processes hold the same masks and adapters,
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -28,10 +27,19 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: torch.device) -> None:
-    """Joins the processes, if a launcher started several: NCCL between GPUs, gloo between CPUs. Each then has its own GPU."""
-    if launched() > 1 and not dist.is_initialized():
-        PartialState(cpu=device.type == "cpu", backend="gloo" if device.type == "cpu" else None)
+def join(device: torch.device, alone: bool = False) -> None:
+    """Joins the processes, if a launcher started several: NCCL between GPUs, gloo for what is on the host.
+
+    Args:
+        alone: makes a group of a single process too, which FSDP wants even where it only streams weights from the host.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if launched() > 1:
+        dist.init_process_group(backend)
+    elif alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def world_size() -> int:
@@ -90,19 +98,22 @@ def wait() -> None:
         dist.barrier()
 
 
-def sharded(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def sharded(model: PreTrainedModel, device: torch.device, on_host: bool = False) -> PreTrainedModel:
     """A twin of the model for training, its parameters spread over all processes, block by block (FSDP2). The model stays as it
-    is, on the host: FSDP does not undo what it does to a module.
+    is, on the host: FSDP does not undo what it does to a module. Masks, a bit a weight, are not spread.
 
-    Masks, a bit a weight, are not spread.
+    Args:
+        on_host: each process keeps its part on the host too, and a block visits the device while it computes; adapters are then
+            updated on the host.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
     memo |= {id(value): value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)}
     twin = copy.deepcopy(model, memo)
     mesh = init_device_mesh(device.type, (world_size(),))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if on_host else OffloadPolicy()
     for module in (*find_decoder(twin).blocks, twin):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, offload_policy=policy)
     vars(twin)["_is_accelerate_prepared"] = True  # or the Trainer would wrap it for DDP as well
     return twin
 
@@ -115,4 +126,4 @@ def copy_trained(twin: PreTrainedModel, model: PreTrainedModel) -> None:
         if parameter.requires_grad:
             value = trained[name]
             assert isinstance(value, DTensor)
-            parameter.copy_(value.full_tensor())
+            parameter.copy_(value.to(value.device_mesh.device_type).full_tensor())

@@ -1,6 +1,7 @@
 """The machine: what computes, with which packages, on which device, and how its memory behaves."""
 
 import ctypes
+import os
 import platform
 import sys
 from contextlib import suppress
@@ -44,6 +45,8 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes: each has its own GPU
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -157,5 +157,6 @@ def adapt(session: Session, step: int) -> None:
             seed=(config.seed * 1000 + step) % 2**32,
             work_dir=Path(config.output, "logs") if config.output and config.train.report_to != "none" else Path(scratch),
             eos=session.tokenizer.eos_token_id,
+            dense_on_host=config.blocks_on_host,
             callbacks=session.callbacks,
         )

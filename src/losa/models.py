@@ -176,33 +176,35 @@ class _Recorder:
 
 
 @contextmanager
-def _stand_ins(blocks: nn.ModuleList, forwards: Sequence[Any]) -> Iterator[None]:
-    """Replaces every block's forward for a while."""
+def _stand_ins(modules: Sequence[nn.Module], forwards: Sequence[Any]) -> Iterator[None]:
+    """Replaces every module's forward for a while."""
     try:
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)  # the class's own forward shows again
+        for module in modules:
+            module.__dict__.pop("forward", None)  # the class's own forward shows again
 
 
 @torch.no_grad()
 def block_inputs(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8) -> BlockInputs:
     """Embeds the sequences and records how each block is called, without running any block.
 
-    The model's own forward runs with every block replaced by a recorder, so it costs an embedding lookup and the head
-    of one token. The arguments are recorded on one sequence: masks and positions then broadcast over any batch.
+    The model's own forward runs with every block replaced by a recorder and without its head, so it costs an embedding lookup.
+    (The head of one token a sequence would cost as much as a block: torch copies a frozen weight for inputs that are slices.)
+    The arguments are recorded on one sequence: masks and positions then broadcast over any batch.
 
     Args:
         ids_ST: token ids, `S` sequences of `T` tokens, no padding.
         batch_size: sequences advanced together.
     """
-    blocks = find_decoder(model).blocks
+    blocks, head = find_decoder(model).blocks, model.get_output_embeddings()
     recorders = [_Recorder() for _ in blocks]
+    heads = [] if head is None else [head]
     ids_ST = ids_ST.to(model.get_input_embeddings().weight.device)
     hidden = []
-    with _stand_ins(blocks, recorders):
+    with _stand_ins([*blocks, *heads], [*recorders, *[lambda hidden: hidden] * len(heads)]):
         for batch in ids_ST.split(batch_size):
             model(input_ids=batch, use_cache=False, logits_to_keep=1)
             assert recorders[0].hidden is not None
@@ -226,7 +228,7 @@ def logits_by_block(
             stream.advance(block, index)
     for batch, hidden in zip(ids_ST.split(batch_size), stream.hidden, strict=True):
         ids = batch.to(hidden.device)
-        with _stand_ins(blocks, [lambda *args, hidden=hidden, **kwargs: hidden] * len(blocks)):
+        with _stand_ins(list(blocks), [lambda *args, hidden=hidden, **kwargs: hidden] * len(blocks)):
             yield ids, model(input_ids=ids, use_cache=False).logits
 
 

@@ -115,14 +115,17 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     calibration = _calibration_bytes(build, config, decoder, text_config.hidden_size, dtype.itemsize, processes)
     evaluation = simulate_evaluation(build, config)
     # The dense copy is on the host, except while a distilling teacher uses it.
-    teacher = dense_copy if host or (config.train.distill and not config.offload) else 0
+    teacher = dense_copy if host or (config.train.distill and not config.blocks_on_host) else 0
     largest_block = max(decoder.sizes()) * dtype.itemsize
-    if config.shard:  # a part of everything that is a parameter, and two blocks whole: the one that runs and the next one
-        resident = (weights + 16 * adapter_values) // processes + 2 * largest_block + masks
+    if config.blocks_on_host and not host:
+        # Of all parameters a part, or with offload none; and two blocks whole, the one that runs and the next one.
+        part = 0 if config.offload else (weights + 16 * adapter_values) // processes
+        resident = part + 2 * largest_block + masks
     else:
         resident = weights + masks + 16 * adapter_values + teacher
-    # Offload keeps all blocks but one on the host while calibrating and evaluating.
-    kept = (weights - prunable * dtype.itemsize + largest_block + masks) if config.offload and not host else weights + masks
+    # All blocks but one may be on the host while calibrating and evaluating.
+    outside = weights - prunable * dtype.itemsize + largest_block
+    kept = masks + (outside if config.blocks_on_host and not host else weights)
     kept += dense_copy if host else 0
     peak = runtime + max(resident + training, kept + 4 * adapter_values + max(calibration, evaluation))
     disk = weights + masks + 4 * adapter_values * 2 + dense_copy

@@ -62,7 +62,7 @@ class Session:
         """
         check_request(config, training=kind == "run", resume=resume)
         device = resolve_device(config.device)
-        distributed.join(device)
+        distributed.join(device, alone=streams(config, device))
         check_supported(model)
         check_pattern(find_decoder(model), Pattern.parse(config.pattern))
         if kind == "run":
@@ -87,7 +87,7 @@ class Session:
             checkpoint.clear_stages(output)
         distributed.wait()  # all have read what is in the output before anything is written there
         model.eval()
-        place(model, device, config.offload)
+        place(model, device, config.blocks_on_host)
         return session
 
     def _restore(self, output: Path, manifest: dict[str, Any]) -> None:
@@ -113,15 +113,17 @@ class Session:
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:
-        """The model as training needs it: all of it on the device, or a twin whose weights are spread over all devices."""
-        if self.config.shard:
-            twin = distributed.sharded(self.model, self.device)
+        """The model as training needs it: all of it on the device, or a twin whose weights are spread over all devices or stream
+        in from the host."""
+        on_host = streams(self.config, self.device)
+        if self.config.shard or on_host:
+            twin = distributed.sharded(self.model, self.device, on_host)
             yield twin
             distributed.copy_trained(twin, self.model)
             return
         self.model.to(self.device)
         yield self.model
-        place(self.model, self.device, self.config.offload)
+        place(self.model, self.device, self.config.blocks_on_host)
 
     def phase(self, name: str, work: Callable[..., None], *args: Any) -> None:
         """Does `work(session, *args)` unless a resumed run has it behind it, and saves a stage afterwards.
@@ -138,7 +140,7 @@ class Session:
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`."""
-        device = self.device if self.config.offload else None
+        device = self.device if self.config.blocks_on_host else None
         with self.timed("evaluation"):
             value = perplexity(self.model, self.data.evaluation, label=f"perplexity ({name})", device=device)
         self.record["perplexity"][name] = value
@@ -177,6 +179,11 @@ class Session:
         distributed.wait()  # the checkpoint is there
         vars(self.model).update(losa_record=self.record, losa_masks=masks)
         return self.model
+
+
+def streams(config: LosaConfig, device: torch.device) -> bool:
+    """Whether weights come from the host block by block in training too."""
+    return config.offload and device.type != "cpu"
 
 
 def check_parts(config: LosaConfig, processes: int, windows: int | None = None) -> None:

@@ -216,6 +216,7 @@ def train(
     seed: int,
     work_dir: Path,
     eos: int | None = None,
+    dense_on_host: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[list[float]]:
     """Trains whatever of `model` requires gradients on `rows`, once through.
@@ -226,6 +227,7 @@ def train(
         seed: of the row order.
         work_dir: for what callbacks write.
         eos: the token that ends a document in packed blocks; documents then do not see each other. None: no such token.
+        dense_on_host: leave dense originals that differ from the base there; a distilling teacher fetches them layer by layer.
         callbacks: passed to the Trainer.
 
     Returns:
@@ -276,11 +278,11 @@ def train(
     )
     trainer.guard, trainer.config = guard, config
     trainer.pop_callback(PrinterCallback)
-    distilling = config.distill or config.distill_blocks
+    fetched = not dense_on_host and bool(config.distill or config.distill_blocks)
     try:
         with (
             activation_checkpointing(model, config.gradient_checkpointing),
-            dense_weights_on_device(model) if distilling else nullcontext(),
+            dense_weights_on_device(model) if fetched else nullcontext(),
         ):
             trainer.train()
     except torch.OutOfMemoryError as error:
