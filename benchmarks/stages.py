@@ -83,7 +83,7 @@ def main() -> None:
     print(f"training step, 8,192 tokens: {e:.2f} s + {f:.2f} s a block; stage {stage:.1f} s, result {saving:.1f} s")
     training = args.tokens / 8192 * (e + BLOCKS * f)
     for sequences in args.sequences:
-        errors, rmi = min(config.calibration.error_sequences, sequences), min(config.calibration.rmi_sequences, sequences)
+        errors, rmi = min(config.calibration.error_sequences, sequences), config.calibration.rmi_sequences
         parts = {
             "training": training,
             "pruning": STEPS * BLOCKS * (a + b * sequences + c * errors),

@@ -1,4 +1,4 @@
-"""Promised: a plan's simulation equals what the same step really has alive; several processes and devices elsewhere are counted."""
+"""Promised: a plan's simulation equals what the same step really has alive; processes and devices elsewhere are counted."""
 
 from types import SimpleNamespace
 

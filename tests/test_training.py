@@ -6,7 +6,7 @@ from conftest import FAMILIES
 from helpers import save_text, toy_model
 from transformers import TrainerCallback
 
-from losa.adapter import attach, masked_linears
+from losa.adapter import MaskedLinear, attach, masked_linears
 from losa.config import TrainConfig
 from losa.data import padded_samples, training_blocks
 from losa.doctor import toy_tokenizer
@@ -158,6 +158,20 @@ def test_gradient_checkpointing_changes_no_loss(rows, tmp_path):
     assert run_training(checkpointed, rows, tmp_path, gradient_checkpointing=True) == expected
     assert same(adapters(plain), adapters(checkpointed))
     assert not checkpointed.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_reused_weights_change_nothing(rows, tmp_path, accumulation, monkeypatch):
+    """And are built once an update: 14 layers."""
+    plain, reusing, built = masked_model(), masked_model(), []
+    changes = {"accumulation": accumulation, "batch_size": 4, "distill": 0.5}
+    expected = run_training(plain, rows[:32], tmp_path, **changes)
+    original = MaskedLinear.effective
+    monkeypatch.setattr(MaskedLinear, "effective", lambda layer: built.append(1) or original(layer))
+    assert run_training(reusing, rows[:32], tmp_path, reuse_weights=True, **changes) == expected
+    assert same(adapters(plain), adapters(reusing))
+    assert len(built) == 14 * 8 // accumulation
+    assert all(layer.reused_OI is None and not layer.reuses for layer in masked_linears(reusing).values())
 
 
 def test_padding_changes_no_gradient(tmp_path):

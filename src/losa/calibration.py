@@ -234,7 +234,7 @@ def _send(solution: Solution | None, layer: MaskedLinear, with_weight: bool, sou
     """One layer's solution from the process that has it."""
     if solution is None:
         solution = Solution(torch.empty_like(layer.weight, dtype=layer.lora_A.dtype), torch.empty_like(layer.keep_OI))
-    damping = torch.tensor(solution.damping or 0.0, device=layer.weight.device)
+    damping = torch.tensor(solution.damping or 0.0, dtype=torch.float64, device=layer.weight.device)
     distributed.send_(solution.keep_OI.view(torch.uint8), source)
     if with_weight:
         distributed.send_(solution.weight_OI, source)

@@ -104,6 +104,7 @@ class TrainConfig:
     schedule: str = "linear"
     max_grad_norm: float = 0.3
     gradient_checkpointing: bool = False
+    reuse_weights: bool = False  # build effective weights once an update, not twice a forward; worth their memory if accumulating
     distill: float = 0.5  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
     distill_blocks: float = 0.0  # weight, added, of the relative error of every block's output against the dense model's
@@ -182,6 +183,8 @@ class LosaConfig:
         _require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
         enough = self.train.samples is None or self.train.samples >= self.steps
         _require(enough, "train.samples", self.train.samples, f"at least one for each of {self.steps} steps")
+        alone = not (self.train.reuse_weights and self.blocks_on_host)
+        _require(alone, "train.reuse_weights", True, "false with offload or shard, which keep whole weights nowhere")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
 

@@ -126,4 +126,6 @@ def copy_trained(twin: PreTrainedModel, model: PreTrainedModel) -> None:
         if parameter.requires_grad:
             value = trained[name]
             assert isinstance(value, DTensor)
-            parameter.copy_(value.to(value.device_mesh.device_type).full_tensor())
+            on_device = value.to(value.device_mesh.device_type)  # from the host, where that is where it was updated
+            assert isinstance(on_device, DTensor)
+            parameter.copy_(on_device.full_tensor())

@@ -109,6 +109,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     parameters, prunable = sum(p.numel() for p in model.parameters()), sum(decoder.sizes())
     adapter_values = config.adapter.max_rank * sum(li.in_features + li.out_features for li in decoder.linears().values())
     weights, masks = parameters * dtype.itemsize, prunable // 8
+    reused = prunable * dtype.itemsize * config.train.reuse_weights
     dense_copy = prunable * dtype.itemsize if config.pruner == "sparsegpt" else 0
     runtime = psutil.Process().memory_info().rss + LIBRARY_BYTES if host else CONTEXT_BYTES
     training = simulate_training(build, config, processes) - 4 * adapter_values
@@ -122,7 +123,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
         part = 0 if config.offload else (weights + 16 * adapter_values) // processes
         resident = part + 2 * largest_block + masks
     else:
-        resident = weights + masks + 16 * adapter_values + teacher
+        resident = weights + masks + 16 * adapter_values + teacher + reused
     # All blocks but one may be on the host while calibrating and evaluating.
     outside = weights - prunable * dtype.itemsize + largest_block
     kept = masks + (outside if config.blocks_on_host and not host else weights)

@@ -23,7 +23,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from losa import distributed
-from losa.adapter import dense_mode, dense_weights_on_device, masked_linears
+from losa.adapter import (
+    dense_mode,
+    dense_weights_on_device,
+    masked_linears,
+    outdate_effective_weights,
+    reuse_effective_weights,
+)
 from losa.config import TrainConfig
 from losa.loss import IGNORED, block_loss, causal_loss
 from losa.models import find_decoder
@@ -103,6 +109,14 @@ class _Guard(TrainerCallback):
             raise FloatingPointError(
                 f"{where}: loss or gradient is not finite; lower train.lr (now {self.lr:g}) or set dtype: float32"
             )
+
+
+class _Outdate(TrainerCallback):
+    """Forgets effective weights that an update has outdated."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After an update."""
+        outdate_effective_weights(kwargs["model"])
 
 
 class _Bar(TrainerCallback):
@@ -274,7 +288,7 @@ def train(
         args=args,
         train_dataset=Rows(rows),
         data_collator=partial(collate, eos=eos),
-        callbacks=[guard, _Bar(name), *callbacks],
+        callbacks=[guard, _Outdate(), _Bar(name), *callbacks],
     )
     trainer.guard, trainer.config = guard, config
     trainer.pop_callback(PrinterCallback)
@@ -283,6 +297,7 @@ def train(
         with (
             activation_checkpointing(model, config.gradient_checkpointing),
             dense_weights_on_device(model) if fetched else nullcontext(),
+            reuse_effective_weights(model) if config.reuse_weights else nullcontext(),
         ):
             trainer.train()
     except torch.OutOfMemoryError as error:

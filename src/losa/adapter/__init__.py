@@ -1,5 +1,23 @@
 """The masked low-rank adapter: one autograd function, one layer, and how a model gets and loses them."""
 
-from losa.adapter.layer import MaskedLinear, attach, dense_mode, dense_weights_on_device, masked_linears, merge
+from losa.adapter.layer import (
+    MaskedLinear,
+    attach,
+    dense_mode,
+    dense_weights_on_device,
+    masked_linears,
+    merge,
+    outdate_effective_weights,
+    reuse_effective_weights,
+)
 
-__all__ = ["MaskedLinear", "attach", "dense_mode", "dense_weights_on_device", "masked_linears", "merge"]
+__all__ = [
+    "MaskedLinear",
+    "attach",
+    "dense_mode",
+    "dense_weights_on_device",
+    "masked_linears",
+    "merge",
+    "outdate_effective_weights",
+    "reuse_effective_weights",
+]

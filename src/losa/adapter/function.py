@@ -89,10 +89,12 @@ class MaskedLowRankLinear(torch.autograd.Function):
         B_OR: Tensor,
         scale: float,
         keep_effective: bool,
+        W_eff_OI: Tensor | None = None,
     ) -> Tensor:
-        W_eff_OI = effective_weight(W_OI, bits, A_RI, B_OR, scale)
         # Under activation checkpointing what is saved here is dropped at once and recomputed, for one block, right before its
         # backward: then W_eff may as well be kept until then instead of being built a third time.
+        keep_effective = keep_effective or W_eff_OI is not None
+        W_eff_OI = effective_weight(W_OI, bits, A_RI, B_OR, scale) if W_eff_OI is None else W_eff_OI
         ctx.save_for_backward(x, W_OI, bits, A_RI, B_OR, W_eff_OI if keep_effective else None)
         ctx.scale = scale
         return torch.nn.functional.linear(x, W_eff_OI, bias_O)
@@ -107,4 +109,4 @@ class MaskedLowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             G_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
             dA_RI, dB_OR = adapter_gradients(G_OI, bits, A_RI, B_OR, ctx.scale)
-        return dx, None, None, None, dA_RI, dB_OR, None, None
+        return dx, None, None, None, dA_RI, dB_OR, None, None, None

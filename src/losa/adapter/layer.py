@@ -36,6 +36,7 @@ class MaskedLinear(nn.Linear):
         dense_OI: the original weight, on the host, kept from the moment the base first differs from it.
         dense: when True, forward runs the original dense layer (for reconstruction errors and distillation).
         keep_effective: whether backward finds the effective weight saved; set under activation checkpointing only.
+        reused_OI: the effective weight, while `reuse_effective_weights` lasts and no update has outdated it.
     """
 
     keep_bits: Tensor
@@ -56,7 +57,8 @@ class MaskedLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
         self.rank, self.scale = max_rank, scale
         self.dense_OI: Tensor | None = None
-        self.dense = self.keep_effective = False
+        self.dense = self.keep_effective = self.reuses = False
+        self.reused_OI: Tensor | None = None
 
     @property
     def keep_OI(self) -> Tensor:  # noqa: N802 - a tensor's name
@@ -82,7 +84,10 @@ class MaskedLinear(nn.Linear):
             weight = self.weight if self.dense_OI is None else self.dense_OI.to(x.device)
             return nn.functional.linear(x, weight, self.bias)
         if torch.is_grad_enabled():
-            adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective)
+            if self.reuses and self.reused_OI is None:
+                with torch.no_grad():
+                    self.reused_OI = self.effective()
+            adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
             y: Tensor = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter)
             return y
         return nn.functional.linear(x, self.effective(), self.bias)
@@ -153,6 +158,27 @@ def dense_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.dense = False
+
+
+@contextmanager
+def reuse_effective_weights(model: nn.Module) -> Iterator[None]:
+    """Has every layer build its effective weight once and keep it, for forward and backward of all micro-batches, until
+    `outdate_effective_weights`. Costs one more copy of the base weights."""
+    layers = masked_linears(model).values()
+    for layer in layers:
+        layer.reuses = True
+    try:
+        yield
+    finally:
+        outdate_effective_weights(model)
+        for layer in layers:
+            layer.reuses = False
+
+
+def outdate_effective_weights(model: nn.Module) -> None:
+    """After an update of the adapters."""
+    for layer in masked_linears(model).values():
+        layer.reused_OI = None
 
 
 def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
