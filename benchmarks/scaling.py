@@ -30,17 +30,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", type=float, default=80, help="GiB of a GPU")
     parser.add_argument("--tflops", type=float, default=200, help="TFLOP/s it sustains in bfloat16")
-    arguments = parser.parse_args()
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
+    args = parser.parse_args()
     print("| model | GPUs | weights of a GPU | training | GiB of a GPU | GiB of the host, a process | fits | time, at least |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, shape in SHAPES.items():
+        for name, shape in ((name, SHAPES[name]) for name in args.models):
             LlamaConfig(**COMMON, **shape).save_pretrained(Path(folder, name))
-            for processes in (1, 2, 4, 8):
+            for processes in args.processes:
                 for shard in (False, True) if processes > 1 else (False,):
                     train = {"gradient_checkpointing": True, "batch_size": 8}
                     values = {"model": str(Path(folder, name)), "shard": shard, "train": train}
-                    made = plan(LosaConfig.from_dict(values), processes, int(arguments.memory * 2**30), arguments.tflops * 1e12)
+                    made = plan(LosaConfig.from_dict(values), processes, int(args.memory * 2**30), args.tflops * 1e12)
                     way = "whole" if not shard else "spread (`--shard`)"
                     fits = "yes" if made.peak_memory <= made.available_memory else "no"
                     gib = [f"{value / 2**30:.1f}" for value in (made.training, made.peak_memory, made.host_memory)]

@@ -155,6 +155,7 @@ class Session:
     def finish(self, measure: str) -> PreTrainedModel:
         """Merges, measures, saves and verifies. Record and masks become the attributes `losa_record` and `losa_masks`."""
         masks = merge(self.model)
+        return_freed_memory()  # what training held; writing and re-opening the checkpoint need some
         self.measure(measure)
         pruned = sum(int((~keep).sum()) for keep in masks.values())
         total = sum(keep.numel() for keep in masks.values())
