@@ -95,6 +95,7 @@ def prune(
     if pattern.structured and columns % pattern.m:
         raise ValueError(f"in_features is {columns}, expected a multiple of {pattern.m} for pattern {pattern.n}:{pattern.m}")
     heights = [len(W_OI) for W_OI in weights]
+    done = [0] * len(heights)  # zeros of each layer so far
     W_OI, keep_OI = torch.cat(list(weights)), torch.cat(list(masks))
     W_OI = W_OI if W_OI.dtype == torch.float64 else W_OI.float()
     new_OI = keep_OI.clone()
@@ -107,9 +108,9 @@ def prune(
         error_OC = torch.zeros_like(W_OC)
         if not pattern.structured:
             score_OC = (W_OC / torch.diagonal(U_CC)).square().masked_fill(dead_I[start:stop], 0.0)
-            for new, score in zip(new_OI.split(heights), score_OC.split(heights), strict=True):
-                count = pruned_count(len(new) * stop, rate) - int((~new[:, :start]).sum())
-                new[:, start:stop] = _block_mask(score, new[:, start:stop], count)
+            for number, (new, score) in enumerate(zip(new_OI.split(heights), score_OC.split(heights), strict=True)):
+                new[:, start:stop] = _block_mask(score, new[:, start:stop], pruned_count(len(new) * stop, rate) - done[number])
+                done[number] += int((~new[:, start:stop]).sum())
         for c in range(stop - start):
             i = start + c
             if pattern.structured and i % pattern.m == 0:
