@@ -40,7 +40,7 @@ class BiasedLinear(MaskedLowRankLinear):
         dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
         dB_OR = ctx.scale * (dy_NO.T @ (x_NI @ A_RI.T.to(x.dtype))).to(B_OR.dtype)
         dA_RI = ctx.scale * ((dy_NO @ B_OR.to(dy.dtype)).T @ x_NI).to(A_RI.dtype)
-        return dx, None, None, None, dA_RI, dB_OR, None, None, None
+        return dx, None, None, None, dA_RI, dB_OR, None, None, None, None
 
 
 class SampledLinear(MaskedLowRankLinear):
@@ -54,7 +54,7 @@ class SampledLinear(MaskedLowRankLinear):
         chosen = torch.randperm(len(x_NI))[: len(x_NI) // 4]
         G_OI = dy_NO[chosen].T @ x_NI[chosen]
         dA_RI, dB_OR = adapter_gradients(G_OI, bits, A_RI, B_OR, ctx.scale * len(x_NI) / len(chosen))
-        return dx, None, None, None, dA_RI, dB_OR, None, None, None
+        return dx, None, None, None, dA_RI, dB_OR, None, None, None, None
 
 
 RULES = {"exact": MaskedLowRankLinear, "biased": BiasedLinear, "sampled": SampledLinear}

@@ -7,7 +7,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from losa.adapter import MaskedLinear, attach, function, masked_linears, merge
+from losa.adapter import MaskedLinear, attach, collect_scores, function, masked_linears, merge
 from losa.pruning.masks import pack_bits
 
 O, I, R, SCALE = 7, 10, 3, 2.0  # noqa: E741 - the project's legend
@@ -357,7 +357,7 @@ def test_reset_restores_dense_logits(tiny_model, token_ids):
         learned(layer)
         layer.set_solution(torch.rand_like(layer.weight) > 0.5, torch.randn_like(layer.weight))
         layer.set_rank(3)
-        layer.reset(torch.ones_like(layer.keep_OI))
+        layer.reset(pack_bits(torch.ones_like(layer.keep_OI)))
     assert torch.equal(model(ids).logits, before)
 
 
@@ -365,7 +365,7 @@ def test_restore_brings_back_mask_and_base():
     layer = masked()
     layer.set_solution(layer.keep_OI, torch.randn(O, I))
     fresh = masked(keep=2.0)
-    fresh.restore(layer.keep_OI, layer.weight.data)
+    fresh.restore(layer.keep_bits, layer.weight.data)
     assert torch.equal(fresh.effective(), layer.effective())
 
 
@@ -449,3 +449,31 @@ def test_merge_reuses_the_memory_of_the_base_weight(tiny_model):
     before = {name: layer.weight.data_ptr() for name, layer in masked_linears(model).items()}
     merge(model)
     assert {name: model.get_submodule(name).weight.data_ptr() for name in before} == before
+
+
+# movement scores
+
+
+def test_movement_scores_are_those_of_autograd_over_all_backward_passes():
+    layer = masked(nn.Linear(I, O).double())
+    batches = [torch.randn(4, I, dtype=torch.float64) for _ in range(3)]
+    expected = torch.zeros(O, I, dtype=torch.float64)
+    for x in batches:
+        W = layer.effective().detach().requires_grad_()
+        nn.functional.linear(x, W, layer.bias).pow(3).sum().backward()
+        expected -= W.detach() * W.grad
+    with collect_scores(layer):
+        for x in batches[:2]:
+            layer(x).pow(3).sum().backward()  # no gradient is asked for at the input: the first layer of a model
+    with collect_scores(layer):
+        layer(batches[2].requires_grad_()).pow(3).sum().backward()
+    torch.testing.assert_close(layer.score_OI.double(), expected, rtol=1e-6, atol=1e-6)
+    assert not layer.score_OI[~layer.keep_OI].any()
+
+
+def test_nothing_is_scored_outside_of_it():
+    layer = masked()
+    with collect_scores(layer):
+        pass
+    layer(torch.randn(4, I)).sum().backward()
+    assert not layer.score_OI.any()

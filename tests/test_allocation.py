@@ -182,3 +182,27 @@ def test_errors_that_mean_nothing_are_refused(errors):
 def test_a_mean_rank_out_of_range_is_refused(omega):
     with pytest.raises(ValueError, match=r"expected 1\.\.16"):
         allocate_ranks([0.1, 0.2], omega, 16)
+
+
+# protected blocks
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_protected_blocks_keep_all_and_the_others_lose_more(seed):
+    draw, importance, sizes, target, delta = random_case(seed)
+    protected = draw.sample(range(len(sizes)), draw.randint(0, len(sizes) - 1))
+    target *= sum(size for block, size in enumerate(sizes) if block not in protected) / sum(sizes)
+    rates = layer_rates(importance, sizes, target, delta, protected=protected)
+    assert all(rates[block] == 0 for block in protected)
+    assert all(0 <= rate < 1 for rate in rates)
+    assert mean(rates, sizes) == pytest.approx(target, abs=1e-9)
+    free = [block for block in range(len(sizes)) if block not in protected]
+    alone = layer_rates(
+        [importance[b] for b in free], [sizes[b] for b in free], mean([rates[b] for b in free], [sizes[b] for b in free]), delta
+    )
+    assert [rates[b] for b in free] == pytest.approx(alone, abs=1e-9)
+
+
+def test_more_than_the_others_hold_is_refused():
+    with pytest.raises(ValueError, match=r"target is 0.6, expected less than 0.5000, what blocks outside \[0, 1\] hold"):
+        layer_rates([0.0] * 4, [1] * 4, 0.6, 0.0, protected=[0, 1])

@@ -83,7 +83,7 @@ def train_from_host(model_directory, folder, on_host):
     attach(model, 4)
     for layer in masked_linears(model).values():
         layer.set_solution(torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5)
-        layer.restore(layer.keep_OI, layer.weight + 0.01)  # so that the dense originals are kept apart
+        layer.restore(layer.keep_bits, layer.weight + 0.01)  # so that the dense originals are kept apart
     twin = model
     if on_host:
         distributed.join(device, alone=True)

@@ -7,7 +7,7 @@ import pytest
 import references
 import torch
 
-from losa.pruning import PRUNERS, Pattern, get_pruner, magnitude, sparsegpt, wanda
+from losa.pruning import PRUNERS, Pattern, get_pruner, magnitude, movement, sparsegpt, wanda
 
 UNSTRUCTURED = Pattern()
 SHAPES = [(24, 200), (8, 96), (5, 300)]
@@ -40,7 +40,7 @@ def sparsegpt_one(weight, keep, H, rate, pattern, share=1.0):
 
 
 def test_an_unknown_pruner_is_refused():
-    with pytest.raises(ValueError, match="expected one of magnitude, wanda, sparsegpt"):
+    with pytest.raises(ValueError, match="expected one of magnitude, wanda, sparsegpt, movement"):
         get_pruner("random")
 
 
@@ -58,6 +58,28 @@ def test_magnitude_takes_the_smallest_of_each_row(rate):
 
 def test_magnitude_does_not_depend_on_inputs():
     assert PRUNERS["magnitude"].collect is None
+
+
+# movement
+
+
+def test_movement_takes_what_moves_towards_zero():
+    weight, score, keep = torch.randn(12, 40), torch.randn(12, 40), torch.rand(12, 40) > 0.1
+    assert torch.equal(movement.prune(weight, keep, score, 0.5, UNSTRUCTURED), references.keep_rows(score, keep, 0.5))
+
+
+@pytest.mark.parametrize("score", [None, torch.zeros(12, 40)])
+def test_movement_before_any_training_is_magnitude(score):
+    weight = torch.randn(12, 40)
+    expected = magnitude.prune(weight, full(12, 40), 0.5, UNSTRUCTURED)
+    assert torch.equal(movement.prune(weight, full(12, 40), score, 0.5, UNSTRUCTURED), expected)
+
+
+def test_a_score_that_is_not_finite_is_refused():
+    score = torch.randn(12, 40)
+    score[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite; lower train\.lr"):
+        movement.prune(torch.randn(12, 40), full(12, 40), score, 0.5, UNSTRUCTURED)
 
 
 # wanda

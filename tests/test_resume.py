@@ -19,6 +19,7 @@ VARIANTS = {
     "wanda": {},
     "sparsegpt": {"pruner": "sparsegpt"},  # base weights change
     "2:4": {"pattern": "2:4", "sparsity": None},
+    "movement": {"pruner": "movement", "protect": [0]},  # scores are kept too
     "bfloat16": {"dtype": "bfloat16"},  # folded ranks round
 }
 

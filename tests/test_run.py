@@ -499,3 +499,46 @@ def test_result_that_fails_verification_is_never_put_in_place(done, tmp_path, mo
 def test_record_of_a_directory_without_one(tmp_path):
     with pytest.raises(ValueError, match=r"has no losa\.json; it is not a finished LoSA run"):
         read_record(tmp_path)
+
+
+def test_movement_prunes_by_what_training_told(tmp_path):
+    set_up(tmp_path)
+    moved = toy_run(tmp_path, pruner="movement", output=None).losa_record
+    by_size = toy_run(tmp_path, pruner="magnitude", output=None).losa_record
+    assert moved["perplexity"]["pruned"] == by_size["perplexity"]["pruned"]  # nothing was trained yet
+    assert moved["steps"][0] == by_size["steps"][0]
+    assert moved["steps"][1]["errors"] != by_size["steps"][1]["errors"]
+    assert moved["sparsity"]["achieved"] == pytest.approx(0.6, abs=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 1}, {"shard": True}, {"offload": True}])
+def test_movement_without_training_to_come_is_refused(tmp_path, changes):
+    set_up(tmp_path)
+    with pytest.raises(ValueError, match="pruner is 'movement'"):
+        toy_run(tmp_path, pruner="movement", **changes)
+    config = LosaConfig.from_dict({"model": str(tmp_path / "model"), "pruner": "movement", "train": {"data": "text.txt"}})
+    with pytest.raises(ValueError, match="pruner is 'movement'"):
+        prune(*load(config), config)
+
+
+def test_protected_blocks_stay_dense(tmp_path):
+    set_up(tmp_path)
+    model = toy_run(tmp_path, protect=[1], sparsity=0.4, output=None)
+    for name, keep in model.losa_masks.items():
+        assert keep.all() == (".layers.1." in name)
+    assert model.losa_record["sparsity"]["achieved"] == pytest.approx(0.4, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protect": [2]}, "expected block numbers below 2"),
+        ({"protect": [-1]}, "expected block numbers, 0 being the first"),
+        ({"protect": [0], "sparsity": 0.6}, "target is 0.6, expected less than 0.5"),
+        ({"protect": [0], "pattern": "2:4", "sparsity": None}, "2:4 fixes all rates"),
+    ],
+)
+def test_protection_that_cannot_be_is_refused(tmp_path, changes, message):
+    set_up(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        toy_run(tmp_path, **changes)

@@ -6,7 +6,7 @@
 * `allocate_ranks`: LoSA section 3.3, ranks proportional to reconstruction error, at a fixed total.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def cubic_sparsity(step: int, steps: int, final: float) -> float:
@@ -32,6 +32,7 @@ def layer_rates(
     target: float,
     delta: float,
     previous: Sequence[float] | None = None,
+    protected: Collection[int] = (),
 ) -> list[float]:
     """Sparsity rate of each block: minimise `sum_l w_l s_l I_l` with `sum_l w_l s_l = target`, `|s_l - target| <= delta`.
 
@@ -48,13 +49,14 @@ def layer_rates(
         target: mean sparsity over all weights, in [0, 1).
         delta: half-width of the allowed band, >= 0. The band is cut to [0, 1).
         previous: rates applied in the step before, or None.
+        protected: blocks that keep all weights; the band of the others then lies around what they must lose instead.
 
     Returns:
         `L` rates in [0, 1) whose weighted mean is `target` to rounding.
 
     Raises:
         ValueError: lengths differ, a block without weights, a negative `delta`, a NaN, `target` outside [0, 1) or below the
-            weighted mean of `previous`.
+            weighted mean of `previous`, or more than the blocks that are not protected hold.
     """
     count = len(importance)
     previous = [0.0] * count if previous is None else list(previous)
@@ -66,10 +68,14 @@ def layer_rates(
         raise ValueError(f"target is {target}, expected a ratio in [0, 1)")
     total = sum(sizes)
     share = [size / total for size in sizes]
+    open_share = sum(share[block] for block in range(count) if block not in protected)
+    if target >= open_share:
+        raise ValueError(f"target is {target}, expected less than {open_share:.4f}, what blocks outside {list(protected)} hold")
+    mean = target / open_share if protected else target  # of the blocks that are not protected
     # The band is cut symmetrically at its open end, so that the mean stays reachable.
-    width = min(delta, (1 - target) / 2)
-    lower = [max(target - width, 0.0, past) for past in previous]
-    upper = [max(target + width, past) for past in previous]
+    width = min(delta, (1 - mean) / 2)
+    lower = [0.0 if block in protected else max(mean - width, 0.0, past) for block, past in enumerate(previous)]
+    upper = [0.0 if block in protected else max(mean + width, past) for block, past in enumerate(previous)]
     room = target - sum(w * low for w, low in zip(share, lower, strict=True))
     if room < -1e-9:
         raise ValueError(f"target {target} is below what is already pruned ({target - room:.6f}); sparsity only grows")

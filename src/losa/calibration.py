@@ -114,7 +114,8 @@ class InputStatistics:
             distributed.sum_(self.values[id(layer)])
 
     def groups(self, block: nn.Module) -> list[tuple[list[str], Tensor | None]]:
-        """The block's layers, those that share a statistic together, and the statistic; None for pruners that need none.
+        """The block's layers, those that share a statistic together, and the statistic; None for pruners that need none. Scores
+        from training are each layer's own.
 
         Raises:
             ValueError: no calibration token reached a layer.
@@ -124,6 +125,9 @@ class InputStatistics:
             if self.pruner.collect is not None and id(layer) not in self.owner:
                 raise ValueError(f"no calibration token reached {name}; use more calibration text or --pruner magnitude")
             groups.setdefault(self.owner.get(id(layer), id(layer)), []).append(name)
+        if self.pruner.from_training:
+            scores = {name: layer.score_OI for name, layer in masked_linears(block).items()}
+            return [(names, scores[names[0]]) for names in groups.values()]
         return [(names, self.values.get(owner)) for owner, names in groups.items()]
 
 

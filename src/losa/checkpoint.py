@@ -24,7 +24,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from losa.adapter import masked_linears
 from losa.config import LosaConfig, differences
-from losa.pruning.masks import unpack_bits
 
 MANIFEST = "stage.json"
 RECORD = "losa.json"
@@ -67,6 +66,8 @@ def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConf
         tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"] = layer.lora_A.data, layer.lora_B.data
         if layer.dense_OI is not None:
             tensors[f"{key}.weight"] = layer.weight.data
+        if layer.score_OI is not None:
+            tensors[f"{key}.score"] = layer.score_OI
     save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary / "state.safetensors")
     _sync(temporary / "state.safetensors")
     manifest = {
@@ -115,7 +116,8 @@ def load_stage(output: Path, manifest: dict[str, Any], model: PreTrainedModel) -
     for key, layer in masked_linears(model).items():
         layer.lora_A.copy_(tensors[f"{key}.lora_A"])
         layer.lora_B.copy_(tensors[f"{key}.lora_B"])
-        layer.restore(unpack_bits(tensors[f"{key}.mask"], layer.weight.shape), tensors.get(f"{key}.weight"))
+        layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"))
+        layer.score_OI = tensors.get(f"{key}.score")
 
 
 def clear_stages(output: Path) -> None:

@@ -35,7 +35,13 @@ Data = Annotated[
 Calibration = Annotated[str | None, typer.Option(help="Calibration text; the training text when not given.")]
 EvalData = Annotated[str | None, typer.Option(help="Text to measure perplexity on; a held-out part of --data when not given.")]
 Sparsity = Annotated[float | None, typer.Option(help="Ratio of zeros in the decoder's linear layers. The one dial. Default 0.7.")]
-PrunerName = Annotated[str | None, typer.Option(help="`wanda` (default), `sparsegpt` or `magnitude`.")]
+PrunerName = Annotated[
+    str | None,
+    typer.Option(help="`wanda` (default), `sparsegpt`, `magnitude`, or `movement`: scores collected while the adapters train."),
+]
+Protect = Annotated[
+    str | None, typer.Option(help="Blocks to leave dense, such as `0,5`; the others lose more, to the same total.")
+]
 PatternName = Annotated[str | None, typer.Option(help="`unstructured` (default), or `n:m` such as `2:4` or `4:8`.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the sparse checkpoint.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys.")]
@@ -65,6 +71,7 @@ def run(
     eval_data: EvalData = None,
     pruner: PrunerName = None,
     pattern: PatternName = None,
+    protect: Protect = None,
     preset: Preset = None,
     config: ConfigFile = None,
     set_: SetKeys = None,
@@ -89,8 +96,8 @@ def run(
 
     resolved = _config(
         preset, config, set_,
-        model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, device=device, offload=offload,
-        shard=shard, seed=seed, trust_remote_code=trust_remote_code,
+        model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, protect=protect, device=device,
+        offload=offload, shard=shard, seed=seed, trust_remote_code=trust_remote_code,
         **{"train.data": data, "calibration.data": calibration, "eval.data": eval_data, "train.distill": distill},
     )  # fmt: skip
     check_request(resolved, training=True, resume=resume)
@@ -109,6 +116,7 @@ def prune(
     eval_data: EvalData = None,
     pruner: PrunerName = None,
     pattern: PatternName = None,
+    protect: Protect = None,
     config: ConfigFile = None,
     set_: SetKeys = None,
     device: Device = None,
@@ -127,14 +135,56 @@ def prune(
 
     resolved = _config(
         "one-shot", config, set_,
-        model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, device=device, offload=offload,
-        seed=seed, trust_remote_code=trust_remote_code, **{"calibration.data": calibration, "eval.data": eval_data},
+        model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, protect=protect, device=device,
+        offload=offload, seed=seed, trust_remote_code=trust_remote_code,
+        **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
     check_request(resolved, training=False)
     _heavy()
     pruned = prune_once(*load(resolved), resolved)
     out.print(summary(pruned.losa_record))
     out.print(f"saved and verified: {output}", highlight=False)
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str | None, typer.Argument(help="Local directory or hub name; `run.model` of the config when not given.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of rows, tables and plots.")] = None,
+    data: Data = None,
+    calibration: Calibration = None,
+    eval_data: EvalData = None,
+    methods: Annotated[str | None, typer.Option(help="Names of methods, comma-separated; all when not given.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Sparsities and patterns, such as `0.5,0.7,2:4`. Default 0.7.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as `0,1,2`: the table then shows mean and spread. Default 0.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of a comparison; see configs/.")] = None,
+    set_: SetKeys = None,
+    device: Device = None,
+) -> None:
+    """One table of methods on one model: the same texts, tokens and seeds for dense, magnitude, Wanda, SparseGPT, each with LoRA
+    (merged, so dense again), with masked LoRA (one shot, uniform: the missing baseline), with LoSA whole and without each of its
+    parts, and full fine-tuning under the mask.
+
+    Rows that are there are not made again, so a comparison that was stopped goes on. Writes a CSV file, a Markdown table, plots.
+
+    Example: `losa compare novels-4m --data novels.txt --targets 0.5,0.7 --seeds 0,1,2 --set train.tokens=100000 -o comparison`
+    """
+    from losa.comparison import CompareConfig
+    from losa.comparison import compare as compare_methods
+    from losa.config import parse_set
+    from losa.report.table import comparison_table
+
+    options = {"model": model, "train.data": data, "calibration.data": calibration, "eval.data": eval_data, "device": device}
+    shared = {key: value for key, value in options.items() if value is not None} | parse_set(set_ or [])
+    resolved = CompareConfig.load(
+        str(config) if config else None, shared,
+        output=str(output) if output else None, methods=methods, targets=targets, seeds=seeds,
+    )  # fmt: skip
+    _heavy(logging.WARNING)
+    logging.getLogger("losa.comparison").setLevel(logging.INFO)
+    out.print(comparison_table(compare_methods(resolved)))
+    out.print(f"tables and plots: {resolved.output}", highlight=False)
 
 
 @app.command(name="eval")

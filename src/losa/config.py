@@ -38,7 +38,23 @@ def _read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def _require(condition: bool, name: str, found: object, expected: str) -> None:
+def read_config(path: str) -> dict[str, Any]:
+    """A YAML file of keys and values, numbers still as text.
+
+    Raises:
+        ValueError: it cannot be read, or is not a mapping.
+    """
+    try:
+        loaded = _read_yaml(Path(path).read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the config {path}: {error}") from error
+    require(isinstance(loaded, dict), f"the config {path}", type(loaded).__name__, "a mapping of keys to values")
+    values: dict[str, Any] = loaded
+    return values
+
+
+def require(condition: bool, name: str, found: object, expected: str) -> None:
+    """Raises the `ValueError` "name is found, expected ..." unless `condition`."""
     if not condition:
         raise ValueError(f"{name} is {found!r}, expected {expected}")
 
@@ -55,11 +71,11 @@ class CalibrationConfig:
     length: int | None = None  # tokens of each; min(2048, what the model allows) when None
 
     def __post_init__(self) -> None:
-        _require(self.sequences is None or self.sequences >= 1, "calibration.sequences", self.sequences, "at least 1")
-        _require(self.rmi_sequences >= 2, "calibration.rmi_sequences", self.rmi_sequences, "at least 2")
-        _require(self.rmi_length >= 8, "calibration.rmi_length", self.rmi_length, "at least 8 tokens")
-        _require(self.error_sequences >= 1, "calibration.error_sequences", self.error_sequences, "at least 1")
-        _require(self.length is None or self.length >= 8, "calibration.length", self.length, "at least 8 tokens")
+        require(self.sequences is None or self.sequences >= 1, "calibration.sequences", self.sequences, "at least 1")
+        require(self.rmi_sequences >= 2, "calibration.rmi_sequences", self.rmi_sequences, "at least 2")
+        require(self.rmi_length >= 8, "calibration.rmi_length", self.rmi_length, "at least 8 tokens")
+        require(self.error_sequences >= 1, "calibration.error_sequences", self.error_sequences, "at least 1")
+        require(self.length is None or self.length >= 8, "calibration.length", self.length, "at least 8 tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,12 +89,12 @@ class AdapterConfig:
     allocation: str = "error"  # ranks follow reconstruction errors, or "uniform"
 
     def __post_init__(self) -> None:
-        _require(self.max_rank >= 1, "adapter.max_rank", self.max_rank, "at least 1")
+        require(self.max_rank >= 1, "adapter.max_rank", self.max_rank, "at least 1")
         for name in ("omega_first", "omega_last"):
             value = getattr(self, name)
-            _require(1 <= value <= self.max_rank, f"adapter.{name}", value, f"1..adapter.max_rank = {self.max_rank}")
-        _require(self.scale > 0, "adapter.scale", self.scale, "a positive number")
-        _require(self.allocation in ("error", "uniform"), "adapter.allocation", self.allocation, "'error' or 'uniform'")
+            require(1 <= value <= self.max_rank, f"adapter.{name}", value, f"1..adapter.max_rank = {self.max_rank}")
+        require(self.scale > 0, "adapter.scale", self.scale, "a positive number")
+        require(self.allocation in ("error", "uniform"), "adapter.allocation", self.allocation, "'error' or 'uniform'")
 
     def omega(self, step: int, steps: int) -> float:
         """Mean rank of dynamic step `step` (1-based) of `steps`."""
@@ -112,18 +128,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "accumulation"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _require(self.samples is None or self.samples >= 1, "train.samples", self.samples, "at least 1")
-        _require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
-        _require(self.length is None or self.length >= 8, "train.length", self.length, "at least 8 tokens")
-        _require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
-        _require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
-        _require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
-        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
-        _require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
-        _require(self.distill_blocks >= 0, "train.distill_blocks", self.distill_blocks, "at least 0")
-        _require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
-        _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require(self.samples is None or self.samples >= 1, "train.samples", self.samples, "at least 1")
+        require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
+        require(self.length is None or self.length >= 8, "train.length", self.length, "at least 8 tokens")
+        require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
+        require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
+        require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
+        require(self.distill_blocks >= 0, "train.distill_blocks", self.distill_blocks, "at least 0")
+        require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
+        require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 
     def shares(self, steps: int) -> list[float]:
         """Ratio of the budget spent in each dynamic step; sums to 1."""
@@ -141,8 +157,8 @@ class EvalConfig:
     windows: int | None = None  # at most so many; all when None
 
     def __post_init__(self) -> None:
-        _require(self.length is None or self.length >= 2, "eval.length", self.length, "at least 2 tokens")
-        _require(self.windows is None or self.windows >= 1, "eval.windows", self.windows, "at least 1")
+        require(self.length is None or self.length >= 2, "eval.length", self.length, "at least 2 tokens")
+        require(self.windows is None or self.windows >= 1, "eval.windows", self.windows, "at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,9 +168,10 @@ class LosaConfig:
     model: str = ""  # local directory or hub name
     output: str | None = None  # directory of the sparse checkpoint; a Python call without one keeps the model in memory
     sparsity: float | None = None  # ratio of zeros in the decoder's linear layers; .7, or what an n:m pattern implies, when None
-    pruner: str = "wanda"  # magnitude, wanda, sparsegpt
+    pruner: str = "wanda"  # magnitude, wanda, sparsegpt, or movement, whose scores come from the training itself
     pattern: str = "unstructured"  # or n:m, such as 2:4
     steps: int = 5  # dynamic steps T
+    protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
     delta: float | None = None  # how far a block's rate may leave the mean; .01/.02/.03 by sparsity when None; 0 is uniform
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
@@ -172,21 +189,25 @@ class LosaConfig:
         pattern = Pattern.parse(self.pattern)
         if self.sparsity is None:
             self.sparsity = pattern.sparsity if pattern.structured else 0.7
-        _require(0 < self.sparsity < 1, "sparsity", self.sparsity, "a ratio between 0 and 1, such as 0.7")
+        require(0 < self.sparsity < 1, "sparsity", self.sparsity, "a ratio between 0 and 1, such as 0.7")
         if pattern.structured:
             fits = abs(self.sparsity - pattern.sparsity) < 1e-9
-            _require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
+            require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
         if self.delta is None:
             self.delta = 0.0 if pattern.structured else default_delta(self.sparsity)
-        _require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
-        _require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
-        _require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
+        require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
+        require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
+        require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
+        require(all(block >= 0 for block in self.protect), "protect", self.protect, "block numbers, 0 being the first")
+        require(not (pattern.structured and self.protect), "protect", self.protect, f"none: {self.pattern} fixes all rates")
+        whole = not (get_pruner(self.pruner).from_training and self.blocks_on_host)
+        require(whole, "pruner", self.pruner, "one that needs no scores from training, with offload or shard")
         enough = self.train.samples is None or self.train.samples >= self.steps
-        _require(enough, "train.samples", self.train.samples, f"at least one for each of {self.steps} steps")
+        require(enough, "train.samples", self.train.samples, f"at least one for each of {self.steps} steps")
         alone = not (self.train.reuse_weights and self.blocks_on_host)
-        _require(alone, "train.reuse_weights", True, "false with offload or shard, which keep whole weights nowhere")
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
-        _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        require(alone, "train.reuse_weights", True, "false with offload or shard, which keep whole weights nowhere")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
 
     @property
     def blocks_on_host(self) -> bool:
@@ -203,7 +224,7 @@ class LosaConfig:
         for name, longest in (("calibration", 2048), ("train", 1024), ("eval", 2048)):
             part = getattr(config, name)
             part.length = min(longest, max_length) if part.length is None else part.length
-            _require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
+            require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
         if config.calibration.sequences is None:
             # The literature's 128 x 2048 tokens would take a third of a run. Wanda's one number a feature needs far fewer,
             # SparseGPT's Hessians do not (docs/LOG.md).
@@ -230,7 +251,7 @@ class LosaConfig:
         Raises:
             ValueError: unknown key (with the nearest known one), wrong type, or value out of range.
         """
-        return _build(cls, values, "")
+        return build(cls, values)
 
     @classmethod
     def load(cls, path: str | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None) -> "LosaConfig":
@@ -242,20 +263,11 @@ class LosaConfig:
         values: dict[str, Any] = {}
         if preset is not None:
             known = sorted(p.name[:-5] for p in resources.files("losa").joinpath("presets").iterdir())
-            _require(preset in known, "preset", preset, "one of " + ", ".join(known))
-            _merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
+            require(preset in known, "preset", preset, "one of " + ", ".join(known))
+            merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
         if path is not None:
-            try:
-                loaded = _read_yaml(Path(path).read_text("utf-8"))
-            except (OSError, yaml.YAMLError) as error:
-                raise ValueError(f"cannot read the config {path}: {error}") from error
-            _require(isinstance(loaded, dict), f"the config {path}", type(loaded).__name__, "a mapping of keys to values")
-            _merge(values, loaded)
-        for key, value in (overrides or {}).items():
-            nested: Any = value
-            for part in reversed(key.split(".")):
-                nested = {part: nested}
-            _merge(values, nested)
+            merge(values, read_config(path))
+        merge(values, nested(overrides or {}))
         return cls.from_dict(values)
 
     def fingerprint(self) -> str:
@@ -273,7 +285,7 @@ def parse_set(items: list[str]) -> dict[str, Any]:
     pairs = {}
     for item in items:
         key, equals, value = item.partition("=")
-        _require(bool(equals and key), "--set", item, "key=value, such as train.lr=1e-3")
+        require(bool(equals and key), "--set", item, "key=value, such as train.lr=1e-3")
         try:
             pairs[key] = _read_yaml(value)
         except yaml.YAMLError as error:
@@ -293,16 +305,28 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
-def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+def nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    """`{"train.lr": 1}` -> `{"train": {"lr": 1}}`."""
+    values: dict[str, Any] = {}
+    for key, value in dotted.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merge(values, value)
+    return values
+
+
+def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    """Puts `values` into `into`, key by key at every depth."""
     for key, value in values.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+            merge(into[key], value)
         else:
             into[key] = value
 
 
-def _build(cls: Any, values: Any, prefix: str) -> Any:
-    _require(isinstance(values, dict), prefix.rstrip(".") or "the config", values, "a mapping of keys to values")
+def build(cls: Any, values: Any, prefix: str = "") -> Any:
+    """A configuration dataclass from plain values, converted and checked; see `LosaConfig.from_dict`."""
+    require(isinstance(values, dict), prefix.rstrip(".") or "the config", values, "a mapping of keys to values")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -314,11 +338,16 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name + ".")
+        return build(hint, value, name + ".")
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
     kind = next(k for k in kinds if k is not type(None))
+    if typing.get_origin(kind) is list:
+        values = value.split(",") if isinstance(value, str) else value
+        require(isinstance(values, list), name, value, "a list")
+        return [_convert(typing.get_args(kind)[0], item, f"{name}[{index}]") for index, item in enumerate(values)]
+    kind = typing.get_origin(kind) or kind
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML reads 1e-3 as a string

@@ -11,18 +11,18 @@ merge; save; re-open; verify every zero                         session.Session.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from losa.adapter import masked_linears
+from losa.adapter import collect_scores, masked_linears
 from losa.allocation import allocate_ranks, cubic_sparsity, layer_rates
 from losa.calibration import block_grams, prune_blocks
 from losa.config import LosaConfig
 from losa.importance import cka_matrix, rmi_importance
 from losa.pruning import Pattern, Solution, get_pruner
-from losa.pruning.masks import unpack_bits
 from losa.pruning.sparsegpt import DAMPING
 from losa.session import Session
 from losa.training import train
@@ -56,10 +56,15 @@ def run(
     """
     session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
     session.phase("00-baselines", measure_baselines)
+    dynamic_steps(session)
+    return session.finish("losa")
+
+
+def dynamic_steps(session: Session) -> None:
+    """The steps 1..T of `run`."""
     for step in range(1, session.config.steps + 1):
         session.phase(f"{step:02d}-pruned", sparsify, step)
         session.phase(f"{step:02d}-trained", adapt, step)
-    return session.finish("losa")
 
 
 def prune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> PreTrainedModel:
@@ -79,25 +84,25 @@ def measure_baselines(session: Session) -> None:
     assert session.config.sparsity is not None
     before = {name: layer.keep_bits.clone() for name, layer in masked_linears(session.model).items()}
     with session.timed("baseline"):
-        _prune_to(session, [session.config.sparsity] * len(session.decoder.blocks), share=1.0, with_errors=False)
+        _prune_to(session, _uniform_rates(session, session.config.sparsity), share=1.0, with_errors=False)
     session.measure("pruned")
     for name, layer in masked_linears(session.model).items():
-        layer.reset(unpack_bits(before[name], layer.weight.shape))
+        layer.reset(before[name])
 
 
 def sparsify(session: Session, step: int) -> None:
     """First half of dynamic step `step`: target, importance, layer rates, pruning, reconstruction errors, ranks."""
-    config, blocks = session.config, session.decoder.blocks
+    config = session.config
     assert config.sparsity is not None and config.delta is not None
     target = cubic_sparsity(step, config.steps, config.sparsity)
-    rates, importance = [target] * len(blocks), None
+    rates, importance = _uniform_rates(session, target), None
     if config.delta > 0:
         with session.timed("importance"):
             ids_ST = session.data.calibration[: config.calibration.rmi_sequences, : config.calibration.rmi_length]
             grams = block_grams(session.model, ids_ST, device=session.device)
             importance = rmi_importance(cka_matrix(grams)).tolist()
         previous = session.record["steps"][-1]["rates"] if session.record["steps"] else None
-        rates = layer_rates(importance, session.decoder.sizes(), target, config.delta, previous)
+        rates = layer_rates(importance, session.decoder.sizes(), target, config.delta, previous, config.protect)
     with session.timed("pruning"):
         errors, damping = _prune_to(session, rates, share=target / config.sparsity)
     omega = config.adapter.omega(step, config.steps)
@@ -115,6 +120,12 @@ def sparsify(session: Session, step: int) -> None:
             "raised_damping": damping,
         }
     )
+
+
+def _uniform_rates(session: Session, target: float) -> list[float]:
+    """One rate for all blocks that are not protected."""
+    sizes = session.decoder.sizes()
+    return layer_rates([0.0] * len(sizes), sizes, target, 0.0, protected=session.config.protect)
 
 
 def _prune_to(
@@ -148,7 +159,8 @@ def adapt(session: Session, step: int) -> None:
     """Second half: trains the adapters under the mask, on this step's share of the rows."""
     config = session.config
     rows = session.data.step_rows(step, config.train.shares(config.steps))
-    with session.timed("training"), session.whole_model() as model, TemporaryDirectory() as scratch:
+    scores = collect_scores(session.model) if get_pruner(config.pruner).from_training else nullcontext()
+    with session.timed("training"), session.whole_model() as model, TemporaryDirectory() as scratch, scores:
         session.record["steps"][-1]["loss"] = train(
             model,
             rows,

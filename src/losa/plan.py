@@ -29,7 +29,7 @@ from losa.config import LosaConfig
 from losa.environment import resolve_device
 from losa.loss import causal_loss
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, one_line
-from losa.pruning import Pattern
+from losa.pruning import Pattern, get_pruner
 from losa.session import check_parts, check_pattern
 from losa.training import activation_checkpointing
 
@@ -110,6 +110,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     adapter_values = config.adapter.max_rank * sum(li.in_features + li.out_features for li in decoder.linears().values())
     weights, masks = parameters * dtype.itemsize, prunable // 8
     reused = prunable * dtype.itemsize * config.train.reuse_weights
+    scores = 4 * prunable * get_pruner(config.pruner).from_training
     dense_copy = prunable * dtype.itemsize if config.pruner == "sparsegpt" else 0
     runtime = psutil.Process().memory_info().rss + LIBRARY_BYTES if host else CONTEXT_BYTES
     training = simulate_training(build, config, processes) - 4 * adapter_values
@@ -123,11 +124,13 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
         part = 0 if config.offload else (weights + 16 * adapter_values) // processes
         resident = part + 2 * largest_block + masks
     else:
-        resident = weights + masks + 16 * adapter_values + teacher + reused
+        resident = (
+            weights + masks + 16 * adapter_values + teacher + reused + 2 * scores
+        )  # those of before, and those of this step
     # All blocks but one may be on the host while calibrating and evaluating.
     outside = weights - prunable * dtype.itemsize + largest_block
     kept = masks + (outside if config.blocks_on_host and not host else weights)
-    kept += dense_copy if host else 0
+    kept += (dense_copy if host else 0) + scores
     peak = runtime + max(resident + training, kept + 4 * adapter_values + max(calibration, evaluation))
     disk = weights + masks + 4 * adapter_values * 2 + dense_copy
     output = Path(config.output or ".").absolute()

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from losa import checkpoint, distributed
 from losa.adapter import attach, merge
+from losa.allocation import layer_rates
 from losa.config import LosaConfig
 from losa.data import RunData, check_sources, prepare
 from losa.environment import resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
-from losa.pruning import Pattern
+from losa.pruning import Pattern, get_pruner
 from losa.report.card import model_card
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,9 @@ class Session:
         device = resolve_device(config.device)
         distributed.join(device, alone=streams(config, device))
         check_supported(model)
-        check_pattern(find_decoder(model), Pattern.parse(config.pattern))
+        decoder = find_decoder(model)
+        check_pattern(decoder, Pattern.parse(config.pattern))
+        check_protected(decoder, config)
         if kind == "run":
             check_precision(model, config)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
@@ -236,6 +239,19 @@ def check_pattern(decoder: Decoder, pattern: Pattern) -> None:
             raise ValueError(f"{found}, not a multiple of {pattern.m}; pattern {pattern.n}:{pattern.m} cannot be applied")
 
 
+def check_protected(decoder: Decoder, config: LosaConfig) -> None:
+    """Refuses blocks to protect that do not exist, or so many that the others cannot lose enough.
+
+    Raises:
+        ValueError: either.
+    """
+    sizes = decoder.sizes()
+    if config.protect and max(config.protect) >= len(sizes):
+        raise ValueError(f"protect is {config.protect}, expected block numbers below {len(sizes)}, the model's blocks")
+    assert config.sparsity is not None
+    layer_rates(sizes, sizes, config.sparsity, 0.0, protected=config.protect)
+
+
 def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -> None:
     """Refuses missing texts and an output directory that holds something else, before any model is loaded.
 
@@ -243,6 +259,11 @@ def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -
         ValueError: a text is missing; the output is a file, the source model, someone's files, or a finished run to be resumed.
     """
     check_sources(config, training)
+    if get_pruner(config.pruner).from_training and (config.steps == 1 or not training):
+        found = f"steps is {config.steps}" if training else "nothing is trained here"
+        raise ValueError(
+            f"pruner is {config.pruner!r}, whose scores come from training, but {found}; expected `run` with steps >= 2"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("the accelerate configuration asks for FSDP; leave that out and set shard: true (--shard) instead")
     if config.shard and distributed.launched() == 1:

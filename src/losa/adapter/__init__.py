@@ -3,6 +3,7 @@
 from losa.adapter.layer import (
     MaskedLinear,
     attach,
+    collect_scores,
     dense_mode,
     dense_weights_on_device,
     masked_linears,
@@ -14,6 +15,7 @@ from losa.adapter.layer import (
 __all__ = [
     "MaskedLinear",
     "attach",
+    "collect_scores",
     "dense_mode",
     "dense_weights_on_device",
     "masked_linears",

@@ -90,13 +90,14 @@ class MaskedLowRankLinear(torch.autograd.Function):
         scale: float,
         keep_effective: bool,
         W_eff_OI: Tensor | None = None,
+        score_OI: Tensor | None = None,
     ) -> Tensor:
         # Under activation checkpointing what is saved here is dropped at once and recomputed, for one block, right before its
         # backward: then W_eff may as well be kept until then instead of being built a third time.
         keep_effective = keep_effective or W_eff_OI is not None
         W_eff_OI = effective_weight(W_OI, bits, A_RI, B_OR, scale) if W_eff_OI is None else W_eff_OI
         ctx.save_for_backward(x, W_OI, bits, A_RI, B_OR, W_eff_OI if keep_effective else None)
-        ctx.scale = scale
+        ctx.scale, ctx.score_OI = scale, score_OI
         return torch.nn.functional.linear(x, W_eff_OI, bias_O)
 
     @staticmethod
@@ -104,9 +105,13 @@ class MaskedLowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, W_OI, bits, A_RI, B_OR, W_eff_OI = ctx.saved_tensors
         dx = dA_RI = dB_OR = None
+        if W_eff_OI is None and (ctx.needs_input_grad[0] or ctx.score_OI is not None):
+            W_eff_OI = effective_weight(W_OI, bits, A_RI, B_OR, ctx.scale)
         if ctx.needs_input_grad[0]:
-            dx = dy @ (effective_weight(W_OI, bits, A_RI, B_OR, ctx.scale) if W_eff_OI is None else W_eff_OI)
+            dx = dy @ W_eff_OI
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             G_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            if ctx.score_OI is not None:
+                ctx.score_OI.addcmul_(W_eff_OI, G_OI, value=-1)  # pruning/movement.py
             dA_RI, dB_OR = adapter_gradients(G_OI, bits, A_RI, B_OR, ctx.scale)
-        return dx, None, None, None, dA_RI, dB_OR, None, None, None
+        return dx, None, None, None, dA_RI, dB_OR, None, None, None, None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from losa import distributed
 from losa.adapter.function import MaskedLowRankLinear, effective_weight
 from losa.models import check_supported, find_decoder
 from losa.pruning.masks import pack_bits, unpack_bits
@@ -36,6 +37,8 @@ class MaskedLinear(nn.Linear):
         dense_OI: the original weight, on the host, kept from the moment the base first differs from it.
         dense: when True, forward runs the original dense layer (for reconstruction errors and distillation).
         keep_effective: whether backward finds the effective weight saved; set under activation checkpointing only.
+        score_OI: float32 movement score of each weight (`pruning/movement.py`), or None; summed by every backward pass while
+            `scored` is True, as `collect_scores` sets it.
         reused_OI: the effective weight, while `reuse_effective_weights` lasts and no update has outdated it.
     """
 
@@ -57,8 +60,9 @@ class MaskedLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
         self.rank, self.scale = max_rank, scale
         self.dense_OI: Tensor | None = None
-        self.dense = self.keep_effective = self.reuses = False
+        self.dense = self.keep_effective = self.reuses = self.scored = False
         self.reused_OI: Tensor | None = None
+        self.score_OI: Tensor | None = None
 
     @property
     def keep_OI(self) -> Tensor:  # noqa: N802 - a tensor's name
@@ -88,7 +92,8 @@ class MaskedLinear(nn.Linear):
                 with torch.no_grad():
                     self.reused_OI = self.effective()
             adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
-            y: Tensor = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter)
+            score_OI = self.score_OI if self.scored else None
+            y: Tensor = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)
             return y
         return nn.functional.linear(x, self.effective(), self.bias)
 
@@ -126,19 +131,19 @@ class MaskedLinear(nn.Linear):
         self.weight.copy_(weight_OI)
 
     @torch.no_grad()
-    def restore(self, keep_OI: Tensor, weight_OI: Tensor | None) -> None:
-        """Mask and, if it had changed, base weight of a saved stage."""
-        self.keep_bits.copy_(pack_bits(keep_OI))
+    def restore(self, keep_bits: Tensor, weight_OI: Tensor | None) -> None:
+        """Mask and, if it had changed, base weight of a saved stage. Unlike `set_solution`, masks need not be nested."""
+        self.keep_bits.copy_(keep_bits)
         if weight_OI is not None:
             self._set_base(weight_OI)
 
     @torch.no_grad()
-    def reset(self, keep_OI: Tensor) -> None:
+    def reset(self, keep_bits: Tensor) -> None:
         """Back to the layer it was made from, with the mask it had then; the adapter's `B` to zero."""
         if self.dense_OI is not None:
             self.weight.copy_(self.dense_OI)
             self.dense_OI = None
-        self.keep_bits.copy_(pack_bits(keep_OI))
+        self.keep_bits.copy_(keep_bits)
         self.lora_B.zero_()
 
 
@@ -173,6 +178,23 @@ def reuse_effective_weights(model: nn.Module) -> Iterator[None]:
         outdate_effective_weights(model)
         for layer in layers:
             layer.reuses = False
+
+
+@contextmanager
+def collect_scores(model: nn.Module) -> Iterator[None]:
+    """Adds up movement scores (`pruning/movement.py`) in every backward pass while it lasts, over all processes, and onto those
+    there were before. A float32 number a weight."""
+    layers = masked_linears(model).values()
+    before = [layer.score_OI for layer in layers]
+    for layer in layers:
+        layer.score_OI, layer.scored = torch.zeros_like(layer.weight, dtype=torch.float32), True
+    yield
+    for layer, past_OI in zip(layers, before, strict=True):
+        assert layer.score_OI is not None
+        layer.scored = False
+        distributed.sum_(layer.score_OI)
+        if past_OI is not None:
+            layer.score_OI += past_OI
 
 
 def outdate_effective_weights(model: nn.Module) -> None:

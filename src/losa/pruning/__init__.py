@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from losa.pruning import magnitude, sparsegpt, wanda
+from losa.pruning import magnitude, movement, sparsegpt, wanda
 from losa.pruning.masks import Pattern
 
 __all__ = ["PRUNERS", "Pattern", "Pruner", "Solution", "get_pruner"]
@@ -33,12 +33,14 @@ class Pruner:
         solve: `(weights, masks, statistic, rate, pattern, share) -> solutions`, for layers that are fed by one tensor and so
             share its statistic: q, k and v, or gate and up. Each layer is pruned to `rate` on its own.
         updates_weights: whether surviving weights change too.
+        from_training: whether the statistic is each layer's own score from the training before, not of its inputs.
     """
 
     name: str
     collect: Callable[[Tensor | None, Tensor], Tensor] | None
     solve: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None, float, Pattern, float], list[Solution]]
     updates_weights: bool = False
+    from_training: bool = False
 
 
 def _by_mask(choose: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Solution]:
@@ -68,10 +70,17 @@ def _sparsegpt(
     return [Solution(W_OI, keep_OI, damping) for W_OI, keep_OI in solved]
 
 
+def _movement(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], score_OI: Tensor | None, rate: float, pattern: Pattern, share: float
+) -> list[Solution]:
+    return _by_mask(lambda W_OI, keep_OI: movement.prune(W_OI, keep_OI, score_OI, rate, pattern, share), weights, masks)
+
+
 PRUNERS: dict[str, Pruner] = {
     "magnitude": Pruner("magnitude", None, _magnitude),
     "wanda": Pruner("wanda", wanda.collect, _wanda),
     "sparsegpt": Pruner("sparsegpt", sparsegpt.collect, _sparsegpt, updates_weights=True),
+    "movement": Pruner("movement", None, _movement, from_training=True),
 }
 
 

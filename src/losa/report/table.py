@@ -10,6 +10,7 @@ from rich.table import Table
 from losa.inspect import LayerSparsity
 from losa.plan import Plan
 from losa.report.card import TITLES
+from losa.report.comparison import cells, provenance
 
 
 def pairs(title: str, values: Mapping[str, str]) -> Table:
@@ -56,6 +57,17 @@ def perplexity_table(results: list[dict[str, Any]]) -> Table:
     for row in results:
         table.add_row(str(row["window"]), str(row["windows"]), f"{row['perplexity']:.4f}", row["data"])
     return table
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> Group:
+    """Output of `losa compare`."""
+    head, *body = cells(rows)
+    table = Table(title="perplexity", title_justify="left")
+    for column in head:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for line in body:
+        table.add_row(*line)
+    return Group(table, provenance(rows))
 
 
 def sparsity_table(layers: list[LayerSparsity], each: bool) -> Table:

@@ -1,0 +1,239 @@
+"""`losa compare`: many methods on one model, the same texts, tokens and seeds, in one table.
+
+A row is a method at a target (a sparsity or an n:m pattern) and a seed. What it found is one JSON file, named by what decides
+it, so a comparison that was stopped goes on where it was, and two comparisons in one directory share the rows they have in
+common. No checkpoint is kept.
+"""
+
+import copy
+import datetime
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from losa import distributed
+from losa.baselines import FULL_RATE, lift_masks, mask_again, train_whole_weights
+from losa.config import LosaConfig, build, merge, nested, read_config, require
+from losa.method import adapt, dynamic_steps, sparsify
+from losa.models import load
+from losa.progress import progress
+from losa.session import Session, check_request
+
+logger = logging.getLogger(__name__)
+
+ONE_SHOT: dict[str, Any] = {"steps": 1, "delta": 0.0}
+UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a row is made: by which function of `MAKERS`, with which changes to the configuration that all rows share."""
+
+    maker: str
+    changes: dict[str, Any]
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense", {}),
+    "magnitude": Method("prune", ONE_SHOT | {"pruner": "magnitude"}),
+    "Wanda": Method("prune", ONE_SHOT | {"pruner": "wanda"}),
+    "SparseGPT": Method("prune", ONE_SHOT | {"pruner": "sparsegpt"}),
+    "Wanda + LoRA": Method("lora", UNIFORM | {"pruner": "wanda"}),
+    "SparseGPT + LoRA": Method("lora", UNIFORM | {"pruner": "sparsegpt"}),
+    "Wanda + masked LoRA": Method("losa", UNIFORM | {"pruner": "wanda"}),
+    "SparseGPT + masked LoRA": Method("losa", UNIFORM | {"pruner": "sparsegpt"}),
+    "Wanda + LoSA": Method("losa", {"pruner": "wanda"}),
+    "SparseGPT + LoSA": Method("losa", {"pruner": "sparsegpt"}),
+    "LoSA without layer rates": Method("losa", {"delta": 0.0}),
+    "LoSA without rank allocation": Method("losa", {"adapter": {"allocation": "uniform"}}),
+    "LoSA without dynamic steps": Method("losa", {"steps": 1}),
+    "masked full fine-tuning": Method("full", UNIFORM),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """A comparison: what all rows share, and what differs."""
+
+    output: str  # directory of rows, tables and plots; comparisons in one directory share the rows they have in common
+    name: str = "comparison"  # of the tables and plots; the file's when it comes from one
+    run: dict[str, Any]  # what all rows share: keys of `LosaConfig`
+    methods: list[str] | None = None  # names of `METHODS`; all of them when None, or none if there are variants
+    targets: list[str] = field(default_factory=lambda: ["0.7"])  # sparsities, or patterns such as 2:4
+    seeds: list[int] = field(default_factory=lambda: [0])
+    variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
+
+    def __post_init__(self) -> None:
+        if self.methods is None:
+            self.methods = [] if self.variants else list(METHODS)
+        for name in self.methods:
+            require(name in METHODS, "methods", name, "some of " + ", ".join(METHODS))
+        require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
+        require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
+        require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
+        require(bool(self.targets), "targets", self.targets, "at least one, such as 0.7 or 2:4")
+        require(bool(self.seeds), "seeds", self.seeds, "at least one")
+        held = (self.run.get("eval") or {}).get("data")
+        require(len(self.seeds) == 1 or held is not None, "run.eval.data", held, "a text: what is held out depends on the seed")
+        for row in self.rows():  # every configuration is built, and so checked, before any model is loaded
+            check_request(row.config, training=True)
+
+    @classmethod
+    def load(cls, path: str | None, run: dict[str, Any], **options: Any) -> "CompareConfig":
+        """The YAML file `path`, then `options` that are not None, then the dotted keys `run` of what all rows share.
+
+        Raises:
+            ValueError: as `LosaConfig.load`; unknown methods; a text that does not exist.
+        """
+        values = {"name": Path(path).stem} | read_config(path) if path else {}
+        values |= {key: value for key, value in options.items() if value is not None}
+        merge(values, {"run": nested(run)})
+        require(bool(values.get("output")), "output", values.get("output"), "a directory for rows, tables and plots")
+        made: CompareConfig = build(cls, values)
+        return made
+
+    def rows(self) -> "list[Row]":
+        """All rows, in the order of the table."""
+        assert self.methods is not None
+        made = {name: METHODS[name] for name in self.methods}
+        made |= {name: _variant(name, changes) for name, changes in self.variants.items()}
+        return [row for name, method in made.items() for row in self._rows_of(name, method)]
+
+    def _rows_of(self, name: str, method: Method) -> "Iterator[Row]":
+        dense = method.maker == "dense"  # one row: it depends on neither target nor seed
+        for target in self.targets[:1] if dense else self.targets:
+            for seed in self.seeds[:1] if dense else self.seeds:
+                at: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": target}
+                at["seed"] = seed
+                values = copy.deepcopy(self.run)
+                for changes in ({} if dense else at, method.changes):
+                    merge(values, changes)
+                if ":" in target and not dense:  # the pattern fixes all rates
+                    values["delta"] = 0.0
+                yield Row(name, method.maker, "" if dense else target, seed, LosaConfig.from_dict(values))
+
+
+def _variant(name: str, changes: Any) -> Method:
+    require(isinstance(changes, dict), f"variants.{name}", changes, "a mapping of keys to values")
+    base = changes.get("method", "LoSA")
+    require(base in METHODS | {"LoSA": None}, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
+    method = METHODS.get(base, Method("losa", {}))
+    values = copy.deepcopy(method.changes)
+    merge(values, {key: value for key, value in changes.items() if key != "method"})
+    return Method(method.maker, values)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a target and a seed."""
+
+    name: str
+    maker: str
+    target: str
+    seed: int
+    config: LosaConfig
+
+    @property
+    def key(self) -> str:
+        """A hash of all that decides the result; not the name."""
+        return hashlib.sha256(f"{self.maker} {self.config.fingerprint()}".encode()).hexdigest()[:16]
+
+
+def compare(config: CompareConfig) -> list[dict[str, Any]]:
+    """Makes every row that is not there yet. Writes the tables after each, and the plots at the end.
+
+    Returns:
+        One dict a row: `method`, `target`, `seed`, and what `measure` found.
+    """
+    from losa.report.comparison import write_plots, write_tables
+
+    folder = Path(config.output, "rows")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, found = config.rows(), []
+    for row in progress(rows, "comparison"):
+        file = folder / f"{row.key}.json"
+        if not file.exists():
+            result = measure(row.maker, row.config)
+            logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
+            if distributed.is_main():
+                partial = file.with_suffix(".partial")
+                partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+                partial.replace(file)
+            distributed.wait()
+        entry = {"method": row.name, "target": row.target, "seed": row.seed}
+        found.append(entry | json.loads(file.read_text("utf-8")))
+        write_tables(Path(config.output, config.name), found)
+    write_plots(Path(config.output, config.name), found)
+    return found
+
+
+def measure(maker: str, config: LosaConfig) -> dict[str, Any]:
+    """Makes one row's model and measures it.
+
+    Returns:
+        `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
+        `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
+    """
+    model, tokenizer = load(config)
+    kind = "run" if maker in TRAINED else "prune"
+    session = Session.start(model, tokenizer, config, kind=kind)
+    masked_again = MAKERS[maker](session)
+    record, train = session.record, session.config.train
+    result = {
+        "perplexity": record["perplexity"]["made"],
+        "masked_again": masked_again,
+        "sparsity": record["sparsity"]["achieved"],
+    }
+    result |= {"tokens": train.tokens if kind == "run" else 0, "samples": train.samples, "seconds": record["seconds"]}
+    result |= {"model": Path(config.model).name if Path(config.model).exists() else config.model}
+    result |= {"data": [Path(part).name if part else None for part in (train.data, config.calibration.data, config.eval.data)]}
+    result |= {"evaluation": record["evaluation"], "date": datetime.date.today().isoformat()}
+    return result | {"config": session.config.to_dict(), "steps": record["steps"]}
+
+
+def _dense(session: Session) -> None:
+    session.finish("made")
+
+
+def _prune(session: Session) -> None:
+    sparsify(session, session.config.steps)
+    session.finish("made")
+
+
+def _losa(session: Session) -> None:
+    dynamic_steps(session)
+    session.finish("made")
+
+
+def _lora(session: Session) -> float:
+    sparsify(session, 1)
+    masks = lift_masks(session.model)
+    adapt(session, 1)
+    session.finish("made")
+    mask_again(session.model, masks)
+    session.measure("masked again")
+    value: float = session.record["perplexity"]["masked again"]
+    return value
+
+
+def _full(session: Session) -> None:
+    sparsify(session, 1)
+    train_whole_weights(session.model)
+    assert session.config.train.lr is not None
+    session.config.train.lr *= FULL_RATE
+    adapt(session, 1)
+    session.finish("made")
+
+
+TRAINED = ("losa", "lora", "full")
+MAKERS: dict[str, Callable[[Session], float | None]] = {
+    "dense": _dense,
+    "prune": _prune,
+    "losa": _losa,
+    "lora": _lora,
+    "full": _full,
+}

@@ -1,0 +1,162 @@
+"""What `losa compare` found: a CSV line a row, a Markdown table of methods against targets, and two plots."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Rows = Sequence[dict[str, Any]]
+
+COLUMNS = ("method", "target", "seed", "perplexity", "masked_again", "sparsity", "tokens", "training_seconds", "seconds", "date")
+
+
+def write_tables(path: Path, rows: Rows) -> None:
+    """`path` with `.csv` and with `.md` at its end."""
+    with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            seconds = row["seconds"]
+            times = {"training_seconds": seconds.get("training", 0.0), "seconds": round(sum(seconds.values()), 1)}
+            writer.writerow([(row | times)[column] for column in COLUMNS])
+    path.with_name(f"{path.name}.md").write_text(markdown(rows), "utf-8")
+
+
+def markdown(rows: Rows) -> str:
+    """Methods against targets: mean perplexity over seeds, its standard deviation, and what it was measured on."""
+    targets = list(dict.fromkeys(row["target"] for row in rows if row["target"]))
+    lines = ["| method | " + " | ".join(map(label, targets)) + " | training s |", "|---" * (len(targets) + 2) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        cells = [cell([row for row in mine if row["target"] in ("", target)]) for target in targets]
+        training = [row["seconds"].get("training", 0.0) for row in mine]
+        lines.append(f"| {method} | {' | '.join(cells)} | {statistics.mean(training):.0f} |")
+    return "\n".join(lines) + f"\n\n{provenance(rows)}\n"
+
+
+def label(target: str) -> str:
+    """`0.7` -> `70 %`; patterns as they are."""
+    return target if ":" in target else f"{float(target) * 100:g} %"
+
+
+def cell(rows: Rows) -> str:
+    """Perplexity of the seeds of one method at one target."""
+    if not rows:
+        return ""
+    text = spread([row["perplexity"] for row in rows])
+    again = [row["masked_again"] for row in rows if row["masked_again"] is not None]
+    return f"{text} dense, {spread(again)} masked again" if again else text
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and the sample standard deviation of several."""
+    mean = statistics.mean(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
+
+
+def provenance(rows: Rows) -> str:
+    """One line: model, texts, tokens, seeds, windows, dates."""
+    trained = [row for row in rows if row["tokens"]]
+    some = (trained or list(rows))[0]
+    names = ("training text", "calibration text", "evaluation text")
+    texts = [f"{name} {text}" for name, text in zip(names, some["data"], strict=True) if text]
+    budgets = sorted(
+        {f"{row['tokens']:,} tokens" if row["samples"] is None else f"{row['samples']:,} samples" for row in trained}
+    )
+    seeds = sorted({row["seed"] for row in rows})
+    evaluation = some["evaluation"]
+    parts = [
+        some["model"], *texts, *([f"trained on {' or '.join(budgets)}"] if budgets else []),
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+        f"perplexity over {evaluation['windows']} windows of {evaluation['window']} tokens",
+        " to ".join(sorted({min(row["date"] for row in rows), max(row["date"] for row in rows)})),
+    ]  # fmt: skip
+    note = " ± is one standard deviation over seeds." if len(seeds) > 1 else ""
+    return "; ".join(parts) + "." + note
+
+
+def write_plots(path: Path, rows: Rows) -> None:
+    """`path` with `-by-sparsity.svg` if there are several sparsities, with `-by-time.svg` if something was trained.
+
+    Of a dense merge, the model masked again is shown: a sparse model among sparse models.
+    """
+    sparsities = sorted({float(row["target"]) for row in rows if row["target"] and ":" not in row["target"]})
+    if len(sparsities) > 1:
+        _save(_by_sparsity(rows, sparsities), path.with_name(f"{path.name}-by-sparsity.svg"))
+    targets = list(dict.fromkeys(row["target"] for row in rows if row["seconds"].get("training")))
+    if targets:
+        _save(_by_time(rows, targets), path.with_name(f"{path.name}-by-time.svg"))
+
+
+def _sparse_value(row: dict[str, Any]) -> float:
+    value: float = row["perplexity"] if row["masked_again"] is None else row["masked_again"]
+    return value
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['method']}{', masked again' if row['masked_again'] is not None else ''}"
+
+
+def _by_sparsity(rows: Rows, sparsities: Sequence[float]) -> "Figure":
+    figure = _figure(7.2, 4.6)
+    axes = figure.subplots()
+    for number, name in enumerate(dict.fromkeys(_name(row) for row in rows if row["target"])):
+        points = []
+        for sparsity in sparsities:
+            values = [_sparse_value(row) for row in rows if _name(row) == name and row["target"] == f"{sparsity:g}"]
+            if values:
+                points.append((sparsity * 100, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+        if points:
+            x, y, error = zip(*points, strict=True)
+            axes.errorbar(x, y, error, label=name, capsize=2, marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.2)
+    for row in rows:
+        if not row["target"]:
+            axes.axhline(row["perplexity"], color="grey", linestyle=":", label=row["method"])
+    axes.set(xlabel="sparsity (%)", ylabel="perplexity (lower is better)", yscale="log", title=rows[0]["model"])
+    _plain_ticks(axes)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    return figure
+
+
+def _by_time(rows: Rows, targets: Sequence[str]) -> "Figure":
+    figure = _figure(7.2, 3.2 * len(targets))
+    for axes, target in zip(figure.subplots(len(targets), squeeze=False)[:, 0], targets, strict=True):
+        names = dict.fromkeys(_name(row) for row in rows if row["target"] == target and row["seconds"].get("training"))
+        for number, name in enumerate(names):
+            mine = [row for row in rows if _name(row) == name and row["target"] == target]
+            x, y = [row["seconds"]["training"] for row in mine], [_sparse_value(row) for row in mine]
+            axes.plot(x, y, MARKERS[number % len(MARKERS)], label=name, markersize=5)
+        axes.set(xlabel="training (s)", ylabel="perplexity", xlim=(0, None), title=f"{rows[0]['model']}, {label(target)}")
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+MARKERS = "osD^vP*X<>hd"
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain_ticks(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(MaxNLocator(1))
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+
+
+def cells(rows: Rows) -> list[list[str]]:
+    """The Markdown table's cells, its head first, for a table on a terminal."""
+    lines = [line for line in markdown(rows).splitlines() if line.startswith("|")]
+    return [[part.strip() for part in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]

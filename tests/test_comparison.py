@@ -1,0 +1,203 @@
+"""Promised: rows that differ in one thing at a time, baselines that are what they are called, a table that goes on where it
+stopped, and no row that is made twice."""
+
+import csv
+import statistics
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from helpers import save_text, set_up, toy_run, toy_values
+from torch import nn
+
+from losa import comparison
+from losa.adapter import attach, masked_linears, merge
+from losa.baselines import lift_masks, mask_again, train_whole_weights
+from losa.comparison import METHODS, CompareConfig, compare
+from losa.config import parse_set
+from losa.report.comparison import cells, markdown, provenance, spread
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = set_up(tmp_path_factory.mktemp("comparison"))
+    save_text(folder / "held.txt", seed=1)
+    return folder
+
+
+def shared(folder):
+    """What the rows of a toy comparison share."""
+    values = toy_values(folder)
+    values["eval"]["data"] = str(folder / "held.txt")
+    return {key: value for key, value in values.items() if key not in ("output", "sparsity")}
+
+
+def config(folder, output, **changes):
+    return CompareConfig(output=str(output), run=shared(folder), **changes)
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    """All methods at 60 %: where, and what was found."""
+    output = tmp_path_factory.mktemp("all")
+    return output, {row["method"]: row for row in compare(config(folder, output, targets=["0.6"]))}
+
+
+def test_every_method_is_as_sparse_as_it_says(made):
+    for name, row in made[1].items():
+        expected = 0.0 if name == "dense" or name.endswith("+ LoRA") else 0.6
+        assert row["sparsity"] == pytest.approx(expected, abs=1e-3), name
+        assert (row["masked_again"] is not None) == name.endswith("+ LoRA")
+
+
+def test_losa_is_what_a_run_gives(made, folder):
+    record = toy_run(folder, output=None, eval={"data": str(folder / "held.txt")}).losa_record
+    assert made[1]["Wanda + LoSA"]["perplexity"] == record["perplexity"]["losa"]
+    assert made[1]["dense"]["perplexity"] == record["perplexity"]["dense"]
+    assert made[1]["Wanda"]["perplexity"] == record["perplexity"]["pruned"]
+
+
+def test_training_helps_and_masking_a_dense_merge_costs(made):
+    found = {name: row["perplexity"] for name, row in made[1].items()}
+    for pruner in ("Wanda", "SparseGPT"):
+        assert found[f"{pruner} + masked LoRA"] < found[pruner]
+        assert made[1][f"{pruner} + LoRA"]["masked_again"] > found[f"{pruner} + LoRA"]
+    assert found["masked full fine-tuning"] < found["Wanda"]
+
+
+def test_tables_hold_every_row(made):
+    output, rows = made
+    with (output / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == list(METHODS) == list(rows)
+    assert [float(line["perplexity"]) for line in lines] == [row["perplexity"] for row in rows.values()]
+    assert ET.parse(output / "comparison-by-time.svg").getroot().tag.endswith("svg")
+    assert not (output / "comparison-by-sparsity.svg").exists()  # one sparsity is no curve
+    text = (output / "comparison.md").read_text()
+    for part in ("trained on 6,400 tokens", "seed 0", "16 windows of 32 tokens", "text.txt", "model"):
+        assert part in text
+
+
+def test_a_comparison_goes_on_where_it_stopped(made, folder, monkeypatch):
+    output, rows = made
+    measured = []
+    monkeypatch.setattr(comparison, "measure", lambda maker, config: measured.append(maker) or rows["Wanda"])
+    row = next(row for row in config(folder, output, targets=["0.6"]).rows() if row.name == "Wanda")
+    file = output / "rows" / f"{row.key}.json"
+    file.rename(file.with_suffix(".partial"))  # killed while it was written
+    compare(config(folder, output, targets=["0.6"]))
+    assert measured == ["prune"]
+
+
+def test_rows_in_common_are_made_once(folder, tmp_path):
+    both = config(folder, tmp_path, methods=["Wanda + LoSA", "LoSA without layer rates"], targets=["2:4"], seeds=[0, 1])
+    keys = [row.key for row in both.rows()]
+    assert len(keys) == 4 and len(set(keys)) == 2  # a pattern fixes all rates
+    variants = config(folder, tmp_path, variants={"T = 3": {"steps": 3}}, targets=["2:4"])
+    assert variants.rows()[0].key == keys[0]
+    assert config(folder, tmp_path, methods=["dense"], targets=["0.5", "2:4"], seeds=[0, 1]).rows()[1:] == []
+
+
+def test_seeds_are_averaged(folder, tmp_path):
+    found = compare(config(folder, tmp_path, methods=["Wanda"], targets=["0.5", "0.6"], seeds=[0, 1, 2]))
+    values = [row["perplexity"] for row in found if row["target"] == "0.6"]
+    assert len(set(values)) > 1  # other calibration text
+    assert f"| {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |" in markdown(found)
+    assert "seeds 0, 1, 2" in provenance(found)
+    assert cells(found)[0] == ["method", "50 %", "60 %", "training s"]
+    assert (tmp_path / "comparison-by-sparsity.svg").exists()
+
+
+def test_spread_of_one_is_the_value():
+    assert spread([3.14159]) == "3.14"
+
+
+def test_a_variant_may_start_from_a_method(folder, tmp_path):
+    row = config(folder, tmp_path, variants={"protected": {"method": "SparseGPT", "protect": [0]}}, targets=["0.4"]).rows()[0]
+    assert (row.maker, row.config.pruner, row.config.protect, row.config.steps) == ("prune", "sparsegpt", [0], 1)
+
+
+def test_from_a_file_with_changes_on_top(folder, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "output: here\ntargets: [0.5, 2:4]\nmethods: [dense]\nrun: {steps: 4, train: {lr: 1e-3}}\n"
+    )
+    run = {f"{part}.data": str(folder / "text.txt") for part in ("train", "eval")} | parse_set(["train.lr=2e-3"])
+    loaded = CompareConfig.load(str(tmp_path / "mine.yaml"), run, seeds="3,4")
+    row = loaded.rows()[0]
+    assert (loaded.name, loaded.output, loaded.targets, loaded.seeds) == ("mine", "here", ["0.5", "2:4"], [3, 4])
+    assert (row.config.steps, row.config.train.lr) == (4, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["LoSAA"]}, "methods is 'LoSAA', expected some of dense"),
+        ({"methods": []}, "at least one, or variants"),
+        ({"variants": {"dense": {}}}, "names that no method has"),
+        ({"variants": {"mine": {"stepps": 1}}}, "did you mean steps"),
+        ({"variants": {"mine": {"method": "Wandaa"}}}, "variants.mine.method is 'Wandaa'"),
+        ({"variants": {"mine": 3}}, "variants.mine is 3, expected a mapping"),
+        ({"seeds": []}, "seeds is"),
+        ({"seeds": [0, 1], "run": {}}, "run.eval.data is None, expected a text"),
+        ({"targets": []}, "targets is"),
+        ({"targets": ["1.5"]}, "a ratio between 0 and 1"),
+    ],
+)
+def test_what_a_user_got_wrong(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**{"output": str(tmp_path), "run": shared(folder)} | changes)
+
+
+def test_a_missing_text_and_an_output_of_rows_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        CompareConfig(output=str(tmp_path), run=shared(folder) | {"train": {"data": "./nowhere.txt"}})
+    with pytest.raises(ValueError, match="keeps no checkpoint"):
+        CompareConfig(output=str(tmp_path), run=shared(folder) | {"output": "there"})
+    with pytest.raises(ValueError, match="output is None, expected a directory"):
+        CompareConfig.load(None, {})
+
+
+# baselines
+
+
+@pytest.fixture
+def pruned():
+    """A model with masks and adapters, in float64."""
+    model = attach(make_tiny_model("llama").double(), max_rank=4)
+    generator = torch.Generator().manual_seed(1)
+    for layer in masked_linears(model).values():
+        layer.set_solution(torch.rand(layer.weight.shape, generator=generator) > 0.6)
+    return model
+
+
+def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
+    before = {name: (layer.effective(), layer.keep_OI) for name, layer in masked_linears(pruned).items()}
+    masks = lift_masks(pruned)
+    x = torch.randn(3, 1, dtype=torch.float64)
+    for name, layer in masked_linears(pruned).items():
+        weight, keep = before[name]
+        assert torch.equal(masks[f"{name}.weight"], keep)
+        nn.init.normal_(layer.lora_B)
+        A, B = layer.factors
+        x = torch.randn(3, layer.in_features, dtype=torch.float64)
+        expected = x @ weight.T + layer.scale * (x @ A.T) @ B.T  # as peft computes it
+        torch.testing.assert_close(layer(x), expected)
+    merge(pruned)
+    mask_again(pruned, masks)
+    for name, keep in masks.items():
+        assert not pruned.get_parameter(name)[~keep].any()
+        assert pruned.get_parameter(name)[keep].all()
+
+
+def test_whole_weights_learn_by_their_own_gradient_and_stay_masked(pruned):
+    name, layer = next(iter(masked_linears(pruned).items()))
+    train_whole_weights(pruned)
+    x = torch.randn(5, layer.in_features, dtype=torch.float64)
+    weight = layer.effective().detach().requires_grad_()
+    nn.functional.linear(x, weight).square().sum().backward()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.lora_B.grad, weight.grad * layer.keep_OI)
+    assert layer.lora_A.grad is None
+    trained = {key for key, parameter in pruned.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{key}.lora_B" for key in masked_linears(pruned)}, name
