@@ -18,6 +18,7 @@ from typing import Any
 from losa import distributed
 from losa.baselines import FULL_RATE, lift_masks, mask_again, train_whole_weights
 from losa.config import LosaConfig, build, merge, nested, read_config, require
+from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, sparsify
 from losa.models import load
 from losa.progress import progress
@@ -176,19 +177,26 @@ def measure(maker: str, config: LosaConfig) -> dict[str, Any]:
 
     Returns:
         `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
-        `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
+        `context`, what `context_use` says of it; `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`, `date`,
+        `config`.
     """
     model, tokenizer = load(config)
     kind = "run" if maker in TRAINED else "prune"
     session = Session.start(model, tokenizer, config, kind=kind)
     masked_again = MAKERS[maker](session)
     record, train = session.record, session.config.train
+    context = context_use(session.model, session.data.evaluation, session.device if session.config.blocks_on_host else None)
     result = {
         "perplexity": record["perplexity"]["made"],
         "masked_again": masked_again,
         "sparsity": record["sparsity"]["achieved"],
     }
-    result |= {"tokens": train.tokens if kind == "run" else 0, "samples": train.samples, "seconds": record["seconds"]}
+    result |= {
+        "context": context,
+        "tokens": train.tokens if kind == "run" else 0,
+        "samples": train.samples,
+        "seconds": record["seconds"],
+    }
     result |= {"model": Path(config.model).name if Path(config.model).exists() else config.model}
     result |= {"data": [Path(part).name if part else None for part in (train.data, config.calibration.data, config.eval.data)]}
     result |= {"evaluation": record["evaluation"], "date": datetime.date.today().isoformat()}

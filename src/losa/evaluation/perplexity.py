@@ -42,7 +42,7 @@ def perplexity(
     was_training = model.training
     model.eval()
     mine_ST = distributed.part(ids_ST)
-    batches = _logits(model, mine_ST, batch_size) if device is None else logits_by_block(model, mine_ST, batch_size, device)
+    batches = logits(model, mine_ST, batch_size, device)
     total = torch.zeros((), dtype=torch.float64, device=device or model.get_input_embeddings().weight.device)
     for ids, logits_BTV in progress(batches, label, total=-(-len(mine_ST) // batch_size)):
         total += causal_loss(logits_BTV, ids)
@@ -50,8 +50,14 @@ def perplexity(
     return math.exp(distributed.sum_(total).item() / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
 
 
-def _logits(model: PreTrainedModel, ids_ST: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    device = model.get_input_embeddings().weight.device
+def logits(
+    model: PreTrainedModel, ids_ST: Tensor, batch_size: int, device: torch.device | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids `(b, T)` and logits `(b, T, V)` of every batch of windows; `device` as in `perplexity`."""
+    if device is not None:
+        yield from logits_by_block(model, ids_ST, batch_size, device)
+        return
+    home = model.get_input_embeddings().weight.device
     for batch in ids_ST.split(batch_size):
-        ids = batch.to(device)
+        ids = batch.to(home)
         yield ids, model(input_ids=ids, use_cache=False).logits

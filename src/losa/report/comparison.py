@@ -15,7 +15,7 @@ COLUMNS = ("method", "target", "seed", "perplexity", "masked_again", "sparsity",
 
 
 def write_tables(path: Path, rows: Rows) -> None:
-    """`path` with `.csv` and with `.md` at its end."""
+    """`path` with `.csv`, `.md` and `-context.md` at its end."""
     with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -24,6 +24,7 @@ def write_tables(path: Path, rows: Rows) -> None:
             times = {"training_seconds": seconds.get("training", 0.0), "seconds": round(sum(seconds.values()), 1)}
             writer.writerow([(row | times)[column] for column in COLUMNS])
     path.with_name(f"{path.name}.md").write_text(markdown(rows), "utf-8")
+    path.with_name(f"{path.name}-context.md").write_text(context_table(rows), "utf-8")
 
 
 def markdown(rows: Rows) -> str:
@@ -36,6 +37,19 @@ def markdown(rows: Rows) -> str:
         training = [row["seconds"].get("training", 0.0) for row in mine]
         lines.append(f"| {method} | {' | '.join(cells)} | {statistics.mean(training):.0f} |")
     return "\n".join(lines) + f"\n\n{provenance(rows)}\n"
+
+
+def context_table(rows: Rows) -> str:
+    """Rows against tokens of context, in Markdown; the mean over seeds."""
+    bands = [f"{first}-{last}" for first, last, _ in rows[0]["context"]["by_context"]]
+    head = ["method", "sparsity", *(f"{band} tokens" for band in bands), "a passage", "the same again"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method, target in dict.fromkeys((row["method"], row["target"]) for row in rows):
+        found = [row["context"] for row in rows if (row["method"], row["target"]) == (method, target)]
+        values = [[band[2] for band in one["by_context"]] + [one["passage"], one["passage_again"]] for one in found]
+        means = [f"{statistics.mean(column):.2f}" for column in zip(*values, strict=True)]
+        lines.append(f"| {method} | {label(target) if target else '0 %'} | {' | '.join(means)} |")
+    return "\n".join(lines) + f"\n\nPerplexity by tokens of context. {provenance(rows)}\n"
 
 
 def label(target: str) -> str:
