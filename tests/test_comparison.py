@@ -82,7 +82,7 @@ def test_tables_hold_every_row(made):
 def test_a_comparison_goes_on_where_it_stopped(made, folder, monkeypatch):
     output, rows = made
     measured = []
-    monkeypatch.setattr(comparison, "measure", lambda maker, config: measured.append(maker) or rows["Wanda"])
+    monkeypatch.setattr(comparison, "measure", lambda row: measured.append(row.maker) or rows["Wanda"])
     row = next(row for row in config(folder, output, targets=["0.6"]).rows() if row.name == "Wanda")
     file = output / "rows" / f"{row.key}.json"
     file.rename(file.with_suffix(".partial"))  # killed while it was written
@@ -107,6 +107,15 @@ def test_seeds_are_averaged(folder, tmp_path):
     assert "seeds 0, 1, 2" in provenance(found)
     assert cells(found)[0] == ["method", "50 %", "60 %", "training s"]
     assert (tmp_path / "comparison-by-sparsity.svg").exists()
+
+
+def test_context_is_measured_where_it_is_wanted(folder, tmp_path):
+    found = compare(config(folder, tmp_path, methods=["dense", "Wanda"], targets=["0.5"], context=True))
+    assert [band[:2] for band in found[1]["context"]["by_context"]] == [[1, 15], [16, 31]]
+    table = (tmp_path / "comparison-context.md").read_text().splitlines()
+    assert table[0].split(" | ")[2:] == ["1-15 tokens", "16-31 tokens", "a passage", "the same again |"]
+    assert table[2].startswith("| dense | 0 % |") and table[3].startswith("| Wanda | 50 % |")
+    assert compare(config(folder, tmp_path, methods=["dense"], targets=["0.5"]))[0]["context"] is None  # another row
 
 
 def test_spread_of_one_is_the_value():

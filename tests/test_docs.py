@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa import LosaConfig, SparseLinear
 from losa.cli import app
+from losa.comparison import CompareConfig, measure
 from losa.doctor import TOY, toy_tokenizer
 from losa.runtime.files import pack_checkpoint
 
@@ -49,6 +50,7 @@ def code_blocks(language: str) -> list[str]:
 
 
 def test_every_losa_command_of_the_readme_runs(toy_home):
+    compare = ["--methods", "dense,Wanda,Wanda + LoSA", "--targets", "0.7", "--seeds", "0", "--set", "train.tokens=4096"]
     commands = [line.split("#")[0] for block in code_blocks("bash") for line in block.splitlines() if line.startswith("losa ")]
     assert {shlex.split(command)[1] for command in commands} >= {
         "plan",
@@ -59,12 +61,16 @@ def test_every_losa_command_of_the_readme_runs(toy_home):
         "unpack",
         "generate",
         "bench",
+        "compare",
     }
     for command in commands:
         arguments = shlex.split(stand_in(command))[1:]
-        arguments += {"run": ["-c", "short.yaml"], "plan": ["-c", "short.yaml"], "bench": ["--prompt", "8", "--new", "4"]}.get(
-            arguments[0], []
-        )
+        arguments += {
+            "run": ["-c", "short.yaml"],
+            "plan": ["-c", "short.yaml"],
+            "bench": ["--prompt", "8", "--new", "4"],
+            "compare": compare,
+        }.get(arguments[0], [])
         assert not app(arguments, standalone_mode=False), command
 
 
@@ -100,6 +106,24 @@ def test_every_configuration_file_runs(path, toy_home):
     arguments = ["run", "toy", "--output", "out", "--data", "text.txt", "-c", "run.yaml", *short, *lengths]
     assert not app(arguments, standalone_mode=False)
     assert (toy_home / "out" / "losa.json").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_loads_and_its_first_row_runs(path, toy_home):
+    text = re.sub(r"\.\./shared/data/[^,}\s]+", "text.txt", path.read_text("utf-8")).replace("../shared/models/novels-4m", "toy")
+    (toy_home / "experiment.yaml").write_text(text)
+    lengths = {f"{part}.length": 32 for part in ("calibration", "train", "eval")}
+    short = {"calibration.sequences": 8, "calibration.rmi_sequences": 8, "train.tokens": 4096, "eval.windows": 4}
+    rows = CompareConfig.load("experiment.yaml", lengths | short).rows()
+    assert len({(row.name, row.target, row.seed) for row in rows}) == len(rows)
+    assert measure(rows[0])["perplexity"] > 1
+
+
+def test_every_experiment_has_its_place_in_the_page():
+    page = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    tables = re.findall(r"<!-- table (\S+) -->\n\|", page)
+    names = {path.stem for path in (ROOT / "configs" / "experiments").glob("*.yaml")}
+    assert {name.removesuffix("-context") for name in tables} == names
 
 
 def test_make_targets_of_the_readme_exist():

@@ -66,6 +66,7 @@ class CompareConfig:
     methods: list[str] | None = None  # names of `METHODS`; all of them when None, or none if there are variants
     targets: list[str] = field(default_factory=lambda: ["0.7"])  # sparsities, or patterns such as 2:4
     seeds: list[int] = field(default_factory=lambda: [0])
+    context: bool = False  # also measure how much every row makes of what it has read (`evaluation/context.py`)
     variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class CompareConfig:
                     merge(values, changes)
                 if ":" in target and not dense:  # the pattern fixes all rates
                     values["delta"] = 0.0
-                yield Row(name, method.maker, "" if dense else target, seed, LosaConfig.from_dict(values))
+                yield Row(name, method.maker, "" if dense else target, seed, LosaConfig.from_dict(values), self.context)
 
 
 def _variant(name: str, changes: Any) -> Method:
@@ -137,11 +138,12 @@ class Row:
     target: str
     seed: int
     config: LosaConfig
+    context: bool
 
     @property
     def key(self) -> str:
         """A hash of all that decides the result; not the name."""
-        return hashlib.sha256(f"{self.maker} {self.config.fingerprint()}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.maker} {self.config.fingerprint()} {self.context}".encode()).hexdigest()[:16]
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -158,7 +160,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
         if not file.exists():
-            result = measure(row.maker, row.config)
+            result = measure(row)
             logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
             if distributed.is_main():
                 partial = file.with_suffix(".partial")
@@ -172,20 +174,22 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     return found
 
 
-def measure(maker: str, config: LosaConfig) -> dict[str, Any]:
+def measure(row: Row) -> dict[str, Any]:
     """Makes one row's model and measures it.
 
     Returns:
         `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
-        `context`, what `context_use` says of it; `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`, `date`,
-        `config`.
+        `context`, what `context_use` says, or None; `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`,
+        `date`, `config`.
     """
+    config = row.config
     model, tokenizer = load(config)
-    kind = "run" if maker in TRAINED else "prune"
+    kind = "run" if row.maker in TRAINED else "prune"
     session = Session.start(model, tokenizer, config, kind=kind)
-    masked_again = MAKERS[maker](session)
+    masked_again = MAKERS[row.maker](session)
     record, train = session.record, session.config.train
-    context = context_use(session.model, session.data.evaluation, session.device if session.config.blocks_on_host else None)
+    device = session.device if session.config.blocks_on_host else None
+    context = context_use(session.model, session.data.evaluation, device) if row.context else None
     result = {
         "perplexity": record["perplexity"]["made"],
         "masked_again": masked_again,

@@ -15,7 +15,7 @@ COLUMNS = ("method", "target", "seed", "perplexity", "masked_again", "sparsity",
 
 
 def write_tables(path: Path, rows: Rows) -> None:
-    """`path` with `.csv`, `.md` and `-context.md` at its end."""
+    """`path` with `.csv`, `.md` and, if it was measured, `-context.md` at its end."""
     with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -24,7 +24,8 @@ def write_tables(path: Path, rows: Rows) -> None:
             times = {"training_seconds": seconds.get("training", 0.0), "seconds": round(sum(seconds.values()), 1)}
             writer.writerow([(row | times)[column] for column in COLUMNS])
     path.with_name(f"{path.name}.md").write_text(markdown(rows), "utf-8")
-    path.with_name(f"{path.name}-context.md").write_text(context_table(rows), "utf-8")
+    if rows[0]["context"] is not None:
+        path.with_name(f"{path.name}-context.md").write_text(context_table(rows), "utf-8")
 
 
 def markdown(rows: Rows) -> str:
