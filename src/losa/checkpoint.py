@@ -28,6 +28,7 @@ from losa.pruning.masks import unpack_bits
 
 MANIFEST = "stage.json"
 RECORD = "losa.json"
+RESULTS = "eval.json"  # what `losa eval --save` measured on this very checkpoint
 FORMAT = 1
 
 logger = logging.getLogger(__name__)
