@@ -79,7 +79,7 @@ def task_table(result: dict[str, Any]) -> Table:
     source = ", local data" if any(task["data"] == "local" for task in tasks.values()) else ""
     table = Table(title=f"tasks, lm-eval {result['lm_eval']}{source}", title_justify="left")
     for column in ("task", *metrics, "items", "split", "shots"):
-        table.add_column(column, justify="left" if column in ("task", "split") else "right", no_wrap=column in metrics)
+        table.add_column(column, justify="left" if column in ("task", "split") else "right", no_wrap=column != "split")
     for name, task in tasks.items():
         about = (f"{task['items']:,}", task["split"], str(task["shots"]))
         table.add_row(name, *(_with_error(task, metric) for metric in metrics), *about)
@@ -93,7 +93,8 @@ def _with_error(values: Mapping[str, Any], metric: str) -> str:
     if metric not in values:
         return ""
     error = values.get(f"{metric}_stderr")
-    return f"{values[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    value = values[metric]  # a ratio, or a perplexity of any size
+    return (f"{value:.4f}" if value <= 1 else f"{value:.6g}") + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _remarks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
