@@ -158,7 +158,7 @@ def test_request_longer_than_the_window_is_cut_and_counted(local):
     model, tokenizer = load(assets() / "novels-4m")
     assert harness.score(harness.Scorer(model, tokenizer, 256), local["lambada_openai"])["truncated"] == 0
     short = harness.score(harness.Scorer(model, tokenizer, 8), local["lambada_openai"], limit=1)
-    assert (short["truncated"], short["items"], short["acc_stderr"]) == (1, 1, 0.0)
+    assert (short["truncated"], short["items"], short["acc_stderr"]) == (1, 1, None)
 
 
 def test_word_perplexity_is_its_definition():
@@ -279,7 +279,7 @@ def test_command_measures_prints_and_keeps(toy, folder, monkeypatch, capsys):
     arguments = ["eval", toy, "--device", "cpu", "--save"]
     code, out, err = losa_main(monkeypatch, capsys, *arguments, "--tasks", "paper", "--task-data", folder, "--limit", "1")
     assert (code, err) == (0, f"kept in {toy / 'eval.json'}\n")
-    assert re.search(r"paper's seven +│ 0\.\d{4} ± 0\.0000", out)
+    assert re.search(r"paper's seven +│ 0\.\d{4} ", out)
     assert "acc_norm" in out and "scored without their beginning" in out
     assert max(map(len, out.splitlines())) <= 100
     text = ["--data", toy.parent / "text.txt", "--words", "--json"]

@@ -112,12 +112,12 @@ def score(scorer: Scorer, task: Task, limit: int | None = None) -> dict[str, Any
         limit: only so many items, the first.
 
     Returns:
-        lm-eval's metrics by name, `acc` for one, and `acc_stderr` beside each that is a mean; `items` (their number), `truncated`
-        (requests that lost their beginning to the model's window), `split`, `shots`, `version`.
+        lm-eval's metrics by name, `acc` for one, and `acc_stderr` beside each that is a mean (None of one item); `items` (their
+        number), `truncated` (requests that lost their beginning to the model's window), `split`, `shots`, `version`.
     """
     before, name = scorer.truncated, task.task_name
     results = _evaluate(scorer, task, limit)
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in results["results"][name].items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr"):
@@ -126,7 +126,7 @@ def score(scorer: Scorer, task: Task, limit: int | None = None) -> dict[str, Any
         found[label] = float(value)
         if task.aggregation().get(metric, mean) is mean:
             values = [sample[metric] for sample in results["samples"][name] if sample["filter"] == kind]
-            found[f"{label}_stderr"] = float(mean_stderr(values)) if len(values) > 1 else 0.0
+            found[f"{label}_stderr"] = float(mean_stderr(values)) if len(values) > 1 else None
     return found | {
         "items": results["n-samples"][name]["effective"],
         "truncated": scorer.truncated - before,

@@ -74,8 +74,9 @@ def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | No
     """Mean `acc` of the paper's seven tasks and its standard error; None unless all seven are there."""
     if not set(PAPER) <= set(tasks):
         return None
+    errors = [tasks[name]["acc_stderr"] for name in PAPER]  # None of a task with one item
     return {
         "tasks": list(PAPER),
         "acc": sum(tasks[name]["acc"] for name in PAPER) / len(PAPER),
-        "acc_stderr": sqrt(sum(tasks[name]["acc_stderr"] ** 2 for name in PAPER)) / len(PAPER),
+        "acc_stderr": None if None in errors else sqrt(sum(error**2 for error in errors)) / len(PAPER),
     }
