@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
@@ -43,6 +44,93 @@ def save_text(path: Path, characters: int = 40_000, seed: int = 0) -> Path:
         text += " ".join(pick.choices(WORDS, k=7)) + ". "
     path.write_text(text[:characters], encoding="utf-8")
     return path
+
+
+# Rows of the tasks with the fields that the hub's have, for tests that reach no hub.
+HUB_ROWS: dict[str, list[dict[str, Any]]] = {
+    "hellaswag": [
+        {
+            "activity_label": "Roof shingle removal",
+            "ctx_a": "A man is sitting on a roof.",
+            "ctx_b": "he",
+            "endings": ["is using wrap.", "is ripping tiles off.", "sings.", "starts pulling up roofing."],
+            "label": "3",
+        },
+        {
+            "activity_label": "Home and Garden",
+            "ctx_a": "[header] How to dry a rose [title] Cut it early. [step] The stem should be dry.",
+            "ctx_b": "",
+            "endings": ["Hang it. [substeps] Wait.", "Eat it.", "Paint [www.roses.org] it.", "Sing."],
+            "label": "0",
+        },
+    ],
+    "winogrande": [
+        {"sentence": "Ann thanked Sue because _ had helped.", "option1": "Ann", "option2": "Sue", "answer": "2"},
+        {"sentence": "The cup broke as the _ was hard.", "option1": "floor", "option2": "cup", "answer": "1"},
+    ],
+    "boolq": [
+        {"passage": "Rain is water.", "question": "is rain wet", "label": 1},
+        {"passage": "Stone is hard.", "question": "is a stone soft", "label": 0},
+    ],
+    "openbookqa": [
+        {
+            "question_stem": "Sharks live in",
+            "choices": {"text": ["the sea", "trees", "sand", "books"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "A",
+        },
+    ],
+    "piqa": [
+        {"goal": "Keep soup warm", "sol1": "Cover the pot.", "sol2": "Freeze it.", "label": 0},
+        {"goal": "Dry a shirt", "sol1": "Wet it.", "sol2": "Hang it up.", "label": 1},
+    ],
+    "arc_easy": [
+        {
+            "question": "Which is a gas?",
+            "choices": {"text": ["iron", "air", "sand", "milk"], "label": ["1", "2", "3", "4"]},
+            "answerKey": "2",
+        },
+    ],
+    "arc_challenge": [
+        {
+            "question": "What do plants need?",
+            "choices": {"text": ["light", "shoes", "salt", "noise"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "A",
+        },
+    ],
+    "rte": [{"sentence1": "Dana died at 44.", "sentence2": "Dana lived.", "label": 0}],
+    "lambada_openai": [
+        {"text": 'He took the stone.\n\n"Keep it," she said, and so he kept the stone'},
+        {"text": "The old man looked at the sea, and the sea looked at the old man"},
+    ],
+}
+
+
+def _query(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of HellaSwag as it is spread in one piece: only what WikiHow's markup leaves behind is gone."""
+    plain = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b']}".strip()
+    texts = [plain, *row["endings"]]
+    for mark, put in ((" [title]", ". "), ("[header]", ""), ("[step]", ""), ("[substeps]", ""), ("  ", " ")):
+        texts = [text.replace(mark, put) for text in texts]
+    return {"query": texts[0], "choices": texts[1:], "gold": int(row["label"])}
+
+
+def save_tasks(folder: Path) -> Path:
+    """`HUB_ROWS` as `--task-data` wants them."""
+
+    def lines(file: str, rows: list[dict[str, Any]]) -> None:
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    for task, rows in HUB_ROWS.items():
+        if task == "hellaswag":
+            lines("hellaswag/hellaswag_val.jsonl", [_query(row) for row in rows])
+        elif task == "lambada_openai":
+            parts = [row["text"].rpartition(" ") for row in rows]
+            lines("lambada/llm-foundry_lambada_openai.jsonl", [{"context": a, "continuation": b} for a, _, b in parts])
+        else:
+            local = [{**row, "answer": bool(row["label"])} for row in rows] if task == "boolq" else rows
+            Dataset.from_list(local).save_to_disk(folder / task / "validation")
+    return folder
 
 
 def toy_values(folder: Path, **changes: Any) -> dict[str, Any]:

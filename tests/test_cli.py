@@ -262,10 +262,10 @@ def test_pack_run_and_unpack(folder, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     assert tensors(again).keys() == tensors(source).keys()
     sparse = [
-        evaluate_checkpoint(LosaConfig.from_dict({"model": str(path)}), str(folder / "text.txt"), [32], 8)
+        evaluate_checkpoint(LosaConfig.from_dict({"model": str(path)}), str(folder / "text.txt"), [32], 8)["perplexity"][0]
         for path in (again, packed)
     ]
-    assert sparse[0][0]["perplexity"] == pytest.approx(sparse[1][0]["perplexity"], rel=1e-3)
+    assert sparse[0]["perplexity"] == pytest.approx(sparse[1]["perplexity"], rel=1e-3)
 
 
 def test_a_kernel_that_does_not_run_here_is_one_line(folder, tmp_path, monkeypatch, capsys):
@@ -298,6 +298,9 @@ BAD = [
     (["run", "/no/such/model", "-o", "OUT", "--data", "TEXT"], "/no/such/model"),
     (["prune", "MODEL", "-o", "OUT"], "--calibration"),
     (["eval", "MODEL", "--data", "nowhere.txt"], "nowhere.txt"),
+    (["eval", "MODEL", "--tasks", ","], "--tasks is ',', expected `paper` or names"),
+    (["eval", "MODEL", "--tasks", "rte", "--words"], "--words measures a text; give one with --data"),
+    (["eval", "no-such-model", "--data", "TEXT", "--save"], "no-such-model is not the directory of a finished checkpoint"),
     (["pack", "MODEL", "MODEL"], "exists; choose another directory"),
     (["pack", "MODEL", "OUT", "--values", "int3"], "packed values are 'int3', expected one of bfloat16, int8"),
     (["pack", "nowhere", "OUT"], "nowhere is not a directory"),

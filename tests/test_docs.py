@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import save_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa import LosaConfig, SparseLinear
@@ -23,6 +24,7 @@ STAND_INS = {
     "vicgalle/alpaca-gpt4": "text.txt",
     "Salesforce/wikitext:wikitext-2-raw-v1:test": "text.txt",
     "allenai/c4:en": "text.txt",
+    "wikitext2": "text.txt",
 }
 SHORT = "calibration: {sequences: 8, rmi_sequences: 8, length: 32}\ntrain: {tokens: 4096, length: 32}\neval: {windows: 4}\n"
 
@@ -35,6 +37,7 @@ def toy_home(tmp_path, monkeypatch):
     toy_tokenizer().save_pretrained(tmp_path / "toy")
     (tmp_path / "text.txt").write_text("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG. " * 1000)
     (tmp_path / "short.yaml").write_text(SHORT)
+    save_tasks(tmp_path / "tasks")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -65,6 +68,9 @@ def test_every_losa_command_of_the_readme_runs(toy_home):
     }
     for command in commands:
         arguments = shlex.split(stand_in(command))[1:]
+        if "--tasks" in arguments:
+            pytest.importorskip("lm_eval")
+            arguments += ["--task-data", "tasks"]
         arguments += {
             "run": ["-c", "short.yaml"],
             "plan": ["-c", "short.yaml"],

@@ -47,6 +47,15 @@ def test_equals_the_definition_in_any_batches(text, length, batch_size):
     assert found == pytest.approx(reference_perplexity(toy_model(), document, toy_tokenizer(), length, 21), rel=1e-6)
 
 
+@pytest.mark.parametrize("length", [2, 5, 32, 33, 64])
+def test_whole_text_drops_only_the_window_that_is_not_full(text, length):
+    document = text.read_text()[:301]
+    ids = windows(document, toy_tokenizer(), length)
+    assert len(ids) == 301 // length
+    expected = reference_perplexity(toy_model(), document, toy_tokenizer(), length)
+    assert perplexity(toy_model(), ids) == pytest.approx(expected, rel=1e-6)
+
+
 def test_uniform_model_has_the_vocabulary_as_perplexity():
     model = toy_model()
     model.lm_head.weight.data.zero_()
@@ -81,24 +90,26 @@ def checkpoint(tmp_path_factory):
 
 
 def test_checkpoint_rows_name_model_text_and_window(checkpoint, text):
-    rows = evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(text), [16, 48], 5)
+    result = evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(text), [16, 48], 5)
+    assert (result["tasks"], result["mean_acc"], result["lm_eval"]) == ({}, None, None)
+    rows = result["perplexity"]
     assert [(row["window"], row["windows"]) for row in rows] == [(16, 5), (48, 5)]
     for row in rows:
-        assert (row["model"], row["data"]) == (str(checkpoint), str(text))
+        assert (row["model"], row["data"], row["definition"]) == (str(checkpoint), str(text), "token, windowed")
         expected = reference_perplexity(toy_model(), text.read_text(), toy_tokenizer(), row["window"], 5)
         assert row["perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_checkpoint_is_read_in_the_dtype_asked(checkpoint, text):
     config = LosaConfig(model=str(checkpoint), device="cpu", dtype="bfloat16")
-    (row,) = evaluate_checkpoint(config, str(text), [16], 5)
+    (row,) = evaluate_checkpoint(config, str(text), [16], 5)["perplexity"]
     exact = reference_perplexity(toy_model(), text.read_text(), toy_tokenizer(), 16, 5)
     assert row["perplexity"] != pytest.approx(exact, rel=1e-7)
     assert row["perplexity"] == pytest.approx(exact, rel=0.02)
 
 
 def test_checkpoint_defaults_to_the_longest_window(checkpoint, text):
-    (row,) = evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(text), [], None)
+    (row,) = evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(text), [], None)["perplexity"]
     assert (row["window"], row["windows"]) == (64, 700 // 64)
 
 
@@ -125,7 +136,7 @@ def test_real_model_equals_the_definition():
     """The 4 M parameter Llama that ships with the package, on prose it never saw, in float32."""
     held = str(assets() / "held.txt")
     config = LosaConfig(model=str(assets() / "novels-4m"), device="cpu", dtype="float32")
-    (row,) = evaluate_checkpoint(config, held, [256], 4)
+    (row,) = evaluate_checkpoint(config, held, [256], 4)["perplexity"]
     model, tokenizer = load(config)
     expected = reference_perplexity(model, evaluation_text(held)[:20_000], tokenizer, 256, 4)
     assert row["perplexity"] == pytest.approx(expected, rel=1e-6)

@@ -27,6 +27,7 @@ from losa.config import LosaConfig, differences
 
 MANIFEST = "stage.json"
 RECORD = "losa.json"
+RESULTS = "eval.json"  # what `losa eval --save` measured on this very checkpoint
 FORMAT = 1
 
 logger = logging.getLogger(__name__)

@@ -189,25 +189,53 @@ def compare(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name, dense or sparse.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name: dense, sparse or packed.")],
     data: Annotated[
-        str | None, typer.Option(help="Text to measure on: file, directory or hub dataset; what its run used, when not given.")
+        str | None,
+        typer.Option(
+            help="Text for perplexity: file, directory, hub dataset, or `wikitext2`, `ptb`, `c4` as pruning papers read them. "
+            "Not given, and no --tasks: what the model's run used."
+        ),
     ] = None,
     length: Annotated[list[int] | None, typer.Option(help="Window in tokens; 2048 and 4096, or what the model allows.")] = None,
     windows: Annotated[int | None, typer.Option(help="Use at most so many windows.")] = None,
+    words: Annotated[bool, typer.Option("--words", help="Word perplexity of the text too, as lm-eval defines it.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="`paper`, the LoSA paper's seven with rte and lambada_openai, or names of lm-eval's tasks, separated by commas."
+        ),
+    ] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' data, instead of the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task: a quick look.")] = None,
     dtype: Annotated[str, typer.Option(help="`auto` (the checkpoint's), `float32`, `bfloat16`, `float16`.")] = "auto",
     device: Device = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep the result in MODEL's directory, as `eval.json`.")] = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = None,
 ) -> None:
-    """Perplexity of a checkpoint on a text, at named window lengths."""
-    from losa.evaluation.checkpoint import evaluate_checkpoint, recorded_text
-    from losa.report.table import perplexity_table
+    """Perplexity of a checkpoint on a text, and its accuracy on tasks, without examples in the prompt.
+
+    Perplexity by token is over windows of a named length, as pruning papers report it; `--words` adds lm-eval's, by word. Tasks
+    and words are measured by lm-eval: `pip install "losa[eval]"`. The mean accuracy is over the paper's seven tasks.
+
+    Example: `losa eval llama-sparse --data wikitext2 --tasks paper --save`
+    """
+    from losa.evaluation.checkpoint import check_savable, evaluate_checkpoint, recorded_text, save_results
+    from losa.evaluation.zeroshot import task_names
+    from losa.report.table import evaluation_tables
 
     config = _config(None, None, None, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    names = task_names(tasks) if tasks is not None else []
+    if save:
+        check_savable(model)
+    if data is None and not names:
+        data = recorded_text(model)
     _heavy()
-    results = evaluate_checkpoint(config, data or recorded_text(model), length or [], windows)
-    out.print_json(data=results) if as_json else out.print(perplexity_table(results))
+    result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
+    out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
+    if save:
+        err.print(f"kept in {save_results(model, result)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -414,6 +442,7 @@ def _quiet(level: int = logging.INFO) -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("losa").setLevel(logging.ERROR if _others else level)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's to fix
 
 

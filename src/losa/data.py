@@ -40,6 +40,50 @@ PROMPT = (
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class NamedText:
+    """A text to measure perplexity on, read from the hub as the pruning literature reads it.
+
+    Attributes:
+        source: arguments of `datasets.load_dataset`.
+        field: of a row, that holds its text.
+        joint: put between rows.
+        rows: only so many, from the beginning.
+        windows: at most so many windows, however long.
+    """
+
+    source: dict[str, Any]
+    field: str
+    joint: str
+    rows: int | None = None
+    windows: int | None = None
+
+
+NAMED = {
+    "wikitext2": NamedText({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n"),
+    "ptb": NamedText(
+        {
+            "path": "parquet",  # the data set itself is a script, which datasets no longer runs
+            "data_files": {"test": "hf://datasets/ptb-text-only/ptb_text_only@~parquet/penn_treebank/test/0000.parquet"},
+            "split": "test",
+        },
+        "sentence",
+        " ",
+    ),
+    "c4": NamedText(
+        {
+            "path": "allenai/c4",
+            "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+            "split": "validation",
+        },
+        "text",
+        " ",
+        rows=1100,
+        windows=256,
+    ),
+}
+
+
 def load_documents(source: str) -> list[str]:
     """All documents of a source that are not blank, in a fixed order.
 
@@ -82,13 +126,13 @@ def _read_file(path: Path) -> list[str]:
     if _suffix(path) in TEXT_SUFFIXES:
         return [text]
     try:
-        records = _json_lines(text) if _suffix(path) == ".jsonl" else _json(text)
+        records = json_lines(text) if _suffix(path) == ".jsonl" else _json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not valid JSON: {error}") from error
     return [_document(record, path.name) for record in records]
 
 
-def _json_lines(text: str) -> list[Any]:
+def json_lines(text: str) -> list[Any]:
     """Not `splitlines`, which also ends lines at U+2028 and others that JSON strings may hold."""
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
@@ -98,7 +142,7 @@ def _json(text: str) -> list[Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        value = _json_lines(text)
+        value = json_lines(text)
     return value if isinstance(value, list) else [value]
 
 
@@ -328,13 +372,59 @@ def check_sources(config: LosaConfig, training: bool) -> None:
                 raise ValueError(f"no such file or directory: {source}")
 
 
+def named_text(source: str) -> NamedText | None:
+    """The entry of `NAMED`, unless a local file or directory has that name."""
+    return None if Path(source).exists() else NAMED.get(source)
+
+
 def evaluation_text(source: str) -> str:
-    """One text for perplexity: the rows of a source, blank ones too, joined by a blank line.
+    """One text for perplexity: the rows of a source, blank ones too, joined by a blank line; a `NAMED` one as its papers join it.
 
     A `.raw` file is WikiText as its authors ship it. It is read as the hub data set is, one row a line and blank lines empty, so
     that its figures are those of the literature.
     """
+    named = named_text(source)
+    return (named.joint if named else "\n\n").join(_evaluation_rows(source))
+
+
+def evaluation_documents(source: str) -> list[str]:
+    """The same text as whole documents, none of them blank, for word perplexity: of WikiText its pages."""
+    rows = _evaluation_rows(source)
+    if is_wikitext(source):
+        rows = wikitext_pages("".join(row or " \n" for row in rows))
+    return [row for row in rows if row.strip()]
+
+
+def is_wikitext(source: str) -> bool:
+    """Whether a source is WikiText in its raw form, with spaces around punctuation and ` = Title = ` headings."""
+    return _suffix(Path(source)) == ".raw" or (source == "wikitext2" and named_text(source) is not None)
+
+
+def wikitext_pages(text: str) -> list[str]:
+    """The pages of a raw WikiText file, cut before every ` = Title = `: the documents of EleutherAI/wikitext_document_level."""
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        heading = line.replace("= = =", "===").replace("= =", "==").strip()  # deeper headings have more signs
+        if heading.startswith("= ") and heading.endswith(" ="):
+            pages.append([])
+        pages[-1].append(line)
+    return [page for page in map("\n".join, pages) if page.strip()]
+
+
+def _evaluation_rows(source: str) -> list[str]:
+    if named := named_text(source):
+        return _read_named(source, named)
     rows = _read(source)
     if _suffix(Path(source)) == ".raw":
         rows = [line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+$", "".join(rows))]
-    return "\n\n".join(rows)
+    return rows
+
+
+def _read_named(name: str, text: NamedText) -> list[str]:
+    from datasets import load_dataset  # slow to import, and local text does not need it
+
+    try:
+        rows = load_dataset(**text.source)
+        return list(rows[: text.rows][text.field])
+    except Exception as error:
+        raise ValueError(f"{name!r} does not load from the hub: {error}; give a local copy of the text with --data") from error

@@ -1,14 +1,21 @@
-"""`losa eval`: a checkpoint, a text, a table."""
+"""`losa eval`: a checkpoint, texts and tasks, a result that can be kept beside the checkpoint."""
 
+import json
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from losa.checkpoint import RECORD, read_record
+from losa.checkpoint import RECORD, RESULTS, read_record
 from losa.config import LosaConfig
-from losa.data import evaluation_text, windows
+from losa.data import evaluation_documents, evaluation_text, is_wikitext, named_text, windows
 from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
+from losa.evaluation.zeroshot import mean_accuracy
 from losa.models import load, max_length
+
+BY_TOKEN, BY_WORD = "token, windowed", "word, lm-eval"
 
 
 def default_lengths(longest: int) -> list[int]:
@@ -16,33 +23,108 @@ def default_lengths(longest: int) -> list[int]:
     return [length for length in (2048, 4096) if length <= longest] or [longest]
 
 
-def evaluate_checkpoint(config: LosaConfig, data: str, lengths: list[int], most: int | None) -> list[dict[str, Any]]:
-    """Perplexity of the checkpoint `config.model` on the text `data` at each window length.
+def evaluate_checkpoint(
+    config: LosaConfig,
+    data: str | None = None,
+    lengths: Sequence[int] = (),
+    most: int | None = None,
+    words: bool = False,
+    tasks: Sequence[str] = (),
+    task_data: Path | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Perplexity of the checkpoint `config.model` on a text, and its accuracy on tasks.
 
     Args:
-        lengths: in tokens; `default_lengths` when empty.
+        data: the text; no perplexity when None.
+        lengths: window lengths in tokens; `default_lengths` when empty.
         most: use at most so many windows of each.
+        words: word perplexity too, through lm-eval.
+        tasks: names of lm-eval's tasks.
+        task_data: local folder with their data; the hub when None.
+        limit: at most so many items of each task.
 
     Returns:
-        One dict a length: `model`, `data`, `window` (tokens), `windows` (their number), `perplexity`.
+        The content of `eval.json`:
+
+        - `perplexity`: one dict a length and definition: `model`, `data`, `definition`, `window` (tokens), `windows` or
+          `documents` (their number), `perplexity`;
+        - `tasks`: by name, what `harness.score` returns, and where the `data` came from, `hub` or `local`;
+        - `mean_acc`: see `zeroshot.mean_accuracy`;
+        - `lm_eval`: its version, None when it measured nothing; `date`.
 
     Raises:
-        ValueError: a length is beyond the model's, or the text is shorter than a window.
+        ValueError: nothing to measure, a text or task that is not there, a length beyond the model's, a text shorter than a
+            window, or lm-eval is needed and not installed.
     """
+    if words and data is None:
+        raise ValueError("--words measures a text; give one with --data")
     device = resolve_device(config.device)
-    text = evaluation_text(data)
+    harness = _harness() if words or tasks else None
+    loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
+    text = evaluation_text(data) if data is not None else ""
     model, tokenizer = load(config)
     longest = max_length(model.config)
     lengths = lengths or default_lengths(longest)
     if max(lengths) > longest:
         raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
     model.to(device)
-    results = []
-    for length in lengths:
-        ids_ST = windows(text, tokenizer, length, most)
-        value = perplexity(model, ids_ST, label=f"perplexity at {length}")
-        results.append({"model": config.model, "data": data, "window": length, "windows": len(ids_ST), "perplexity": value})
-    return results
+    rows: list[dict[str, Any]] = []
+    if data is not None:
+        named = named_text(data)
+        most = most or (named.windows if named else None)
+        for length in lengths:
+            about = {"model": config.model, "data": data, "window": length}
+            ids_ST = windows(text, tokenizer, length, most)
+            value = perplexity(model, ids_ST, label=f"perplexity at {length}")
+            rows.append({**about, "definition": BY_TOKEN, "windows": len(ids_ST), "perplexity": value})
+            if harness and words:
+                documents = evaluation_documents(data)
+                value = harness.word_perplexity(harness.Scorer(model, tokenizer, length), documents, is_wikitext(data))
+                rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
+    found = {}
+    if harness and loaded:
+        scorer = harness.Scorer(model, tokenizer, longest)
+        source = {"data": "hub" if task_data is None else "local"}
+        found = {name: harness.score(scorer, task, limit) | source for name, task in loaded.items()}
+    return _result(rows, found, harness.version if harness else None)
+
+
+def _harness() -> ModuleType:
+    """`losa.evaluation.harness`, where lm-eval is; it is not installed with losa."""
+    try:
+        from losa.evaluation import harness
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise ValueError('tasks and word perplexity need lm-eval, which is not installed: pip install "losa[eval]"') from error
+    return harness
+
+
+def _result(rows: list[dict[str, Any]], tasks: dict[str, Any], lm_eval: str | None) -> dict[str, Any]:
+    today = date.today().isoformat()
+    return {"perplexity": rows, "tasks": tasks, "mean_acc": mean_accuracy(tasks), "lm_eval": lm_eval, "date": today}
+
+
+def check_savable(directory: str) -> None:
+    """Before anything is measured.
+
+    Raises:
+        ValueError: not the directory of a finished checkpoint.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"{directory} is not the directory of a finished checkpoint; --save keeps {RESULTS} in there")
+
+
+def save_results(directory: str, result: dict[str, Any]) -> Path:
+    """Adds a result to `eval.json` of a checkpoint: what was measured again is replaced, the rest stays."""
+    path = Path(directory) / RESULTS
+    if path.is_file():
+        old = json.loads(path.read_text("utf-8"))
+        rows = {(row["data"], row["definition"], row["window"]): row for row in old["perplexity"] + result["perplexity"]}
+        result = _result([*rows.values()], old["tasks"] | result["tasks"], result["lm_eval"] or old["lm_eval"])
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 def recorded_text(directory: str) -> str:

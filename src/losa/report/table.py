@@ -12,6 +12,8 @@ from losa.plan import Plan
 from losa.report.card import TITLES
 from losa.report.comparison import cells, provenance
 
+ABOUT = ("items", "truncated", "split", "shots", "version", "data")  # of a task, what is no metric
+
 
 def pairs(title: str, values: Mapping[str, str]) -> Table:
     """Two columns, names and values."""
@@ -49,13 +51,24 @@ def gap_closed(found: Mapping[str, float]) -> float:
     return log(found["pruned"] / found["losa"]) / log(found["pruned"] / found["dense"])
 
 
-def perplexity_table(results: list[dict[str, Any]]) -> Table:
+def evaluation_tables(result: dict[str, Any]) -> Group:
     """Output of `losa eval`."""
+    parts: list[Any] = []
+    if result["perplexity"]:
+        parts.append(perplexity_table(result["perplexity"]))
+    if result["tasks"]:
+        parts += [task_table(result), *_remarks(result["tasks"])]
+    return Group(*parts)
+
+
+def perplexity_table(rows: list[dict[str, Any]]) -> Table:
+    """Perplexities, each with its definition and window."""
     table = Table(title="perplexity", title_justify="left")
-    for column in ("window (tokens)", "windows", "perplexity", "text"):
-        table.add_column(column, justify="left" if column == "text" else "right")
-    for row in results:
-        table.add_row(str(row["window"]), str(row["windows"]), f"{row['perplexity']:.4f}", row["data"])
+    for column in ("per", "window (tokens)", "over", "perplexity", "text"):
+        table.add_column(column, justify="left" if column in ("per", "text") else "right", overflow="fold")
+    for row in rows:
+        over = f"{row['windows']:,} windows" if "windows" in row else f"{row['documents']:,} documents"
+        table.add_row(row["definition"], str(row["window"]), over, f"{row['perplexity']:.4f}", row["data"])
     return table
 
 
@@ -68,6 +81,38 @@ def comparison_table(rows: list[dict[str, Any]]) -> Group:
     for line in body:
         table.add_row(*line)
     return Group(table, provenance(rows))
+
+
+def task_table(result: dict[str, Any]) -> Table:
+    """Tasks with their metrics and standard errors, and the mean of the paper's seven when all were measured."""
+    tasks, mean = result["tasks"], result["mean_acc"]
+    keys = dict.fromkeys(key for task in tasks.values() for key in task)  # in order, each once
+    metrics = [key for key in keys if key not in ABOUT and not key.endswith("_stderr")]
+    source = ", local data" if any(task["data"] == "local" for task in tasks.values()) else ""
+    table = Table(title=f"tasks, lm-eval {result['lm_eval']}{source}", title_justify="left")
+    for column in ("task", *metrics, "items", "split", "shots"):
+        table.add_column(column, justify="left" if column in ("task", "split") else "right", no_wrap=column != "split")
+    for name, task in tasks.items():
+        about = (f"{task['items']:,}", task["split"], str(task["shots"]))
+        table.add_row(name, *(_with_error(task, metric) for metric in metrics), *about)
+    if mean:
+        table.add_section()
+        table.add_row("paper's seven", *(_with_error(mean, metric) for metric in metrics), style="bold")
+    return table
+
+
+def _with_error(values: Mapping[str, Any], metric: str) -> str:
+    if metric not in values:
+        return ""
+    error = values.get(f"{metric}_stderr")
+    value = values[metric]  # a ratio, or a perplexity of any size
+    return (f"{value:.4f}" if value <= 1 else f"{value:.6g}") + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _remarks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of the numbers should know."""
+    cut = [f"{name} {task['truncated']:,}" for name, task in tasks.items() if task["truncated"]]
+    return [f"longer than the model's window, so scored without their beginning (requests): {', '.join(cut)}"] if cut else []
 
 
 def sparsity_table(layers: list[LayerSparsity], each: bool) -> Table:

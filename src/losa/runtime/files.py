@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from losa.checkpoint import RESULTS
 from losa.models import check_supported, find_decoder, one_line
 from losa.progress import progress
 from losa.runtime.header import METHOD, SparseConfig
@@ -232,13 +233,14 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
 
 
 def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> None:
-    """Copies what is not weights, the card with a new `note`, config.json with `changes` (None removes a key). Flushes it all."""
+    """Copies what is neither weights nor measured on them, the card with a new `note`, config.json with `changes` (None removes a
+    key). Flushes it all."""
     for file in source.iterdir():
         if (
             file.is_file()
             and not file.name.startswith(".")
             and file.suffix != ".safetensors"
-            and file.name not in (INDEX, "config.json")
+            and file.name not in (INDEX, RESULTS, "config.json")
         ):
             shutil.copy2(file, output / file.name)
     config = _read_json(source / "config.json") | changes
