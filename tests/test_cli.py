@@ -74,7 +74,9 @@ def test_every_option_has_a_help_text(name):
 
 
 def test_the_commands():
-    assert set(COMMANDS) == {"run", "prune", "eval", "inspect", "plan", "pack", "unpack", "generate", "bench", "doctor", "demo"}
+    makes = {"run", "prune", "pack", "unpack"}
+    shows = {"compare", "eval", "inspect", "plan", "generate", "bench", "doctor", "demo"}
+    assert set(COMMANDS) == makes | shows
     assert {option for parameter in COMMANDS["run"].params for option in parameter.opts} >= {
         *("--output", "-o", "--sparsity", "--data", "--calibration", "--eval-data", "--pruner", "--pattern", "--preset"),
         *("--config", "-c", "--set", "--device", "--offload", "--seed", "--trust-remote-code", "--resume"),
@@ -300,6 +302,9 @@ BAD = [
     (["eval", "MODEL", "--data", "nowhere.txt"], "nowhere.txt"),
     (["eval", "MODEL", "--tasks", ","], "--tasks is ',', expected `paper` or names"),
     (["eval", "MODEL", "--tasks", "rte", "--words"], "--words measures a text; give one with --data"),
+    (["eval", "MODEL", "--data", "TEXT", "--limit", "5"], "--limit and --task-data are for tasks; give some with --tasks"),
+    (["compare", "MODEL", "--data", "TEXT"], "output is None, expected a directory for rows, tables and plots"),
+    (["compare", "MODEL", "--data", "TEXT", "-o", "OUT", "--methods", "Wandaa"], "methods is 'Wandaa', expected some of dense"),
     (["eval", "no-such-model", "--data", "TEXT", "--save"], "no-such-model is not the directory of a finished checkpoint"),
     (["pack", "MODEL", "MODEL"], "exists; choose another directory"),
     (["pack", "MODEL", "OUT", "--values", "int3"], "packed values are 'int3', expected one of bfloat16, int8"),

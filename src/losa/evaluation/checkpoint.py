@@ -59,6 +59,8 @@ def evaluate_checkpoint(
     """
     if words and data is None:
         raise ValueError("--words measures a text; give one with --data")
+    if (limit is not None or task_data is not None) and not tasks:
+        raise ValueError("--limit and --task-data are for tasks; give some with --tasks, such as --tasks paper")
     device = resolve_device(config.device)
     harness = _harness() if words or tasks else None
     loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
