@@ -74,7 +74,9 @@ def test_every_option_has_a_help_text(name):
 
 
 def test_the_commands():
-    assert set(COMMANDS) == {"run", "prune", "eval", "inspect", "plan", "pack", "unpack", "generate", "bench", "doctor", "demo"}
+    assert set(COMMANDS) == {
+        *("run", "prune", "eval", "inspect", "report", "plan", "pack", "unpack", "generate", "bench", "doctor", "demo"),
+    }
     assert {option for parameter in COMMANDS["run"].params for option in parameter.opts} >= {
         *("--output", "-o", "--sparsity", "--data", "--calibration", "--eval-data", "--pruner", "--pattern", "--preset"),
         *("--config", "-c", "--set", "--device", "--offload", "--seed", "--trust-remote-code", "--resume"),
