@@ -17,8 +17,9 @@ def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | N
         evaluation: content of `eval.json`, where there is one.
     """
     config, sparsity = record["config"], record["sparsity"]
-    base = public(config["model"]) or "a model"
-    hub = f"base_model: {base}\n" if base == config["model"] else ""
+    base = public(config["model"])
+    hub = f"base_model: {base}\n" if base and base == config["model"] else ""
+    origin = f"`{base}`" if base else "a model"
     method = "LoSA (dynamic low-rank sparse adaptation)" if record["kind"] == "run" else "one-shot pruning"
     found = perplexities(record, evaluation)
     closed = gap_closed(record["perplexity"])
@@ -31,7 +32,7 @@ library_name: transformers
 ---
 # {name}
 
-A sparse version of {base}: {sparsity["achieved"]:.2%} of the {sparsity["weights"]:,} weights of its decoder's linear layers are
+A sparse version of {origin}: {sparsity["achieved"]:.2%} of the {sparsity["weights"]:,} weights of its decoder's linear layers are
 exactly zero. Made by {method} with the {config["pruner"]} criterion, pattern {config["pattern"]}, seed {config["seed"]}.
 
 ```python

@@ -144,7 +144,7 @@ def _loss(steps: Steps) -> Drawing:
     colours, start = _step_colours(len(steps)), 0
     for number, step in enumerate(steps):
         if start:
-            axes.axvline(start, color=LINE, linewidth=0.8)
+            axes.axvline(start, color=LINE, linewidth=0.8, zorder=1)
         updates, losses = zip(*step["loss"], strict=True)
         marker = "o" if len(updates) < 10 else None  # a single point makes no line
         axes.plot([start + update for update in updates], losses, color=colours(number), marker=marker)
@@ -184,7 +184,7 @@ def _heat_map(values: Sequence[Sequence[float]], label: str, cell: str) -> "Figu
     points = min(8.0, 108 * (WIDTH - LEFT - RIGHT) / blocks / max(map(len, numbers.values())), 50 * height / steps)
     if points >= 6:
         for (step, block), number in numbers.items():
-            colour = "#111111" if norm(values_TL[step, block]) > 0.6 else "#ffffff"
+            colour = "#111111" if norm(values_TL[step, block]) > 0.5 else "#ffffff"
             axes.text(block, step + 1, number, ha="center", va="center", fontsize=points, color=colour)
     _bar(figure, colormaps[COLOURS].resampled(32), norm, label).locator = MaxNLocator(5, integer=True)
     return figure
