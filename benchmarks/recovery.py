@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from losa.report.table import gap_closed
+from losa.report.content import gap_closed
 
 BASELINE = ["steps=1", "delta=0", "adapter.allocation=uniform", "train.distill=0"]
 TARGETS = {"70": ["sparsity=0.7"], "50": ["sparsity=0.5"], "60": ["sparsity=0.6"], "2:4": ["pattern=2:4"]}

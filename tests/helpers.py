@@ -16,6 +16,7 @@ from losa.config import LosaConfig
 from losa.doctor import TOY, toy_tokenizer
 from losa.method import run
 from losa.models import load
+from losa.report.page import PAGE
 
 WORDS = ["THE", "QUICK", "BROWN", "FOX", "JUMPS", "OVER", "A", "LAZY", "DOG", "WHILE", "SIX", "WIZARDS", "BOX"]
 
@@ -188,8 +189,8 @@ def comparable(directory: Path) -> dict[str, Any]:
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
-    """Every file but `losa.json`, bit for bit."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != RECORD}
+    """Every file but the record and the report, which tell the time, bit for bit."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in (RECORD, PAGE)}
 
 
 class Stop(Exception):  # noqa: N818 - not an error

@@ -60,6 +60,7 @@ def test_every_losa_command_of_the_readme_runs(toy_home):
         "run",
         "inspect",
         "eval",
+        "report",
         "pack",
         "unpack",
         "generate",

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from losa.config import LosaConfig, differences
 
 MANIFEST = "stage.json"
 RECORD = "losa.json"
-RESULTS = "eval.json"  # what `losa eval --save` measured on this very checkpoint
+EVALUATION, BENCH = "eval.json", "bench.json"  # what `losa eval --save` and `losa bench --save` leave beside the record
 FORMAT = 1
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.rename(path)
 
 
 def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConfig, record: dict[str, Any]) -> None:
@@ -182,16 +191,18 @@ def write_verified(
     verify_zeros(staging, masks)
 
 
-def publish(output: Path, record: dict[str, Any], card: str) -> None:
-    """Moves what `write_verified` left into place, with record and model card, and removes the stages.
+def publish(output: Path, record: dict[str, Any], documents: Mapping[str, str]) -> None:
+    """Moves what `write_verified` left into place, with record and documents, and removes the stages and what was measured of an
+    earlier result.
 
     `config.json` and `losa.json` go last: until then, `from_pretrained` refuses the directory.
     """
     staging = work_dir(output) / "final"
-    (staging / "README.md").write_text(card, encoding="utf-8")
+    for name, text in documents.items():
+        (staging / name).write_text(text, encoding="utf-8")
     _write_json(staging / RECORD, record)
     last, readable = ["config.json", RECORD], (staging / "config.json").stat().st_mode
-    for name in last:
+    for name in (*last, EVALUATION, BENCH):
         (output / name).unlink(missing_ok=True)
     for stale in output.glob("*.safetensors*"):
         stale.unlink()

@@ -1,5 +1,6 @@
 """The `losa` command. Thin: every command reads options, calls one function of the package and prints what it returned."""
 
+import json
 import logging
 import os
 import sys
@@ -303,7 +304,7 @@ def pack(
     At 70 % zeros that is 0.36 of the dense linear layers (0.21 with int8 values). `losa.load`, `losa generate`, `losa eval` and
     transformers with `losa.SparseConfig` run it packed; `losa unpack` gives the checkpoint back.
     """
-    from losa.report.table import size
+    from losa.report.content import size
     from losa.runtime.files import pack_checkpoint
 
     _quiet()
@@ -362,18 +363,33 @@ def bench(
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of every model; medians are shown.")] = 3,
     as_json: AsJson = False,
+    save: Annotated[bool, typer.Option("--save", help="Keep the figures in DIRECTORY/bench.json, for `losa report`.")] = False,
 ) -> None:
     """Tokens per second, time to the first token and memory: sparse against dense, in this process, on this CPU.
 
     Beside each speed stands the physical limit: one token reads every weight once, so memory bandwidth over bytes of weights.
     """
+    from losa.checkpoint import BENCH, replace
     from losa.report.table import bench_table
     from losa.runtime.bench import compare
 
     _huge_pages()
     _quiet(logging.WARNING)
     result = compare(directory, prompt, new, rounds)
+    if save:
+        replace(directory / BENCH, json.dumps(result, indent=2) + "\n")
     out.print_json(data=result) if as_json else out.print(bench_table(result))
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")]) -> None:
+    """Write `report.html` and the model card of a run anew, with what was measured since.
+
+    Every `losa run` and `losa prune` leaves both; the page opens offline, in any browser.
+    """
+    from losa.report.page import refresh
+
+    out.print(f"report: {refresh(directory)}", highlight=False)
 
 
 @app.command()

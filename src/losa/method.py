@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from losa.adapter import collect_scores, masked_linears
+from losa.adapter import collect_scores, masked_linears, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity, layer_rates
 from losa.calibration import block_grams, prune_blocks
 from losa.config import LosaConfig
@@ -113,6 +113,7 @@ def sparsify(session: Session, step: int) -> None:
         {
             "step": step,
             "target": target,
+            "achieved": masked_sparsity(session.model),
             "importance": importance,
             "rates": rates,
             "errors": errors,

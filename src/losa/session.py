@@ -24,7 +24,7 @@ from losa.environment import resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
 from losa.pruning import Pattern, get_pruner
-from losa.report.card import model_card
+from losa.report.page import documents
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Session:
             output = Path(self.config.output)
             with self.timed("saving"):
                 checkpoint.write_verified(output, self.model, self.tokenizer, masks, self.config.model)
-            checkpoint.publish(output, self.record, model_card(self.record, output.name))
+            checkpoint.publish(output, self.record, documents(self.record, output.resolve().name))
         distributed.wait()  # the checkpoint is there
         vars(self.model).update(losa_record=self.record, losa_masks=masks)
         return self.model

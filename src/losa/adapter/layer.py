@@ -152,6 +152,12 @@ def masked_linears(model: nn.Module) -> dict[str, MaskedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
 
 
+def masked_sparsity(model: nn.Module) -> float:
+    """Ratio of zeros in all masks of a model, counted."""
+    layers = masked_linears(model).values()
+    return 1 - sum(int(layer.keep_OI.sum()) for layer in layers) / sum(layer.weight.numel() for layer in layers)
+
+
 @contextmanager
 def dense_mode(module: nn.Module) -> Iterator[None]:
     """Lets a model, or one block of it, compute what the dense model computes: no mask, no adapter, the original weights."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from losa.checkpoint import RECORD, RESULTS, read_record
+from losa.checkpoint import RECORD, EVALUATION, read_record
 from losa.config import LosaConfig
 from losa.data import evaluation_documents, evaluation_text, is_wikitext, named_text, windows
 from losa.environment import resolve_device
@@ -115,12 +115,12 @@ def check_savable(directory: str) -> None:
         ValueError: not the directory of a finished checkpoint.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"{directory} is not the directory of a finished checkpoint; --save keeps {RESULTS} in there")
+        raise ValueError(f"{directory} is not the directory of a finished checkpoint; --save keeps {EVALUATION} in there")
 
 
 def save_results(directory: str, result: dict[str, Any]) -> Path:
     """Adds a result to `eval.json` of a checkpoint: what was measured again is replaced, the rest stays."""
-    path = Path(directory) / RESULTS
+    path = Path(directory) / EVALUATION
     if path.is_file():
         old = json.loads(path.read_text("utf-8"))
         rows = {(row["data"], row["definition"], row["window"]): row for row in old["perplexity"] + result["perplexity"]}

@@ -1,30 +1,38 @@
 """The model card of a sparse checkpoint."""
 
-from pathlib import Path
 from typing import Any
 
-TITLES = {"dense": "dense", "pruned": "pruned only", "losa": "LoSA"}
+from losa.report.content import Table, gap_closed, layer_bytes, perplexities, public, size, zero_shot
+
+CARD = "README.md"
+PACKED = "\n## Packed\n"  # what follows is about the packed form of the checkpoint; see `runtime.files`
 
 
-def model_card(record: dict[str, Any], name: str) -> str:
+def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = None) -> str:
     """Markdown with the front matter the hub reads: what was done, with which figures, and how to load it.
 
     Args:
         record: content of `losa.json`.
         name: of the output directory, shown as the title.
+        evaluation: content of `eval.json`, where there is one.
     """
-    config, sparsity, evaluation = record["config"], record["sparsity"], record["evaluation"]
-    base, data = _public(config["model"]), _public(evaluation["data"])
+    config, sparsity = record["config"], record["sparsity"]
+    base = public(config["model"])
     hub = f"base_model: {base}\n" if base and base == config["model"] else ""
+    origin = f"`{base}`" if base else "a model"
     method = "LoSA (dynamic low-rank sparse adaptation)" if record["kind"] == "run" else "one-shot pruning"
-    rows = "\n".join(f"| {TITLES[key]} | {value:.3f} |" for key, value in record["perplexity"].items())
+    found = perplexities(record, evaluation)
+    closed = gap_closed(record["perplexity"])
+    gap = "" if closed is None else f"\nOf the gap in log-perplexity between pruned only and dense, {closed:.1%} is closed.\n"
+    tasks = f"\n{_markdown(zero_shot(evaluation))}\n" if evaluation and evaluation.get("tasks") else ""
+    dense, packed, rounded = (size(count) for count in layer_bytes(record).values())
     return f"""---
 library_name: transformers
 {hub}tags: [sparse, losa, {config["pruner"]}]
 ---
 # {name}
 
-A sparse version of `{base}`: {sparsity["achieved"]:.2%} of the {sparsity["weights"]:,} weights of its decoder's linear layers are
+A sparse version of {origin}: {sparsity["achieved"]:.2%} of the {sparsity["weights"]:,} weights of its decoder's linear layers are
 exactly zero. Made by {method} with the {config["pruner"]} criterion, pattern {config["pattern"]}, seed {config["seed"]}.
 
 ```python
@@ -33,17 +41,19 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
-| model | perplexity |
-|---|---|
-{rows}
+{_markdown(found)}
+{gap}{tasks}
+These layers take {dense} in bfloat16; `losa pack` stores them in {packed}, or {rounded} rounded to int8.
 
-Windows of {evaluation["window"]} tokens, {evaluation["windows"]} of them, from: {data}.
-The configuration, versions, layer rates, ranks and errors of every step are in `losa.json`.
+[report.html](report.html) shows layer rates, ranks, errors and loss step by step; the configuration and all figures are in
+`losa.json`.
 
 The licence and the limits of use of the base model apply.
 """
 
 
-def _public(source: str) -> str:
-    """A hub name as it is; of a local path only the last part, for a card is published and directories are private."""
-    return Path(source).name if Path(source).exists() else source
+def _markdown(table: Table) -> str:
+    """A Markdown table with its note below."""
+    rule = ["---"] * table.words + ["---:"] * (len(table.head) - table.words)
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in (table.head, rule, *table.rows)]
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{table.note}"

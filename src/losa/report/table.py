@@ -1,7 +1,6 @@
 """Tables for the terminal, made of records and plans. Nothing here computes a result."""
 
 from collections.abc import Iterable, Mapping
-from math import log
 from typing import Any
 
 from rich.console import Group
@@ -9,8 +8,8 @@ from rich.table import Table
 
 from losa.inspect import LayerSparsity
 from losa.plan import Plan
-from losa.report.card import TITLES
 from losa.report.comparison import cells, provenance
+from losa.report.content import TITLES, duration, gap_closed, size, speed
 
 ABOUT = ("items", "truncated", "split", "shots", "version", "data")  # of a task, what is no metric
 
@@ -33,8 +32,8 @@ def summary(record: dict[str, Any]) -> Group:
     for name, value in found.items():
         quality.add_row(TITLES[name], f"{value:.2f}", "0 %" if name == "dense" else f"{sparsity['achieved']:.2%}")
     parts = [f"sparsity asked {sparsity['asked']:.4f}, achieved {sparsity['achieved']:.4f}"]
-    if "losa" in found and found["pruned"] > found["dense"]:
-        parts.append(f"gap in log-perplexity closed: {gap_closed(found):.1%}")
+    if (closed := gap_closed(found)) is not None:
+        parts.append(f"gap in log-perplexity closed: {closed:.1%}")
     time = Table(title="time", title_justify="left")
     time.add_column("stage")
     time.add_column("seconds", justify="right")
@@ -44,11 +43,6 @@ def summary(record: dict[str, Any]) -> Group:
         time.add_row(stage, f"{value:.1f}", f"{value / total:.0%}")
     time.add_row("total", f"{total:.1f}", "", style="bold")
     return Group(quality, "\n".join(parts), time)
-
-
-def gap_closed(found: Mapping[str, float]) -> float:
-    """Share of the log-perplexity that pruning lost and training won back; above 1 is better than dense."""
-    return log(found["pruned"] / found["losa"]) / log(found["pruned"] / found["dense"])
 
 
 def evaluation_tables(result: dict[str, Any]) -> Group:
@@ -160,38 +154,12 @@ def plan_table(plan: Plan) -> Group:
     return Group(table, "it fits" if plan.fits else "[bold red]it does not fit[/]; lower train.batch_size or train.length")
 
 
-def size(count: int) -> str:
-    """Bytes for people."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def bench_table(result: dict[str, Any]) -> Group:
     """Output of `losa bench`."""
-    dense = next(row for row in result["rows"] if row["name"] == "dense")
-    table = Table(title=f"{result['prompt']} tokens of prompt, {result['new']} generated, batch 1", title_justify="left")
-    for column in ("model", "tokens/s", "speed-up", "limit", "first token", "resident", "of dense"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for row in result["rows"]:
-        table.add_row(
-            row["name"],
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}x",
-            f"{row['limit_tokens_per_second']:.1f}",
-            f"{row['first_token_seconds']:.3f} s",
-            size(row["resident_bytes"]),
-            f"{row['resident_bytes'] / dense['resident_bytes']:.2f}" if dense["resident_bytes"] > 0 else "",
-        )
-    stream = f"limit: reading every weight once a token, at the {result['bandwidth'] / 1e9:.1f} GB/s measured on this memory"
-    return Group(table, stream, f"machine: {result['machine']}")
+    found = speed(result)
+    table = Table()
+    for column, name in enumerate(found.head):
+        table.add_column(name, justify="left" if column < found.words else "right", no_wrap=True)
+    for row in found.rows:
+        table.add_row(*row)
+    return Group(table, found.note)

@@ -20,17 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from losa.checkpoint import RESULTS
+from losa.checkpoint import BENCH, EVALUATION
 from losa.models import check_supported, find_decoder, one_line
 from losa.progress import progress
+from losa.report.card import CARD, PACKED
 from losa.runtime.header import METHOD, SparseConfig
 from losa.runtime.packed import PackedWeight, check, pack, unpack
 
 INDEX = "model.safetensors.index.json"
 PARTS = ("weight", "weight_mask", "weight_offsets", "weight_scale")
-CARD_MARK = "\n## Packed\n"
-CARD = (
-    CARD_MARK + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
+NOTE = (
+    PACKED + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
     '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
     "`losa unpack` writes the checkpoint that transformers opens alone, as the example above shows.\n"
 )
@@ -86,7 +86,7 @@ def pack_checkpoint(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
         changes = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
-        _finish(source, partial, changes, CARD.format(name=output.name, values=values))
+        _finish(source, partial, changes, NOTE.format(name=output.name, values=values))
     sizes["sparsity"] = 1 - sum(config.layers.values()) / total
     return sizes | {"ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
@@ -240,7 +240,7 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
             file.is_file()
             and not file.name.startswith(".")
             and file.suffix != ".safetensors"
-            and file.name not in (INDEX, RESULTS, "config.json")
+            and file.name not in (INDEX, EVALUATION, BENCH, "config.json")
         ):
             shutil.copy2(file, output / file.name)
     config = _read_json(source / "config.json") | changes
@@ -254,9 +254,9 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
 
 def _note_on_card(directory: Path, note: str) -> None:
     """Replaces what the model card says of packing, where there is a card."""
-    card = directory / "README.md"
+    card = directory / CARD
     if card.is_file():
-        card.write_text(card.read_text("utf-8").split(CARD_MARK)[0] + note, encoding="utf-8")
+        card.write_text(card.read_text("utf-8").split(PACKED)[0] + note, encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def mask_shape(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
     return -(-rows // STRIP), -(-columns // group) * 2 * group
 
 
+def bytes_per_weight(density: float, values: torch.dtype) -> float:
+    """Mean bytes of a packed weight, where `density` (ratio) of the weights are not zero; without padding, offsets and scales."""
+    return 1 / 8 + density * values.itemsize
+
+
 def _by_words(W_OI: torch.Tensor, group: int) -> torch.Tensor:
     """`[O, I]`, padded with zeros, as `[strips, words, 16 * group]`: the order of the values."""
     padded = torch.nn.functional.pad(W_OI, (0, -W_OI.shape[1] % group, 0, -W_OI.shape[0] % STRIP))

@@ -1,0 +1,219 @@
+"""What a record says, as words and tables: the one source of the model card, the page and the terminal's tables.
+
+Pure functions of `losa.json` and of what was measured later, `eval.json` and `bench.json`. What they return is for publication:
+of a local path only the last part is shown.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from losa.config import LosaConfig
+from losa.runtime.header import VALUES
+from losa.runtime.packed import bytes_per_weight
+
+TITLES = {"dense": "dense", "pruned": "pruned only", "losa": "LoSA"}
+# Of `losa run` and `losa prune`; every other key is a --set.
+OPTIONS = {
+    "output": "--output",
+    "sparsity": "--sparsity",
+    "train.data": "--data",
+    "calibration.data": "--calibration",
+    "eval.data": "--eval-data",
+    "pruner": "--pruner",
+    "pattern": "--pattern",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first `words` columns are words, the others numbers."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+    words: int = 1
+
+
+def gap_closed(found: Mapping[str, float]) -> float | None:
+    """Share of the log-perplexity that pruning lost and training won back; above 1 is better than dense.
+
+    None where nothing was trained, or pruning lost nothing.
+    """
+    if "losa" not in found or not found["dense"] < found["pruned"] < math.inf:
+        return None
+    return math.log(found["pruned"] / found["losa"]) / math.log(found["pruned"] / found["dense"])
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def public(source: str) -> str:
+    """A hub name as it is; of a local path only the last part, for a card is published and directories are private."""
+    path = Path(source)
+    return path.name if path.is_absolute() or source.startswith((".", "~")) or path.exists() else source
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with every path made public."""
+    shown: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    for part, key in ((shown, "model"), (shown, "output"), *((shown[name], "data") for name in ("calibration", "train", "eval"))):
+        part[key] = part[key] and public(part[key])
+    return shown
+
+
+def command(record: Mapping[str, Any]) -> str:
+    """The command that makes the same result again: every key that differs from the defaults, local paths without directories.
+
+    Fields that were decided when the model was known are spelled out, so that the line outlives other defaults.
+    """
+    config, kind, processes = public_config(record["config"]), record["kind"], record.get("processes", 1)
+    given = {key: config[key] for key in ("sparsity", "pattern")}
+    plain = LosaConfig.load(preset="one-shot" if kind == "prune" else None, overrides=given).to_dict()
+    defaults = dict(_leaves(plain | {"sparsity": None, "pattern": "unstructured"}))
+    launcher = "losa" if processes == 1 else f"torchrun --nproc-per-node {processes} -m losa"
+    lines = [f"{launcher} {kind} {shlex.quote(config.pop('model'))}"]
+    for key, value in _leaves(config):
+        if value == defaults[key]:
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        named = key in OPTIONS and not (kind == "prune" and key == "train.data")
+        lines.append(shlex.join([OPTIONS[key], text] if named else ["--set", f"{key}={text}"]))
+    return " \\\n  ".join(lines)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def layer_bytes(record: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes of the decoder's linear layers in bfloat16, dense and packed, computed from their weights and zeros."""
+    weights, density = record["sparsity"]["weights"], 1 - record["sparsity"]["achieved"]
+    packed = {f"packed, {name} values": weights * bytes_per_weight(density, dtype) for name, dtype in VALUES.items()}
+    return {"dense, bfloat16": 2.0 * weights} | packed
+
+
+def headline(
+    record: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None, bench: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """The few numbers to read first, each with what it is."""
+    found, sparsity = record["perplexity"], record["sparsity"]
+    last = "losa" if "losa" in found else "pruned"
+    before = f"dense {found['dense']:.2f}" + (f", pruned only {found['pruned']:.2f}" if last == "losa" else "")
+    dense, packed, _ = layer_bytes(record).values()
+    numbers = [
+        (f"{sparsity['achieved']:.2%}", f"of the weights are zero; asked: {sparsity['asked']:.2%}"),
+        (f"{found[last]:.2f}", f"perplexity; {before}"),
+    ]
+    if (closed := gap_closed(found)) is not None:
+        numbers.append((f"{closed:.1%}", "of the gap in log-perplexity between pruned only and dense is closed"))
+    numbers.append((f"{packed / dense:.2f}x", f"the size of the dense layers, packed: {size(packed)} of {size(dense)}"))
+    if bench:
+        best = max((row for row in bench["rows"] if row["name"] != "dense"), key=lambda row: row["tokens_per_second"])
+        ratio = best["tokens_per_second"] / _dense(bench)["tokens_per_second"]
+        numbers.append((f"{ratio:.1f}x", f"the speed of dense: {best['tokens_per_second']:.1f} tokens/s, {best['name']}"))
+    if evaluation and (mean := evaluation.get("mean_acc")):
+        shown = f"mean accuracy of {len(mean['tasks'])} zero-shot tasks, ± {100 * mean['acc_stderr']:.1f}"
+        numbers.append((f"{mean['acc']:.1%}", shown))
+    return numbers
+
+
+def perplexities(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> Table:
+    """What the run measured, and what was measured later."""
+    used = record["evaluation"]
+    place = ("per token", public(used["data"]), str(used["window"]), f"{used['windows']:,}")
+    rows = [(TITLES[name], *place, f"{value:.3f}") for name, value in record["perplexity"].items()]
+    for row in (evaluation or {}).get("perplexity", []):
+        place = (row["definition"], public(row["data"]), str(row["window"]), f"{row['windows']:,}")
+        rows.append((public(row["model"]), *place, f"{row['perplexity']:.3f}"))
+    note = "Windows do not overlap; each is scored on its own. Only equal definitions, texts and windows compare."
+    return Table(("model", "definition", "text", "window, tokens", "windows", "perplexity"), rows, note, words=3)
+
+
+def zero_shot(evaluation: Mapping[str, Any]) -> Table:
+    """Accuracies of lm-eval's tasks, in percent, with one standard error."""
+    rows = [
+        (task, found["split"], *(str(found[key]) for key in ("version", "shots", "items")), *_accuracies(found))
+        for task, found in evaluation["tasks"].items()
+    ]
+    if mean := evaluation.get("mean_acc"):
+        rows.append((f"mean of {len(mean['tasks'])}", "", "", "", "", *_accuracies(mean)))
+    note = f"lm-eval {evaluation['lm_eval']}, {evaluation['date']}. Percent, ± one standard error."
+    return Table(("task", "split", "version", "shots", "items", "accuracy", "normalised accuracy"), rows, note, words=2)
+
+
+def _accuracies(found: Mapping[str, Any]) -> Iterator[str]:
+    """Plain and length-normalised; a task may lack one."""
+    for name in ("acc", "acc_norm"):
+        value, error = found.get(name), found.get(f"{name}_stderr")
+        yield "" if value is None else f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
+
+
+def sizes(record: Mapping[str, Any]) -> Table:
+    """Of the decoder's linear layers, where all zeros are."""
+    found = layer_bytes(record)
+    rows = [(name, size(count), f"{count / found['dense, bfloat16']:.2f}") for name, count in found.items()]
+    note = "Computed: losa pack stores a bit for every weight and a number for every weight that is not zero. "
+    return Table(("linear layers of the decoder", "size", "of dense"), rows, note + "Embeddings and head come on top.")
+
+
+def speed(bench: Mapping[str, Any]) -> Table:
+    """What `losa bench` measured, beside the physical limit."""
+    dense = _dense(bench)
+    rows = [
+        (
+            row["name"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}x",
+            f"{row['limit_tokens_per_second']:.1f}",
+            f"{row['first_token_seconds']:.3f} s",
+            size(row["resident_bytes"]),
+            f"{row['resident_bytes'] / dense['resident_bytes']:.2f}" if dense["resident_bytes"] > 0 else "",
+        )
+        for row in bench["rows"]
+    ]
+    note = (
+        f"{bench['prompt']} tokens of prompt, {bench['new']} generated, batch 1, on {bench['machine']}. Limit: reading every "
+        f"weight once a token, at the {bench['bandwidth'] / 1e9:.1f} GB/s measured on this memory."
+    )
+    return Table(("model", "tokens/s", "speed-up", "limit", "first token", "resident", "of dense"), rows, note)
+
+
+def _dense(bench: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(row for row in bench["rows"] if row["name"] == "dense")
+
+
+def times(record: Mapping[str, Any]) -> Table:
+    """Wall-clock time of every stage of the run."""
+    seconds = record["seconds"]
+    total = sum(seconds.values())
+    rows = [(stage, f"{value:.1f}", f"{value / total:.0%}") for stage, value in seconds.items()]
+    return Table(("stage", "seconds", "share"), [*rows, ("total", f"{total:.1f}", "")])
+
+
+def origin(record: Mapping[str, Any]) -> Table:
+    """What computed the result, and from which text."""
+    rows = [*record["versions"].items(), ("processes", str(record.get("processes", 1)))]
+    return Table(("made with", "version"), [*rows, ("text, SHA-256", record["text_sha256"])], words=2)
