@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from losa.checkpoint import RECORD, EVALUATION, read_record
+from losa.checkpoint import EVALUATION, RECORD, read_record
 from losa.config import LosaConfig
 from losa.data import evaluation_documents, evaluation_text, is_wikitext, named_text, windows
 from losa.environment import resolve_device
