@@ -31,8 +31,16 @@ EVALUATION = {
             "window": 2048,
             "windows": 166,
             "perplexity": 7.1234,
-            "definition": "per word",
-        }
+            "definition": "token, windowed",
+        },
+        {
+            "model": "org/sparse",
+            "data": "wikitext2",
+            "window": 2048,
+            "documents": 62,
+            "perplexity": 13.5,
+            "definition": "word, lm-eval",
+        },
     ],
     "tasks": {
         "arc_easy": {
@@ -203,7 +211,7 @@ def test_sections_follow_the_data(pages):
         ["Quality", "Zero-shot tasks", "Size and speed", "Speed", "Step by step", "Time", "How it was made"],
         ["Quality", "Size", "Block by block", "Time", "How it was made"],
     ]
-    for text in ("55.12 ± 1.02", "53.56 ± 0.87", "lm-eval 0.4.13, 2026-11-22", "per word", "7.123", "3.12x", "35.0 GB/s"):
+    for text in ("55.12 ± 1.02", "53.56 ± 0.87", "lm-eval 0.4.13, 2026-11-22", "word, lm-eval", "7.123", "3.12x", "35.0 GB/s"):
         assert text in pages["8"]
         assert text not in pages["80"]
     assert "of the gap" not in pages["prune"]
@@ -295,6 +303,7 @@ def test_few_blocks_and_one_rate(blocks):
     [
         ("run", {}),
         ("run", {"sparsity": 0.55, "pruner": "sparsegpt", "train.lr": 1e-5, "train.reuse_weights": True, "eval.data": "a b.txt"}),
+        ("run", {"pruner": "movement", "protect": [0, 5], "sparsity": 0.4}),
         ("run", {"pattern": "2:4", "calibration.data": "allenai/c4:en", "eval.windows": 8}),
         ("prune", {"calibration.data": "org/text", "delta": 0.02}),
     ],
@@ -350,12 +359,26 @@ def test_report_takes_up_what_was_measured_since(folder, tmp_path, monkeypatch):
     assert "report.html" in result.output
     text, card = ((output / name).read_text("utf-8") for name in ("report.html", "README.md"))
     assert "55.12 ± 1.02" in text
+    assert "62 documents" in text
     assert "GB/s" in text
     assert "| arc_easy | test | 1.0 | 0 | 2376 | 55.12 ± 1.02 | 50.37 ± 1.03 |" in card
     assert card.endswith("\n## Packed\n\nHow it opens.\n")
     toy_run(folder, steps=1, output=str(output))  # other weights: what was measured of the old ones is gone
     assert not {"eval.json", "bench.json"} & {path.name for path in output.iterdir()}
     assert "55.12" not in (output / "report.html").read_text("utf-8")
+
+
+def test_report_takes_up_what_losa_eval_keeps(folder, tmp_path):
+    output = tmp_path / "sparse"
+    shutil.copytree(folder / "sparse", output)
+    measured = ["eval", str(output), "--data", str(folder / "text.txt"), "--length", "16", "--windows", "5", "--save"]
+    for arguments in (measured, ["report", str(output)]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    for name in ("report.html", "README.md"):
+        text = (output / name).read_text("utf-8")
+        assert "5 windows" in text
+        assert str(folder) not in text
 
 
 def test_report_of_something_else(tmp_path):

@@ -516,7 +516,7 @@ def test_movement_without_training_to_come_is_refused(tmp_path, changes):
     set_up(tmp_path)
     with pytest.raises(ValueError, match="pruner is 'movement'"):
         toy_run(tmp_path, pruner="movement", **changes)
-    config = LosaConfig.from_dict({"model": str(tmp_path / "model"), "pruner": "movement", "train": {"data": "text.txt"}})
+    config = toy_config(tmp_path, pruner="movement")
     with pytest.raises(ValueError, match="pruner is 'movement'"):
         prune(*load(config), config)
 

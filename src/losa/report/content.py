@@ -143,13 +143,14 @@ def headline(
 def perplexities(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> Table:
     """What the run measured, and what was measured later."""
     used = record["evaluation"]
-    place = ("per token", public(used["data"]), str(used["window"]), f"{used['windows']:,}")
+    place = ("token, windowed", public(used["data"]), str(used["window"]), f"{used['windows']:,} windows")
     rows = [(TITLES[name], *place, f"{value:.3f}") for name, value in record["perplexity"].items()]
     for row in (evaluation or {}).get("perplexity", []):
-        place = (row["definition"], public(row["data"]), str(row["window"]), f"{row['windows']:,}")
+        over = next(f"{row[unit]:,} {unit}" for unit in ("windows", "documents") if unit in row)
+        place = (row["definition"], public(row["data"]), str(row["window"]), over)
         rows.append((public(row["model"]), *place, f"{row['perplexity']:.3f}"))
     note = "Windows do not overlap; each is scored on its own. Only equal definitions, texts and windows compare."
-    return Table(("model", "definition", "text", "window, tokens", "windows", "perplexity"), rows, note, words=3)
+    return Table(("model", "definition", "text", "window, tokens", "over", "perplexity"), rows, note, words=3)
 
 
 def zero_shot(evaluation: Mapping[str, Any]) -> Table:
