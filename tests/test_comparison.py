@@ -105,7 +105,7 @@ def test_seeds_are_averaged(folder, tmp_path):
     assert len(set(values)) > 1  # other calibration text
     assert f"| {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |" in markdown(found)
     assert "seeds 0, 1, 2" in provenance(found)
-    assert cells(found)[0] == ["method", "50 %", "60 %", "training s"]
+    assert cells(found)[0] == ["method", "50 %", "60 %", "seconds"]
     assert (tmp_path / "comparison-by-sparsity.svg").exists()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from losa import distributed
 from losa.baselines import FULL_RATE, lift_masks, mask_again, train_whole_weights
+from losa.checkpoint import replace
 from losa.config import LosaConfig, build, merge, nested, read_config, require
 from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, sparsify
@@ -163,9 +164,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             result = measure(row)
             logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
             if distributed.is_main():
-                partial = file.with_suffix(".partial")
-                partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-                partial.replace(file)
+                replace(file, json.dumps(result, indent=1) + "\n")
             distributed.wait()
         entry = {"method": row.name, "target": row.target, "seed": row.seed}
         found.append(entry | json.loads(file.read_text("utf-8")))

@@ -20,8 +20,7 @@ def write_tables(path: Path, rows: Rows) -> None:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for row in rows:
-            seconds = row["seconds"]
-            times = {"training_seconds": seconds.get("training", 0.0), "seconds": round(sum(seconds.values()), 1)}
+            times = {"training_seconds": row["seconds"].get("training", 0.0), "seconds": round(making(row), 1)}
             writer.writerow([(row | times)[column] for column in COLUMNS])
     path.with_name(f"{path.name}.md").write_text(markdown(rows), "utf-8")
     if rows[0]["context"] is not None:
@@ -31,12 +30,11 @@ def write_tables(path: Path, rows: Rows) -> None:
 def markdown(rows: Rows) -> str:
     """Methods against targets: mean perplexity over seeds, its standard deviation, and what it was measured on."""
     targets = list(dict.fromkeys(row["target"] for row in rows if row["target"]))
-    lines = ["| method | " + " | ".join(map(label, targets)) + " | training s |", "|---" * (len(targets) + 2) + "|"]
+    lines = ["| method | " + " | ".join(map(label, targets)) + " | seconds |", "|---" * (len(targets) + 2) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         cells = [cell([row for row in mine if row["target"] in ("", target)]) for target in targets]
-        training = [row["seconds"].get("training", 0.0) for row in mine]
-        lines.append(f"| {method} | {' | '.join(cells)} | {statistics.mean(training):.0f} |")
+        lines.append(f"| {method} | {' | '.join(cells)} | {statistics.mean(map(making, mine)):.0f} |")
     return "\n".join(lines) + f"\n\n{provenance(rows)}\n"
 
 
@@ -51,6 +49,11 @@ def context_table(rows: Rows) -> str:
         means = [f"{statistics.mean(column):.2f}" for column in zip(*values, strict=True)]
         lines.append(f"| {method} | {label(target) if target else '0 %'} | {' | '.join(means)} |")
     return "\n".join(lines) + f"\n\nPerplexity by tokens of context. {provenance(rows)}\n"
+
+
+def making(row: dict[str, Any]) -> float:
+    """Seconds that making a row's model took: importance, pruning and training, not reading text or evaluating."""
+    return sum(value for stage, value in row["seconds"].items() if stage not in ("reading text", "evaluation"))
 
 
 def label(target: str) -> str:
@@ -90,7 +93,7 @@ def provenance(rows: Rows) -> str:
         f"perplexity over {evaluation['windows']} windows of {evaluation['window']} tokens",
         " to ".join(sorted({min(row["date"] for row in rows), max(row["date"] for row in rows)})),
     ]  # fmt: skip
-    note = " ± is one standard deviation over seeds." if len(seeds) > 1 else ""
+    note = " Seconds are those of pruning and training." + (" ± is one standard deviation over seeds." if len(seeds) > 1 else "")
     return "; ".join(parts) + "." + note
 
 
@@ -128,10 +131,10 @@ def _by_sparsity(rows: Rows, sparsities: Sequence[float]) -> "Figure":
         if points:
             x, y, error = zip(*points, strict=True)
             axes.errorbar(x, y, error, label=name, capsize=2, marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.2)
-    for row in rows:
-        if not row["target"]:
-            axes.axhline(row["perplexity"], color="grey", linestyle=":", label=row["method"])
-    axes.set(xlabel="sparsity (%)", ylabel="perplexity (lower is better)", yscale="log", title=rows[0]["model"])
+    for name, value in {row["method"]: row["perplexity"] for row in rows if not row["target"]}.items():
+        axes.axhline(value, color="grey", linestyle=":", label=name)
+    ticks = [sparsity * 100 for sparsity in sparsities]
+    axes.set(xlabel="sparsity (%)", xticks=ticks, ylabel="perplexity (lower is better)", yscale="log", title=rows[0]["model"])
     _plain_ticks(axes)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     return figure
@@ -143,9 +146,10 @@ def _by_time(rows: Rows, targets: Sequence[str]) -> "Figure":
         names = dict.fromkeys(_name(row) for row in rows if row["target"] == target and row["seconds"].get("training"))
         for number, name in enumerate(names):
             mine = [row for row in rows if _name(row) == name and row["target"] == target]
-            x, y = [row["seconds"]["training"] for row in mine], [_sparse_value(row) for row in mine]
+            x, y = [making(row) for row in mine], [_sparse_value(row) for row in mine]
             axes.plot(x, y, MARKERS[number % len(MARKERS)], label=name, markersize=5)
-        axes.set(xlabel="training (s)", ylabel="perplexity", xlim=(0, None), title=f"{rows[0]['model']}, {label(target)}")
+        title = f"{rows[0]['model']}, {label(target)}"
+        axes.set(xlabel="pruning and training (s)", ylabel="perplexity (lower is better)", xlim=(0, None), title=title)
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
