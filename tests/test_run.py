@@ -542,3 +542,12 @@ def test_protection_that_cannot_be_is_refused(tmp_path, changes, message):
     set_up(tmp_path)
     with pytest.raises(ValueError, match=message):
         toy_run(tmp_path, **changes)
+
+
+def test_importance_by_depth_prunes_late_blocks_more(tmp_path):
+    set_up(tmp_path, num_hidden_layers=3)
+    record = toy_run(tmp_path, importance="depth", delta=0.1, output=None).losa_record
+    for step in record["steps"]:
+        assert step["rates"] == sorted(step["rates"]) and step["rates"][0] < step["rates"][-1]
+    with pytest.raises(ValueError, match="importance is 'width', expected 'rmi' or 'depth'"):
+        toy_config(tmp_path, importance="width")

@@ -171,6 +171,7 @@ class LosaConfig:
     pruner: str = "wanda"  # magnitude, wanda, sparsegpt, or movement, whose scores come from the training itself
     pattern: str = "unstructured"  # or n:m, such as 2:4
     steps: int = 5  # dynamic steps T
+    importance: str = "rmi"  # of blocks, for their rates; or "depth", the control: the earlier, the more important
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
     delta: float | None = None  # how far a block's rate may leave the mean; .01/.02/.03 by sparsity when None; 0 is uniform
     seed: int = 0
@@ -198,6 +199,7 @@ class LosaConfig:
         require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
         require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
         require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
+        require(self.importance in ("rmi", "depth"), "importance", self.importance, "'rmi' or 'depth'")
         require(all(block >= 0 for block in self.protect), "protect", self.protect, "block numbers, 0 being the first")
         require(not (pattern.structured and self.protect), "protect", self.protect, f"none: {self.pattern} fixes all rates")
         whole = not (get_pruner(self.pruner).from_training and self.blocks_on_host)

@@ -98,9 +98,7 @@ def sparsify(session: Session, step: int) -> None:
     rates, importance = _uniform_rates(session, target), None
     if config.delta > 0:
         with session.timed("importance"):
-            ids_ST = session.data.calibration[: config.calibration.rmi_sequences, : config.calibration.rmi_length]
-            grams = block_grams(session.model, ids_ST, device=session.device)
-            importance = rmi_importance(cka_matrix(grams)).tolist()
+            importance = _importance(session)
         previous = session.record["steps"][-1]["rates"] if session.record["steps"] else None
         rates = layer_rates(importance, session.decoder.sizes(), target, config.delta, previous, config.protect)
     with session.timed("pruning"):
@@ -121,6 +119,16 @@ def sparsify(session: Session, step: int) -> None:
             "raised_damping": damping,
         }
     )
+
+
+def _importance(session: Session) -> list[float]:
+    """Of each block, by mutual information; or by depth alone, to see what mutual information adds."""
+    calibration, count = session.config.calibration, len(session.decoder.blocks)
+    if session.config.importance == "depth":
+        return [1 - block / count for block in range(count)]
+    ids_ST = session.data.calibration[: calibration.rmi_sequences, : calibration.rmi_length]
+    values: list[float] = rmi_importance(cka_matrix(block_grams(session.model, ids_ST, device=session.device))).tolist()
+    return values
 
 
 def _uniform_rates(session: Session, target: float) -> list[float]:
