@@ -14,19 +14,22 @@ import pytest
 import torch
 from test_packed import damaged, exact, sparse
 
+from losa.adapter.function import effective_weight
+from losa.pruning.masks import pack_bits
 from losa.runtime import kernels
 from losa.runtime.linear import SparseLinear
 from losa.runtime.packed import PackedWeight, chunk_index, pack, unpack
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from losa.adapter import fused
 from losa.runtime import cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 VALUES = [torch.bfloat16, torch.int8]
 DTYPES = [torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (16, 64), (17, 33), (3, 130), (40, 515)]
+SHAPES = [(1, 1), (16, 64), (17, 33), (3, 130), (40, 270)]
 
 
 @pytest.fixture(autouse=True)
@@ -280,6 +283,39 @@ def test_cuda_graph(tokens):
     assert torch.equal(y, torch.ops.losa.sparse_linear_cuda(*given))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("shape", "rank"), [((1, 1), 1), ((70, 33), 5), ((65, 130), 16), ((9, 72), 40)])
+def test_fused_weight_errs_at_most_twice_as_much_as_panels(shape, rank, dtype):
+    (rows, columns), scale = shape, 2.0
+    W_OI, keep_OI = torch.randn(shape).to(dtype), torch.rand(shape) < 0.4
+    A_RI, B_OR = torch.randn(rank + 3, columns)[:rank], torch.randn(rows, rank + 3)[:, :rank]  # slices, as a layer's are
+    bits = pack_bits(keep_OI)
+    want = torch.where(keep_OI, W_OI.double() + scale * B_OR.double() @ A_RI.double(), 0)
+    panels = effective_weight(W_OI, bits, A_RI, B_OR, scale)
+    given = (tensor.to(DEVICE) for tensor in (W_OI, bits, A_RI, B_OR))
+    ours = fused.build(*given, scale, torch.empty(shape, dtype=dtype, device=DEVICE)).cpu()
+    assert (ours.double() - want).abs().max() <= 2 * (panels.double() - want).abs().max() + torch.finfo(dtype).tiny
+    assert not ours.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[~keep_OI].any()  # +0, bitwise
+
+
+def test_fused_weight_makes_nan_and_negative_zero_outside_the_mask_positive_zero():
+    W_OI = torch.tensor([[float("nan"), -0.0, 3.0, float("inf")]], dtype=torch.bfloat16, device=DEVICE)
+    bits = pack_bits(torch.tensor([[False, False, True, False]])).to(DEVICE)
+    A_RI, B_OR = torch.zeros(1, 4, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
+    built = fused.build(W_OI, bits, A_RI, B_OR, 1.0, torch.empty_like(W_OI))
+    assert built.view(torch.int16).tolist() == [[0, 0, torch.tensor(3.0).bfloat16().view(torch.int16).item(), 0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_the_environment_asks_for_the_fused_weight(monkeypatch):
+    W_OI, keep_OI = torch.randn(64, 72, device=DEVICE).bfloat16(), torch.rand(64, 72, device=DEVICE) < 0.4
+    given = (W_OI, pack_bits(keep_OI), torch.randn(4, 72, device=DEVICE), torch.randn(64, 4, device=DEVICE), 2.0)
+    panels = effective_weight(*given)
+    monkeypatch.setenv("LOSA_TRITON", "1")
+    torch.testing.assert_close(effective_weight(*given), panels)
+
+
 COMPILE = '''
 import itertools
 import triton
@@ -295,19 +331,21 @@ def build(kernel, capability, types, constants, warps):
     made = triton.compile(
         ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
     )
-    print(kernel.__name__, capability, "popc" in made.asm["ptx"], ".local" in made.asm["ptx"])
+    print(kernel.__name__, capability, "POPC" in made.asm["sass"], "STL" in made.asm["sass"])
 '''
 
 
 def test_the_compiler_takes_every_kernel():
     """For A100 and H100, without either: no registers spilled, and population counts in one instruction."""
     code = COMPILE + '''
+from losa.adapter import fused
 from losa.runtime import cuda
 int8, bf16 = {"values": "*i8"}, {"values": "*bf16"}
 build(cuda._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, {"C": 8, "T": 8, "D": 1, "GROUP": 2, "scale": None}, 8)
 build(cuda._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, {"C": 4, "T": 16, "D": 4, "GROUP": 4, "bias": None}, 4)
-build(cuda._expand, 90, bf16 | {"panel": "*bf16"}, {"C": 4, "GROUP": 2, "scale": None}, 4)
-build(cuda._expand, 80, int8 | {"panel": "*fp16"}, {"C": 4, "GROUP": 4}, 4)
+build(cuda._expand, 80, int8 | {"panel": "*bf16"}, {"C": 4, "GROUP": 4}, 4)
+weights = {"W": "*bf16", "bits": "*u8", "A": "*fp32", "B": "*fp32", "result": "*bf16", "scale": "fp32"}
+build(fused._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 4)
 build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK": 1024, "scale": None}, 4)
 '''
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -316,5 +354,5 @@ build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK"
     lines = re.findall(r"^(_\w+) (\d+) (\w+) (\w+)$", done.stdout, re.MULTILINE)
     assert len(lines) == 5
     for name, _, counts, spills in lines:
-        assert counts == str(name != "_add_shares")
+        assert counts == str(name in ("_stream", "_expand"))
         assert spills == "False"

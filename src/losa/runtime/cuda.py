@@ -40,8 +40,8 @@ def _popcount(word):  # noqa: ANN001, ANN202
 @triton.jit
 def _take(values, at, byte, position: tl.constexpr):  # noqa: ANN001, ANN202
     """The value of one bit of each byte, 0 where it is not set, and where the next one is."""
-    bit = byte & (1 << position)
-    return tl.load(values + at, mask=bit != 0, other=0), at + (bit >> position).to(tl.int32)
+    stored = (byte & (1 << position)) != 0
+    return tl.load(values + at, mask=stored, other=0), at + stored.to(tl.int32)
 
 
 @triton.jit
