@@ -345,7 +345,7 @@ build(cuda._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, {"C": 8, "T": 8, "D
 build(cuda._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, {"C": 4, "T": 16, "D": 4, "GROUP": 4, "bias": None}, 4)
 build(cuda._expand, 80, int8 | {"panel": "*bf16"}, {"C": 4, "GROUP": 4}, 4)
 weights = {"W": "*bf16", "bits": "*u8", "A": "*fp32", "B": "*fp32", "result": "*bf16", "scale": "fp32"}
-build(fused._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 4)
+build(fused._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 8)
 build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK": 1024, "scale": None}, 4)
 '''
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

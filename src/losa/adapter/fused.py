@@ -35,7 +35,7 @@ def _build(  # noqa: ANN202
         update = tl.dot(B_PK, A_KQ, update, input_precision="ieee")
     inside = (row < rows) & (column < columns)
     place = row * columns + column
-    kept = (tl.load(bits + place // 8, mask=inside, other=0) >> (place % 8).to(tl.uint8)) & 1
+    kept = (tl.load(bits + (place >> 3), mask=inside, other=0) >> (place & 7).to(tl.uint8)) & 1
     merged = tl.load(W + place, mask=inside, other=0).to(tl.float32) + scale * update
     tl.store(result + place, tl.where(kept != 0, merged, 0).to(result.dtype.element_ty), mask=inside)
 
@@ -53,6 +53,6 @@ def build(W_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, 
     with torch.cuda.device_of(W_OI):
         _build[triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)](
             W_OI, bits, A_RI, B_OR, result_OI, scale, rows, columns, A_RI.shape[0], A_RI.stride(0), B_OR.stride(0),
-            P=TILE, Q=TILE, K=COMPONENTS, num_warps=4,
+            P=TILE, Q=TILE, K=COMPONENTS, num_warps=8,
         )  # fmt: skip
     return result_OI
