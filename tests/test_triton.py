@@ -13,10 +13,13 @@ import sys
 import pytest
 import torch
 from test_packed import damaged, exact, sparse
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.adapter.function import effective_weight
+from losa.doctor import TOY, toy_tokenizer
 from losa.pruning.masks import pack_bits
 from losa.runtime import kernels
+from losa.runtime.bench import compare
 from losa.runtime.linear import SparseLinear
 from losa.runtime.packed import PackedWeight, chunk_index, pack, unpack
 
@@ -202,7 +205,7 @@ def test_index_refuses_masks_that_the_offsets_do_not_count():
     flipped, moved = packed.mask.clone(), packed.offsets.clone()
     flipped[0, 0] ^= 1
     moved[1] += 1
-    for broken in (dict(mask=flipped), dict(offsets=moved), dict(values=packed.values[:-1])):
+    for broken in ({"mask": flipped}, {"offsets": moved}, {"values": packed.values[:-1]}):
         with pytest.raises(ValueError, match="offsets do not count"):
             chunk_index(damaged(packed, **broken))
 
@@ -316,7 +319,17 @@ def test_the_environment_asks_for_the_fused_weight(monkeypatch):
     torch.testing.assert_close(effective_weight(*given), panels)
 
 
-COMPILE = '''
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_bench_on_a_gpu(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**TOY, max_position_embeddings=64)).bfloat16().save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    rows = compare(tmp_path, prompt=4, new=8, rounds=1, device="cuda")["rows"]
+    assert [row["name"] for row in rows] == ["dense", "sparse bfloat16", "sparse int8"]
+    assert all(row["tokens_per_second"] > 0 and row["resident_bytes"] > 0 for row in rows)
+
+
+COMPILE = """
 import itertools
 import triton
 from triton.backends.compiler import GPUTarget
@@ -332,12 +345,14 @@ def build(kernel, capability, types, constants, warps):
         ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
     )
     print(kernel.__name__, capability, "POPC" in made.asm["sass"], "STL" in made.asm["sass"])
-'''
+"""
 
 
 def test_the_compiler_takes_every_kernel():
     """For A100 and H100, without either: no registers spilled, and population counts in one instruction."""
-    code = COMPILE + '''
+    code = (
+        COMPILE
+        + """
 from losa.adapter import fused
 from losa.runtime import cuda
 int8, bf16 = {"values": "*i8"}, {"values": "*bf16"}
@@ -347,7 +362,8 @@ build(cuda._expand, 80, int8 | {"panel": "*bf16"}, {"C": 4, "GROUP": 4}, 4)
 weights = {"W": "*bf16", "bits": "*u8", "A": "*fp32", "B": "*fp32", "result": "*bf16", "scale": "fp32"}
 build(fused._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 8)
 build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK": 1024, "scale": None}, 4)
-'''
+"""
+    )
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

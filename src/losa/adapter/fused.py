@@ -16,8 +16,8 @@ COMPONENTS = 16  # K: ranks are rarely larger
 
 
 @triton.jit
-def _build(  # noqa: ANN202
-    W, bits, A, B, result, scale, rows, columns, rank, A_stride, B_stride,  # noqa: ANN001
+def _build(
+    W, bits, A, B, result, scale, rows, columns, rank, A_stride, B_stride,
     P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One tile; +0 wherever the mask is False."""
@@ -26,12 +26,8 @@ def _build(  # noqa: ANN202
     update = tl.zeros((P, Q), tl.float32)
     for first in range(0, rank, K):
         component = first + tl.arange(0, K)
-        B_PK = tl.load(
-            B + row * B_stride + component[None, :], mask=(row < rows) & (component < rank)[None, :], other=0
-        )
-        A_KQ = tl.load(
-            A + component[:, None] * A_stride + column, mask=(component < rank)[:, None] & (column < columns), other=0
-        )
+        B_PK = tl.load(B + row * B_stride + component[None, :], mask=(row < rows) & (component < rank)[None, :], other=0)
+        A_KQ = tl.load(A + component[:, None] * A_stride + column, mask=(component < rank)[:, None] & (column < columns), other=0)
         update = tl.dot(B_PK, A_KQ, update, input_precision="ieee")
     inside = (row < rows) & (column < columns)
     place = row * columns + column

@@ -30,7 +30,7 @@ WARPS_A_PROCESSOR = 16  # that hide the latency of memory, roughly: what splitti
 
 
 @triton.jit
-def _popcount(word):  # noqa: ANN001, ANN202
+def _popcount(word):
     """Bits set in each uint32. LLVM recognises the sum and emits the machine's own instruction; the interpreter just adds."""
     pairs = word - ((word >> 1) & 0x55555555)
     nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
@@ -38,14 +38,14 @@ def _popcount(word):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _take(values, at, byte, position: tl.constexpr):  # noqa: ANN001, ANN202
+def _take(values, at, byte, position: tl.constexpr):
     """The value of one bit of each byte, 0 where it is not set, and where the next one is."""
     stored = (byte & (1 << position)) != 0
     return tl.load(values + at, mask=stored, other=0), at + stored.to(tl.int32)
 
 
 @triton.jit
-def _decode(mask, values, index, first, words, chunks, C: tl.constexpr, GROUP: tl.constexpr):  # noqa: ANN001, ANN202
+def _decode(mask, values, index, first, words, chunks, C: tl.constexpr, GROUP: tl.constexpr):
     """`[C, 16, 64]`, dense, of the values' type: chunks `first` to `first + C` of a strip, zeros past its end.
 
     Args:
@@ -81,7 +81,7 @@ def _decode(mask, values, index, first, words, chunks, C: tl.constexpr, GROUP: t
 
 
 @triton.jit
-def _finish(sums, row, keep, scale, bias):  # noqa: ANN001, ANN202
+def _finish(sums, row, keep, scale, bias):
     """Scale of the row and bias, where there are any, in float32."""
     if scale is not None:
         sums *= tl.load(scale + row, mask=keep, other=0)
@@ -91,9 +91,9 @@ def _finish(sums, row, keep, scale, bias):  # noqa: ANN001, ANN202
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _stream(  # noqa: ANN202
-    x, mask, values, offsets, index, scale, bias, y,  # noqa: ANN001
-    tokens, rows, columns, words, chunks, chunks_a_split,  # noqa: ANN001
+def _stream(
+    x, mask, values, offsets, index, scale, bias, y,
+    tokens, rows, columns, words, chunks, chunks_a_split,
     C: tl.constexpr, T: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`y = x W^T`, one strip of 16 rows and one of D shares of the columns a program; C warps decode side by side.
@@ -121,7 +121,7 @@ def _stream(  # noqa: ANN202
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _add_shares(partial, scale, bias, y, tokens, rows, D: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _add_shares(partial, scale, bias, y, tokens, rows, D: tl.constexpr, BLOCK: tl.constexpr):
     """`y = sum over D of partial`, in order, finished."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = place < tokens * rows
@@ -133,8 +133,8 @@ def _add_shares(partial, scale, bias, y, tokens, rows, D: tl.constexpr, BLOCK: t
 
 
 @triton.jit(do_not_specialize=["first_strip"])
-def _expand(  # noqa: ANN202
-    mask, values, offsets, index, scale, panel, first_strip, rows, columns, words, chunks,  # noqa: ANN001
+def _expand(
+    mask, values, offsets, index, scale, panel, first_strip, rows, columns, words, chunks,
     C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Writes `rows` rows from strip `first_strip` on, `[P, I]`, in the panel's type; C chunks of a strip a program."""
@@ -224,7 +224,8 @@ def _choose(x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | None
     mask, values, _, index = weight
     key = (x.device, x.dtype, values.dtype, mask.shape, x.shape[1], _padded(x.shape[0]))
     if key not in _fastest:
-        found = configs(*index.shape, _processors(x.device))
+        strips, chunks = index.shape
+        found = configs(strips, chunks, _processors(x.device))
         if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return found[0]
         times = {}

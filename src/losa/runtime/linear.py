@@ -72,7 +72,7 @@ class SparseLinear(nn.Module):
         self.land()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `cuda`, `half`: moves, but casts nothing, for the types are the format's. Activations decide what is computed in."""
+        """`to`, `cuda`, `half`: moves, but casts nothing, for the types are the format's; activations decide what computes."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
