@@ -85,9 +85,10 @@ def measure(shape: tuple[int, int], sparsity: float, tokens: list[int], rate: fl
         for name, weights in packed.items():
             weight, index = weights[0]
             size = sum(part.nbytes for part in (*weight[:4], index) if part is not None)
+            theirs, ours, limit = times["dense"], times[name], size / rate * 1e6
             found = [
-                *shape, sparsity, count, name, kernel, round(times["dense"], 1), round(times[name], 1), round(size / rate * 1e6, 1),
-                round(times["dense"] / times[name], 2), round(size / times[name] / 1e3, 1), round(size / rate * 1e6 / times[name], 2),
+                *shape, sparsity, count, name, kernel, round(theirs, 1), round(ours, 1), round(limit, 1),
+                round(theirs / ours, 2), round(size / ours / 1e3, 1), round(limit / ours, 2),
             ]  # fmt: skip
             results.append(dict(zip(COLUMNS, found, strict=True)))
     return results
