@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's interpreter runs its kernels on the CPU; before it is imported
+
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -362,10 +362,11 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt, random ones.")] = 128,
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of every model; medians are shown.")] = 3,
+    device: Device = None,
     as_json: AsJson = False,
     save: Annotated[bool, typer.Option("--save", help="Keep the figures in DIRECTORY/bench.json, for `losa report`.")] = False,
 ) -> None:
-    """Tokens per second, time to the first token and memory: sparse against dense, in this process, on this CPU.
+    """Tokens per second, time to the first token and memory: sparse against dense, in this process, on a CPU or a GPU.
 
     Beside each speed stands the physical limit: one token reads every weight once, so memory bandwidth over bytes of weights.
     """
@@ -375,7 +376,7 @@ def bench(
 
     _huge_pages()
     _quiet(logging.WARNING)
-    result = compare(directory, prompt, new, rounds)
+    result = compare(directory, prompt, new, rounds, device or "auto")
     if save:
         replace(directory / BENCH, json.dumps(result, indent=2) + "\n")
     out.print_json(data=result) if as_json else out.print(bench_table(result))

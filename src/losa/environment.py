@@ -19,9 +19,9 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in packages} | {"python": platform.python_version(), "machine": machine()}
 
 
-def machine() -> str:
-    """The GPU's name, or the CPU's model and its cores."""
-    if torch.cuda.is_available():
+def machine(device: str = "cuda") -> str:
+    """The GPU's name where there is one and work goes there, or else the CPU's model and its cores."""
+    if device == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     models = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]

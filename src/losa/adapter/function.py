@@ -18,6 +18,7 @@ weight by its bit, as integers, keeps it exactly or makes it +0, also where it i
 Legend: `N` tokens, `O` out_features, `I` in_features, `R` rank, `P` rows of a panel.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,13 +53,19 @@ def effective_weight(
 ) -> Tensor:
     """`M * (W + s B A)`, summed in the dtype of the adapters, cast once; +0 (bitwise) wherever the mask is False.
 
-    This is the only place that forms the merged weight: training, calibration, evaluation and the saved file agree.
+    This is the only place that forms the merged weight: training, calibration, evaluation and the saved file agree. On a GPU
+    with `LOSA_TRITON=1` in the environment it is one kernel (`adapter/fused.py`); not the default before it was measured.
 
     Args:
         bits: the keep-mask, packed by `masks.pack_bits`.
         dtype: of the result; that of `W` when None.
     """
-    result_OI, table = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype), byte_table(W_OI.device)
+    result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)
+    if W_OI.is_cuda and A_RI.dtype == torch.float32 and os.environ.get("LOSA_TRITON") == "1":
+        from losa.adapter.fused import build
+
+        return build(W_OI, bits, A_RI, B_OR, scale, result_OI)
+    table = byte_table(W_OI.device)
     for rows in panels(W_OI.shape, W_OI.device):
         result_OI[rows] = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
         mask_(result_OI[rows], bits, rows, table)

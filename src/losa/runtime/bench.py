@@ -1,7 +1,8 @@
 """`losa bench`: tokens per second, sparse against dense, in one process, beside what the memory allows.
 
 Generating one token reads every weight once, so no engine is faster than bandwidth / bytes of weights. Models take turns, round
-by round, because a machine's clock and neighbours change from minute to minute; medians are reported.
+by round, because a machine's clock and neighbours change from minute to minute; medians are reported. On a GPU `generate` has a
+static cache, for which transformers compiles the decoding step and runs it as CUDA graphs; the warm-up round pays for that.
 """
 
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from losa.environment import machine
+from losa.environment import machine, resolve_device
 from losa.models import load, max_length, one_line
 from losa.progress import progress
 from losa.runtime.header import VALUES, SparseConfig
@@ -26,7 +27,8 @@ from losa.runtime.memory import resident_bytes, settle
 
 @dataclass(frozen=True)
 class Row:
-    """One model. Bytes are of this process and of the weights that one token reads; the limit is bandwidth / weight bytes."""
+    """One model. Bytes are of this process (on a GPU: allocated there) and of the weights that one token reads; the limit is
+    bandwidth / weight bytes."""
 
     name: str
     tokens_per_second: float
@@ -37,15 +39,30 @@ class Row:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one generated token reads: all linear layers, the head among them."""
+    """Bytes of weights that one generated token reads: all linear layers, the head among them, and their indices on a GPU."""
     layers = (module for module in model.modules() if isinstance(module, nn.Linear | SparseLinear))
-    return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    return sum(tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
 
 
-def bandwidth(size: int = 1 << 29, rounds: int = 5) -> float:
-    """Bytes per second at which torch's threads read memory: the best of a few passes of `amax` over `size` bytes."""
-    numbers = torch.arange(size // 4, dtype=torch.float32)
-    return size / min(seconds(numbers.amax) for _ in range(rounds))
+def bandwidth(device: torch.device, size: int = 1 << 29, rounds: int = 5) -> float:
+    """Bytes per second of memory, the best of a few passes: torch's threads reading `size` bytes by `amax`; on a GPU, a copy of
+    them, bytes read and written."""
+    numbers = torch.arange(size // 4, dtype=torch.float32, device=device)
+    if device.type == "cpu":
+        return size / min(seconds(numbers.amax) for _ in range(rounds))
+    target = torch.empty_like(numbers)
+
+    def copy() -> None:
+        target.copy_(numbers)
+        torch.cuda.synchronize(device)
+
+    copy()
+    return 2 * size / min(seconds(copy) for _ in range(rounds))
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that this process has resident, or allocated on a GPU."""
+    return resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -55,27 +72,27 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def open_all(directory: str) -> dict[str, tuple[PreTrainedModel, int]]:
-    """The models to compare, all of one checkpoint, with the memory that each added.
+def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrainedModel, int]]:
+    """The models to compare, all of one checkpoint, on `device`, with the memory that each added.
 
     A packed directory is compared with itself unpacked; any other is packed in memory, with both kinds of values.
     """
-    before = resident_bytes()
-    first, _ = load(directory)
+    before = memory(device)
+    first = load(directory)[0].to(device)
     found = {}
     if getattr(first.config, "quantization_config", None) is None:
         settle(first)  # packed models are settled when they are opened
-        found["dense"] = (first, resident_bytes() - before)
+        found["dense"] = (first, memory(device) - before)
         makers: dict[str, Callable[[], PreTrainedModel]] = {
             f"sparse {values}": partial(_packed, directory, values) for values in VALUES
         }
     else:
-        found[f"sparse {first.config.quantization_config.values}"] = (first, resident_bytes() - before)
+        found[f"sparse {first.config.quantization_config.values}"] = (first, memory(device) - before)
         makers = {"dense": partial(_unpacked, directory)}
     for name, make in makers.items():
-        before = resident_bytes()
-        model = make()
-        found[name] = (model, resident_bytes() - before)
+        before = memory(device)
+        model = make().to(device)
+        found[name] = (model, memory(device) - before)
     return dict(sorted(found.items()))  # dense first
 
 
@@ -93,7 +110,7 @@ def _unpacked(directory: str) -> PreTrainedModel:
     return model
 
 
-def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int = 3) -> dict[str, Any]:
+def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int = 3, device: str = "cpu") -> dict[str, Any]:
     """Measures dense against packed models of one checkpoint, through `generate`, greedy, batch 1.
 
     Args:
@@ -101,6 +118,7 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
         prompt: tokens of the prompt, drawn at random.
         new: tokens generated.
         rounds: turns of every model; the first, to warm up, is not counted.
+        device: `auto`, `cpu` or `cuda`.
 
     Returns:
         `machine`, `bandwidth` (bytes per second), `prompt`, `new`, and `rows`, a dict for each model.
@@ -110,29 +128,38 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     """
     if prompt < 1 or new < 2 or rounds < 1:
         raise ValueError(f"found a prompt of {prompt}, {new} new tokens and {rounds} rounds; expected at least 1, 2 and 1")
-    models = open_all(str(directory))
+    place = resolve_device(device)
+    models = open_all(str(directory), place)
     config = next(iter(models.values()))[0].config.get_text_config()
     if prompt + new > max_length(config):
         raise ValueError(
             f"{prompt} tokens of prompt and {new} new ones are more than the model's {max_length(config)}; ask for fewer"
         )
-    ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
+    graphs = {"cache_implementation": "static"} if place.type == "cuda" else {}
     clocks: dict[str, list[_Clock]] = {name: [] for name in models}
     turns = [(name, counted) for counted in range(rounds + 1) for name in models]
     for name, counted in progress(turns, "generating"):
         clock = _Clock()
         models[name][0].generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock,
+            **graphs,
+        )  # fmt: skip
         if counted:
             clocks[name].append(clock)
-    stream = bandwidth()
+    stream = bandwidth(place)
     rows = []
-    for name, (model, memory) in models.items():
+    for name, (model, added) in models.items():
         first = median(clock.first for clock in clocks[name])
         rate = median(clock.rate for clock in clocks[name])
-        rows.append(Row(name, rate, first, memory, weight_bytes(model), stream / weight_bytes(model)))
-    return {"machine": machine(), "bandwidth": stream, "prompt": prompt, "new": new, "rows": [asdict(row) for row in rows]}
+        rows.append(Row(name, rate, first, added, weight_bytes(model), stream / weight_bytes(model)))
+    return {
+        "machine": machine(place.type),
+        "bandwidth": stream,
+        "prompt": prompt,
+        "new": new,
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 class _Clock:

@@ -1,7 +1,8 @@
-"""Which code multiplies a packed weight: the compiled kernels of this CPU, or the reference in plain torch.
+"""Which code multiplies a packed weight: the compiled kernels of this CPU, Triton's on a GPU, or the reference in plain torch.
 
 The compiled operator is `torch.ops.losa.sparse_linear`; it takes the number of its kernel as an argument, so that nothing here
-or there is global. `LOSA_KERNELS=reference|portable|avx2|avx512|amx` forces one, for tests and for reports of trouble.
+or there is global. That of the GPU is `torch.ops.losa.sparse_linear_cuda` (`losa.runtime.cuda`).
+`LOSA_KERNELS=reference|portable|avx2|avx512|amx` forces one, for tests and for reports of trouble; `reference` on GPUs too.
 """
 
 import functools
@@ -15,7 +16,7 @@ from torch import Tensor
 from losa.runtime import packed
 from losa.runtime.packed import PackedWeight
 
-REFERENCE = "reference"
+REFERENCE, TRITON = "reference", "triton"
 COMPILED = ("portable", "avx2", "avx512", "amx")  # by the numbers that csrc/ops.cpp gives them, slowest first
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,31 @@ def _shape(
     return x.new_empty(x.shape[0], rows)
 
 
-def choose() -> str:
+@functools.cache
+def triton_runs() -> bool:
+    """Whether the GPU's operator is there; loads it. Says once, in the log, when it is not."""
+    try:
+        import losa.runtime.cuda  # noqa: F401 - defines the operator
+    except ImportError as error:
+        logger.warning("no Triton (%s): packed layers on a GPU are unpacked at every call; pip install triton", error)
+        return False
+    return True
+
+
+def choose(device: str = "cpu") -> str:
     """The fastest kernel that runs here, or the one that `LOSA_KERNELS` asks for.
+
+    Args:
+        device: type of the device that holds the layer.
 
     Raises:
         ValueError: `LOSA_KERNELS` names none that runs here.
     """
     asked = os.environ.get("LOSA_KERNELS")
+    if device == "cuda":
+        return TRITON if asked != REFERENCE and triton_runs() else REFERENCE
+    if device not in ("cpu", "meta"):
+        return REFERENCE
     if not asked:
         return available()[-1]
     if asked not in available():
@@ -60,19 +79,22 @@ def choose() -> str:
     return asked
 
 
-def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str, index: Tensor | None = None) -> Tensor:
     """`x W^T + b`.
 
     Args:
-        x: `[..., I]` bfloat16.
+        x: `[..., I]` bfloat16; on a GPU float16 as well.
         weight: packed `[O, I]`.
         bias_O: bfloat16, or None.
-        kernel: one of `available()`. Anywhere but on the CPU, the reference computes.
+        kernel: one of `available()`, or `triton`, as `choose` found for the device.
+        index: the weight's `packed.chunk_index`, for `triton`.
     """
-    if kernel == REFERENCE or x.device.type != "cpu":
+    if kernel == REFERENCE:
         return packed.linear(x, weight, bias_O)
-    y_TO = torch.ops.losa.sparse_linear(
-        x.reshape(-1, x.shape[-1]), weight.mask, weight.values, weight.offsets, weight.scale, bias_O, weight.rows,
-        COMPILED.index(kernel),
-    )  # fmt: skip
+    x_TI = x.reshape(-1, x.shape[-1])
+    parts = (weight.mask, weight.values, weight.offsets)
+    if kernel == TRITON:
+        y_TO = torch.ops.losa.sparse_linear_cuda(x_TI, *parts, index, weight.scale, bias_O, weight.rows)
+    else:
+        y_TO = torch.ops.losa.sparse_linear(x_TI, *parts, weight.scale, bias_O, weight.rows, COMPILED.index(kernel))
     return y_TO.view(*x.shape[:-1], weight.rows)

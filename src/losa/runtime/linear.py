@@ -1,12 +1,13 @@
 """`SparseLinear`: a linear layer whose weight stays packed."""
 
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from losa.runtime import kernels
-from losa.runtime.packed import PackedWeight, check, mask_shape, pack, unpack
+from losa.runtime.packed import PackedWeight, check, chunk_index, mask_shape, pack, unpack
 
 
 class SparseLinear(nn.Module):
@@ -21,8 +22,11 @@ class SparseLinear(nn.Module):
         weight_offsets: `[strips + 1]` int64.
         weight_scale: `[O]` float32, or None for bfloat16 values.
         bias: `[O]` bfloat16 or None.
-        kernel: one of `losa.runtime.kernels.available()`.
+        kernel: one of `losa.runtime.kernels.available()`, or `triton` on a GPU.
+        index: `[strips, chunks]` int32, `packed.chunk_index` of a layer on a GPU; None elsewhere. In no checkpoint.
     """
+
+    index: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, count: int, values: torch.dtype, bias: bool = False) -> None:
         super().__init__()
@@ -35,6 +39,7 @@ class SparseLinear(nn.Module):
         self.register_parameter("weight_scale", scale)
         self.register_parameter("bias", _frozen(torch.empty(out_features, dtype=torch.bfloat16)) if bias else None)
         self.kernel = kernels.choose()
+        self.register_buffer("index", None, persistent=False)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, values: torch.dtype = torch.bfloat16) -> Self:
@@ -50,7 +55,32 @@ class SparseLinear(nn.Module):
             made.weight_scale = _frozen(packed.scale)
         if linear.bias is not None:
             made.bias = _frozen(linear.bias.data.bfloat16())
+        made.land()
         return made
+
+    def land(self) -> None:
+        """Chooses the kernel of the device that holds the weight, and derives what that kernel needs.
+
+        Raises:
+            ValueError: on a GPU, masks, offsets and values that disagree.
+        """
+        self.kernel = kernels.choose(self.weight.device.type)
+        self.index = chunk_index(self.packed) if self.kernel == kernels.TRITON else None
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)
+        self.land()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to`, `cuda`, `half`: moves, but casts nothing, for the types are the format's; activations decide what computes."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        self.land()
+        return self
 
     @property
     def packed(self) -> PackedWeight:
@@ -78,10 +108,10 @@ class SparseLinear(nn.Module):
         check(self.packed, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., I]` bfloat16 -> `[..., O]`."""
-        if x.dtype != torch.bfloat16:
+        """`[..., I]` bfloat16 -> `[..., O]`; on a GPU float16 as well."""
+        if x.dtype != torch.bfloat16 and not (x.dtype == torch.float16 and x.device.type == "cuda"):
             raise ValueError(f"a packed layer computes in bfloat16, found {x.dtype}; load the model with dtype=torch.bfloat16")
-        return kernels.linear(x, self.packed, self._parameters["bias"], self.kernel)
+        return kernels.linear(x, self.packed, self._parameters["bias"], self.kernel, self._buffers["index"])
 
     def extra_repr(self) -> str:
         """Shape, zeros and storage, for `print(model)`."""

@@ -24,6 +24,7 @@ import torch
 
 STRIP = 16  # rows of a strip
 GROUPS = {torch.bfloat16: 2, torch.int8: 4}  # columns of a word, by the values' type
+CHUNK = 128  # mask bytes of a chunk: 1,024 weights, 16 rows x 64 columns for either type of values
 
 
 class PackedWeight(NamedTuple):
@@ -147,6 +148,25 @@ def check(packed: PackedWeight, name: str = "packed weight") -> None:
         raise ValueError(f"{name}: the masks mark {expected[-1]} weights, found {values.numel()} values")
 
 
+def chunk_index(packed: PackedWeight) -> torch.Tensor:
+    """How many values of its strip come before each chunk: what lets a GPU begin anywhere. `[S, chunks]` int32, on the device.
+
+    Derived, never stored: 4 bytes for 1,024 weights, 0.5 % of a layer at 70 % zeros.
+
+    Raises:
+        ValueError: the population counts of the masks are not what the offsets or the number of values say.
+    """
+    counts = packed.mask - ((packed.mask >> 1) & 0x55)  # population counts of the bytes: pairs, nibbles, bytes
+    counts = (counts & 0x33) + ((counts >> 2) & 0x33)
+    counts = (counts + (counts >> 4)) & 0x0F
+    counts = torch.nn.functional.pad(counts, (0, -counts.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK)).sum(2)
+    ends = counts.cumsum(1)
+    lengths = packed.offsets.diff()
+    if not torch.equal(ends[:, -1], lengths) or packed.offsets[0] != 0 or packed.offsets[-1] != packed.values.numel():
+        raise ValueError("the offsets do not count the bits of the masks; the file is damaged, pack the model again")
+    return (ends - counts).int()
+
+
 def linear(x_TI: torch.Tensor, packed: PackedWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """`x W^T + b` by unpacking: what every kernel is tested against."""
-    return torch.nn.functional.linear(x_TI, unpack(packed), bias_O)
+    """`x W^T + b` by unpacking, in the type of `x`: what every kernel is tested against."""
+    return torch.nn.functional.linear(x_TI, unpack(packed).to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype))

@@ -44,6 +44,7 @@ class SparseQuantizer(HfQuantizer):
                 assert isinstance(layer, SparseLinear)
                 layer.check(name)
                 layer.requires_grad_(False)
+                layer.land()
         else:
             self.quantization_config.layers = pack_model(model, self.quantization_config)
         settle(model)
