@@ -38,8 +38,9 @@ def main() -> None:
             if f"<!-- table {table} -->" in page:
                 page = fill(page, table, (FOUND / f"{table}.md").read_text("utf-8"))
         PAGE.write_text(page, "utf-8")
-        for figure in FOUND.glob(f"{name}*"):
-            if figure.suffix in (".csv", ".svg"):
+        shutil.copy(FOUND / f"{name}.csv", ROOT / "docs" / "experiments")
+        for figure in FOUND.glob(f"{name}-*.svg"):
+            if f"(experiments/{figure.name})" in page:
                 shutil.copy(figure, ROOT / "docs" / "experiments")
 
 
