@@ -130,7 +130,7 @@ def _by_sparsity(rows: Rows, sparsities: Sequence[float]) -> "Figure":
                 points.append((sparsity * 100, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
         if points:
             x, y, error = zip(*points, strict=True)
-            axes.errorbar(x, y, error, label=name, capsize=2, marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.2)
+            axes.errorbar(x, y, error, label=name, capsize=2, markersize=4, linewidth=1.2, **_look(number))
     for name, value in {row["method"]: row["perplexity"] for row in rows if not row["target"]}.items():
         axes.axhline(value, color="grey", linestyle=":", label=name)
     ticks = [sparsity * 100 for sparsity in sparsities]
@@ -147,7 +147,7 @@ def _by_time(rows: Rows, targets: Sequence[str]) -> "Figure":
         for number, name in enumerate(names):
             mine = [row for row in rows if _name(row) == name and row["target"] == target]
             x, y = [making(row) for row in mine], [_sparse_value(row) for row in mine]
-            axes.plot(x, y, MARKERS[number % len(MARKERS)], label=name, markersize=5)
+            axes.plot(x, y, label=name, linestyle="none", markersize=5, **_look(number))
         title = f"{rows[0]['model']}, {label(target)}"
         axes.set(xlabel="pruning and training (s)", ylabel="perplexity (lower is better)", xlim=(0, None), title=title)
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -155,6 +155,13 @@ def _by_time(rows: Rows, targets: Sequence[str]) -> "Figure":
 
 
 MARKERS = "osD^vP*X<>hd"
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Marker and colour of a method; no two of the first twenty are alike."""
+    from matplotlib import colormaps
+
+    return {"marker": MARKERS[number % len(MARKERS)], "color": colormaps["tab20"](2 * number % 20 + number // 10 % 2)}
 
 
 def _figure(width: float, height: float) -> "Figure":
