@@ -124,9 +124,8 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
         part = 0 if config.offload else (weights + 16 * adapter_values) // processes
         resident = part + 2 * largest_block + masks
     else:
-        resident = (
-            weights + masks + 16 * adapter_values + teacher + reused + 2 * scores
-        )  # those of before, and those of this step
+        # Scores twice: those of the steps before, and those of this one.
+        resident = weights + masks + 16 * adapter_values + teacher + reused + 2 * scores
     # All blocks but one may be on the host while calibrating and evaluating.
     outside = weights - prunable * dtype.itemsize + largest_block
     kept = masks + (outside if config.blocks_on_host and not host else weights)

@@ -159,31 +159,34 @@ def masked_sparsity(model: nn.Module) -> float:
 
 
 @contextmanager
-def dense_mode(module: nn.Module) -> Iterator[None]:
-    """Lets a model, or one block of it, compute what the dense model computes: no mask, no adapter, the original weights."""
+def _switched_on(module: nn.Module, switch: str) -> Iterator[None]:
+    """Has an attribute of every masked layer True while it lasts, and False afterwards."""
     layers = masked_linears(module).values()
     for layer in layers:
-        layer.dense = True
+        setattr(layer, switch, True)
     try:
         yield
     finally:
         for layer in layers:
-            layer.dense = False
+            setattr(layer, switch, False)
+
+
+@contextmanager
+def dense_mode(module: nn.Module) -> Iterator[None]:
+    """Lets a model, or one block of it, compute what the dense model computes: no mask, no adapter, the original weights."""
+    with _switched_on(module, "dense"):
+        yield
 
 
 @contextmanager
 def reuse_effective_weights(model: nn.Module) -> Iterator[None]:
     """Has every layer build its effective weight once and keep it, for forward and backward of all micro-batches, until
     `outdate_effective_weights`. Costs one more copy of the base weights."""
-    layers = masked_linears(model).values()
-    for layer in layers:
-        layer.reuses = True
-    try:
-        yield
-    finally:
-        outdate_effective_weights(model)
-        for layer in layers:
-            layer.reuses = False
+    with _switched_on(model, "reuses"):
+        try:
+            yield
+        finally:
+            outdate_effective_weights(model)
 
 
 @contextmanager
@@ -193,11 +196,11 @@ def collect_scores(model: nn.Module) -> Iterator[None]:
     layers = masked_linears(model).values()
     before = [layer.score_OI for layer in layers]
     for layer in layers:
-        layer.score_OI, layer.scored = torch.zeros_like(layer.weight, dtype=torch.float32), True
-    yield
+        layer.score_OI = torch.zeros_like(layer.weight, dtype=torch.float32)
+    with _switched_on(model, "scored"):
+        yield
     for layer, past_OI in zip(layers, before, strict=True):
         assert layer.score_OI is not None
-        layer.scored = False
         distributed.sum_(layer.score_OI)
         if past_OI is not None:
             layer.score_OI += past_OI
