@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from losa import distributed
 from losa.baselines import FULL_RATE, lift_masks, mask_again, train_whole_weights
 from losa.checkpoint import replace
@@ -23,6 +25,7 @@ from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, sparsify
 from losa.models import load
 from losa.progress import progress
+from losa.report.content import public
 from losa.session import Session, check_request
 
 logger = logging.getLogger(__name__)
@@ -185,50 +188,45 @@ def measure(row: Row) -> dict[str, Any]:
     model, tokenizer = load(config)
     kind = "run" if row.maker in TRAINED else "prune"
     session = Session.start(model, tokenizer, config, kind=kind)
-    masked_again = MAKERS[row.maker](session)
+    lifted = MAKERS[row.maker](session)
+    session.finish("made")
+    if lifted:
+        mask_again(session.model, lifted)
+        session.measure("masked again")
     record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
-    context = context_use(session.model, session.data.evaluation, device) if row.context else None
-    result = {
+    texts = (train.data, config.calibration.data, config.eval.data)
+    return {
         "perplexity": record["perplexity"]["made"],
-        "masked_again": masked_again,
+        "masked_again": record["perplexity"].get("masked again"),
         "sparsity": record["sparsity"]["achieved"],
-    }
-    result |= {
-        "context": context,
+        "context": context_use(session.model, session.data.evaluation, device) if row.context else None,
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
         "seconds": record["seconds"],
+        "model": public(config.model),
+        "data": [public(text) if text else None for text in texts],
+        "evaluation": record["evaluation"],
+        "date": datetime.date.today().isoformat(),
+        "config": session.config.to_dict(),
+        "steps": record["steps"],
     }
-    result |= {"model": Path(config.model).name if Path(config.model).exists() else config.model}
-    result |= {"data": [Path(part).name if part else None for part in (train.data, config.calibration.data, config.eval.data)]}
-    result |= {"evaluation": record["evaluation"], "date": datetime.date.today().isoformat()}
-    return result | {"config": session.config.to_dict(), "steps": record["steps"]}
 
 
 def _dense(session: Session) -> None:
-    session.finish("made")
+    """Nothing is done to it."""
 
 
 def _prune(session: Session) -> None:
     sparsify(session, session.config.steps)
-    session.finish("made")
 
 
-def _losa(session: Session) -> None:
-    dynamic_steps(session)
-    session.finish("made")
-
-
-def _lora(session: Session) -> float:
+def _lora(session: Session) -> dict[str, Tensor]:
+    """Returns the masks that were lifted."""
     sparsify(session, 1)
     masks = lift_masks(session.model)
     adapt(session, 1)
-    session.finish("made")
-    mask_again(session.model, masks)
-    session.measure("masked again")
-    value: float = session.record["perplexity"]["masked again"]
-    return value
+    return masks
 
 
 def _full(session: Session) -> None:
@@ -237,14 +235,13 @@ def _full(session: Session) -> None:
     assert session.config.train.lr is not None
     session.config.train.lr *= FULL_RATE
     adapt(session, 1)
-    session.finish("made")
 
 
 TRAINED = ("losa", "lora", "full")
-MAKERS: dict[str, Callable[[Session], float | None]] = {
+MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
     "prune": _prune,
-    "losa": _losa,
+    "losa": dynamic_steps,
     "lora": _lora,
     "full": _full,
 }
