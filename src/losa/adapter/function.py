@@ -48,20 +48,24 @@ def mask_(values_PI: Tensor, bits: Tensor, rows: slice, table: Tensor) -> Tensor
     return values_PI
 
 
+def _in_one_kernel(weight: Tensor, adapter: Tensor) -> bool:
+    """Whether `adapter/fused.py` does it: on a GPU, with `LOSA_TRITON=1` set; not the default before it was measured."""
+    return weight.is_cuda and adapter.dtype == torch.float32 and os.environ.get("LOSA_TRITON") == "1"
+
+
 def effective_weight(
     W_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, dtype: torch.dtype | None = None
 ) -> Tensor:
     """`M * (W + s B A)`, summed in the dtype of the adapters, cast once; +0 (bitwise) wherever the mask is False.
 
-    This is the only place that forms the merged weight: training, calibration, evaluation and the saved file agree. On a GPU
-    with `LOSA_TRITON=1` in the environment it is one kernel (`adapter/fused.py`); not the default before it was measured.
+    This is the only place that forms the merged weight: training, calibration, evaluation and the saved file agree.
 
     Args:
         bits: the keep-mask, packed by `masks.pack_bits`.
         dtype: of the result; that of `W` when None.
     """
     result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)
-    if W_OI.is_cuda and A_RI.dtype == torch.float32 and os.environ.get("LOSA_TRITON") == "1":
+    if _in_one_kernel(W_OI, A_RI):
         from losa.adapter.fused import build
 
         return build(W_OI, bits, A_RI, B_OR, scale, result_OI)
@@ -73,7 +77,11 @@ def effective_weight(
 
 
 def adapter_gradients(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`dA = s B^T (M * G)` and `dB = s (M * G) A^T` in the dtype of the adapters. Overwrites `G` by `M * G`."""
+    """`dA = s B^T (M * G)` and `dB = s (M * G) A^T` in the dtype of the adapters. May overwrite `G`."""
+    if _in_one_kernel(G_OI, A_RI):
+        from losa.adapter.fused import project
+
+        return project(G_OI, bits, A_RI, B_OR, scale)
     dA_RI, dB_OR, table = torch.zeros_like(A_RI), torch.empty_like(B_OR), byte_table(G_OI.device)
     for rows in panels(G_OI.shape, G_OI.device):
         G_PI = mask_(G_OI[rows], bits, rows, table).to(A_RI.dtype)

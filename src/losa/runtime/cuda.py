@@ -10,7 +10,7 @@ chunk). So any chunk can be decoded by itself, and what is left to count lies in
 
 Neighbouring lanes walk neighbouring bytes, so a warp's loads fall into a line or two, and every value leaves the memory once.
 
-    1 to 16 tokens     `_stream`: decoded chunks go straight to the tensor cores, the weight is never written; float32 sums
+    1 to 32 tokens     `_stream`: decoded chunks go straight to the tensor cores, the weight is never written; float32 sums
     more tokens        `_expand` writes a panel of rows, cuBLAS multiplies it
 
 Legend: O out_features, I in_features, T tokens, C chunks decoded side by side, P rows of a panel, D splits along I.
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STREAMED = 16  # tokens at most that multiply while the weight streams by
+STREAMED = 32  # tokens at most that multiply while the weight streams by: beyond, activations are read more than weights
 PANEL_BYTES = 32 << 20  # of an expanded panel: under the L2 cache of data-centre GPUs, a whole 4096 x 4096 layer
 WARPS_A_PROCESSOR = 16  # that hide the latency of memory, roughly: what splitting along I aims at
 
@@ -45,19 +45,29 @@ def _take(values, at, byte, position: tl.constexpr):
 
 
 @triton.jit
-def _decode(mask, values, index, first, words, chunks, C: tl.constexpr, GROUP: tl.constexpr):
-    """`[C, 16, 64]`, dense, of the values' type: chunks `first` to `first + C` of a strip, zeros past its end.
+def _fetch(mask, index, first, end, words, C: tl.constexpr):
+    """Words `[C, 32]` uint32 of chunks `first` to `first + C` of a strip, and how many values come before each chunk.
 
     Args:
         mask: first of the strip's `words` uint32.
-        values: its first value.
         index: its first entry in the chunk index.
-        GROUP: columns of a word, 2 or 4.
+        end: chunk past the last one wanted; zeros from there on.
     """
     chunk = first + tl.arange(0, C)
-    before_chunk = tl.load(index + chunk, mask=chunk < chunks, other=0)
     place = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
-    word = tl.load(mask + place, mask=place < words, other=0).to(tl.uint32, bitcast=True)
+    word = tl.load(mask + place, mask=place < min(words, end * 32), other=0).to(tl.uint32, bitcast=True)
+    return word, tl.load(index + chunk, mask=chunk < end, other=0)
+
+
+@triton.jit
+def _decode(word, before_chunk, values, C: tl.constexpr, GROUP: tl.constexpr):
+    """`[C, 16, 64]`, dense, of the values' type.
+
+    Args:
+        word, before_chunk: as `_fetch` brings them.
+        values: the strip's first value.
+        GROUP: columns of a word, 2 or 4.
+    """
     count = _popcount(word)
     before_word = before_chunk[:, None] + tl.cumsum(count, 1) - count
     shift = tl.arange(0, 4)[None, None, :] * 8
@@ -98,7 +108,9 @@ def _stream(
 ):  # fmt: skip
     """`y = x W^T`, one strip of 16 rows and one of D shares of the columns a program; C warps decode side by side.
 
-    With D = 1 `y` is finished, `[tokens, O]`; else it takes the float32 sums of every share, `[D, tokens, O]`.
+    The masks of the next chunks are on their way while these are decoded: values can be asked for only once their mask is there,
+    and two waits for the memory, one after the other, would take longer than decoding. With D = 1 `y` is finished, `[tokens, O]`;
+    else it takes the float32 sums of every share, `[D, tokens, O]`.
     """
     strip, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mask += strip * words
@@ -106,13 +118,17 @@ def _stream(
     index += strip * chunks
     token = tl.arange(0, T)
     sums = tl.zeros((C, 16, T), tl.float32)
-    for first in range(share * chunks_a_split, min(chunks, (share + 1) * chunks_a_split), C):
+    start, end = share * chunks_a_split, min(chunks, (share + 1) * chunks_a_split)
+    word, before = _fetch(mask, index, start, end, words, C)
+    for first in range(start, end, C):
+        next_word, next_before = _fetch(mask, index, first + C, end, words, C)
         column = (first + tl.arange(0, C))[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
         inside = (token < tokens)[None, :, None] & (column < columns)
         x_CTI = tl.load(x + token[None, :, None] * columns + column, mask=inside, other=0)
-        W_COI = _decode(mask, values, index, first, words, chunks, C, GROUP)
+        W_COI = _decode(word, before, values, C, GROUP)
         W_COI = W_COI.to(tl.float32).to(x_CTI.dtype)  # costs bfloat16 nothing; int8 has no other way in the interpreter
         sums = tl.dot(W_COI, tl.permute(x_CTI, (0, 2, 1)), sums)
+        word, before = next_word, next_before
     row = (strip * 16 + tl.arange(0, 16))[:, None]
     keep = (row < rows) & (token < tokens)[None, :]
     result = tl.sum(sums, 0)
@@ -141,9 +157,8 @@ def _expand(
     """Writes `rows` rows from strip `first_strip` on, `[P, I]`, in the panel's type; C chunks of a strip a program."""
     local, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * C
     strip = first_strip + local
-    W_COI = _decode(
-        mask + strip * words, values + tl.load(offsets + strip), index + strip * chunks, first, words, chunks, C, GROUP
-    )
+    word, before = _fetch(mask + strip * words, index + strip * chunks, first, chunks, words, C)
+    W_COI = _decode(word, before, values + tl.load(offsets + strip), C, GROUP)
     row = (local * 16 + tl.arange(0, 16))[None, :, None]
     column = (first + tl.arange(0, C))[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
     result = _finish(W_COI.to(tl.float32), first_strip * 16 + row, row < rows, scale, None)
@@ -160,10 +175,14 @@ class Config(NamedTuple):
 _fastest: dict[tuple[object, ...], Config] = {}  # by device, shape, types and padded tokens; lives as long as the process
 
 
-def configs(strips: int, chunks: int, processors: int) -> list[Config]:
-    """What is tried for a shape, the likeliest first: enough programs to fill the GPU, or twice as many; 4 or 8 warps each."""
+def configs(strips: int, chunks: int, processors: int, tokens: int) -> list[Config]:
+    """What is tried for a shape, the likeliest first: enough programs to fill the GPU, or twice as many.
+
+    Warps of a program share the cost of adding up and wait for each other; a single warp waits for nobody. For more than 16
+    `tokens` the activations of 8 warps would not fit into the shared memory of smaller GPUs.
+    """
     found = []
-    for warps in (8, 4):
+    for warps in (8, 4, 1) if tokens <= 16 else (4,):
         enough = WARPS_A_PROCESSOR * processors // (warps * strips)
         for splits in (enough, 2 * enough):
             found.append(Config(warps, max(1, min(splits, -(-chunks // warps), 16))))
@@ -226,7 +245,7 @@ def _choose(x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | None
     key = (x.device, x.dtype, values.dtype, mask.shape, x.shape[1], _padded(x.shape[0]))
     if key not in _fastest:
         strips, chunks = index.shape
-        found = configs(strips, chunks, _processors(x.device))
+        found = configs(strips, chunks, _processors(x.device), x.shape[0])
         if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return found[0]
         times = {}
@@ -238,8 +257,8 @@ def _choose(x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | None
 
 
 def _padded(tokens: int) -> int:
-    """Columns of the tensor cores' product: 8 or 16."""
-    return 8 if tokens <= 8 else STREAMED
+    """Columns of the tensor cores' product: 8, 16 or 32."""
+    return max(8, triton.next_power_of_2(tokens))
 
 
 def _group(values: Tensor) -> int:
@@ -248,7 +267,7 @@ def _group(values: Tensor) -> int:
 
 
 def _stream_by(config: Config, x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
-    """Up to 16 tokens, `[T, I]` contiguous; fills `y`."""
+    """Up to `STREAMED` tokens, `[T, I]` contiguous; fills `y`."""
     (warps, splits), (tokens, rows) = config, y.shape
     mask, values, _, index = weight
     strips, chunks = index.shape
