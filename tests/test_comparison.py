@@ -90,6 +90,14 @@ def test_a_comparison_goes_on_where_it_stopped(made, folder, monkeypatch):
     assert measured == ["prune"]
 
 
+def test_only_the_first_of_several_processes_writes(made, folder, monkeypatch):
+    output, rows = made
+    monkeypatch.setattr(comparison.distributed, "is_main", lambda: False)
+    found = compare(config(folder, output, targets=["0.6"], name="second"))
+    assert [row["method"] for row in found] == list(rows)
+    assert not list(output.glob("second*"))
+
+
 def test_rows_in_common_are_made_once(folder, tmp_path):
     both = config(folder, tmp_path, methods=["Wanda + LoSA", "LoSA without layer rates"], targets=["2:4"], seeds=[0, 1])
     keys = [row.key for row in both.rows()]

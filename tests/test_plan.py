@@ -86,6 +86,15 @@ def test_processes_share_the_work(model):
         plan(LosaConfig.from_dict(values), 3, 2**30, 1e12)
 
 
+def test_what_a_run_would_refuse_is_refused_at_once(model):
+    for changes, message in (
+        ({"pattern": "5:7", "sparsity": None}, "not a multiple of 7"),
+        ({"protect": [6]}, "block numbers below 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(LosaConfig.from_dict({"model": model, **changes}))
+
+
 def test_a_device_elsewhere_is_not_measured(model, monkeypatch):
     monkeypatch.setattr("losa.plan._speed", lambda *args: pytest.fail("measured here"))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40, total=1 << 40))

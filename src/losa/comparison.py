@@ -171,8 +171,10 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             distributed.wait()
         entry = {"method": row.name, "target": row.target, "seed": row.seed}
         found.append(entry | json.loads(file.read_text("utf-8")))
-        write_tables(Path(config.output, config.name), found)
-    write_plots(Path(config.output, config.name), found)
+        if distributed.is_main():
+            write_tables(Path(config.output, config.name), found)
+    if distributed.is_main():
+        write_plots(Path(config.output, config.name), found)
     return found
 
 
