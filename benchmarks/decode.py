@@ -1,9 +1,11 @@
-"""End to end: a 1B-class Llama with random weights and zeros, dense against packed, in one process.
+"""End to end: a Llama with random weights and zeros, dense against packed, in one process.
 
     python benchmarks/decode.py --output docs/benchmarks
+    python benchmarks/decode.py --output OUT --device cuda --shape 7B --prompts 32 2048 --new 128
 
-Builds the model (TinyLlama's shape: 1.1 billion parameters, untied head), saves it, measures it as `losa bench` does: decoding
-through transformers' `generate`, batch 1, and the time to the first token of a short and a long prompt. Writes decode.csv.
+Builds the model (TinyLlama's shape, 1.1 billion parameters with an untied head, or Llama-2-7B's), saves it, measures it as `losa
+bench` does: decoding through transformers' `generate`, batch 1, on a GPU with a static cache and CUDA graphs, and the time to the
+first token of a short and a long prompt. Writes decode.csv.
 """
 
 import argparse
@@ -16,16 +18,12 @@ from pathlib import Path
 os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for what torch allocates itself; before torch is imported
 
 import torch
+from training import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.doctor import toy_tokenizer
 from losa.models import find_decoder
 from losa.runtime.bench import compare
-
-SHAPE = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "vocab_size": 32000, "max_position_embeddings": 2048,
-}  # fmt: skip
 
 
 def save_random(directory: Path, sparsity: float, shape: dict[str, int]) -> None:
@@ -43,7 +41,9 @@ def save_random(directory: Path, sparsity: float, shape: dict[str, int]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for decode.csv")
+    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
     parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--model", type=Path, help="use this checkpoint instead of a random one; made there when it does not exist"
     )
@@ -56,10 +56,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, (arguments.output / "decode.csv").open("w", newline="") as file:
         directory = arguments.model or Path(folder, "model")
         if not directory.exists():
-            save_random(directory, arguments.sparsity, SHAPE)
+            save_random(directory, arguments.sparsity, SHAPES[arguments.shape])
         writer = None
         for prompt in arguments.prompts:
-            result = compare(directory, prompt, arguments.new, arguments.rounds)
+            result = compare(directory, prompt, arguments.new, arguments.rounds, arguments.device)
             dense = result["rows"][0]
             for row in result["rows"]:
                 line = {

@@ -38,11 +38,12 @@ def main() -> None:
         model = args.model
         if model == "1.1B":
             import torch
-            from decode import SHAPE, save_random
+            from decode import save_random
+            from training import SHAPES
 
             torch.manual_seed(0)
             model = str(Path(folder, "model"))
-            save_random(Path(model), 0.0, SHAPE)
+            save_random(Path(model), 0.0, SHAPES["1.1B"])
         sets = [item for pair in args.set for item in ("--set", pair)]
         command = [sys.executable, "-m", "losa", "plan", model, "--device", "cpu", "--json", *sets]
         plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

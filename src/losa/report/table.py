@@ -157,9 +157,9 @@ def plan_table(plan: Plan) -> Group:
 def bench_table(result: dict[str, Any]) -> Group:
     """Output of `losa bench`."""
     found = speed(result)
-    table = Table()
+    table = Table(pad_edge=False)  # 80 columns are enough, so
     for column, name in enumerate(found.head):
-        table.add_column(name, justify="left" if column < found.words else "right", no_wrap=True)
+        table.add_column(name.replace(" ", "\n"), justify="left" if column < found.words else "right", no_wrap=True)
     for row in found.rows:
         table.add_row(*row)
     return Group(table, found.note)
