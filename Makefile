@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(PY) -m losa demo
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -105,7 +105,7 @@ def run(
     _heavy()
     sparse = run_losa(*load(resolved), resolved, resume=resume)
     out.print(summary(sparse.losa_record))
-    out.print(f"saved and verified: {output}", highlight=False)
+    _say(f"saved and verified: {output}")
 
 
 @app.command()
@@ -144,7 +144,7 @@ def prune(
     _heavy()
     pruned = prune_once(*load(resolved), resolved)
     out.print(summary(pruned.losa_record))
-    out.print(f"saved and verified: {output}", highlight=False)
+    _say(f"saved and verified: {output}")
 
 
 @app.command()
@@ -185,7 +185,7 @@ def compare(
     _heavy(logging.WARNING)
     logging.getLogger("losa.comparison").setLevel(logging.INFO)
     out.print(comparison_table(compare_methods(resolved)))
-    out.print(f"tables and plots: {resolved.output}", highlight=False)
+    _say(f"tables and plots: {resolved.output}")
 
 
 @app.command(name="eval")
@@ -309,12 +309,11 @@ def pack(
 
     _quiet()
     done = pack_checkpoint(directory, packed, values, bool(trust_remote_code))
-    out.print(
+    _say(
         f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: "
-        f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense\n"
-        f"saved and verified: {packed}",
-        highlight=False,
+        f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense"
     )
+    _say(f"saved and verified: {packed}")
 
 
 @app.command()
@@ -327,7 +326,7 @@ def unpack(
     from losa.runtime.files import unpack_checkpoint
 
     _quiet()
-    out.print(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code))} layers: {directory}", highlight=False)
+    _say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code))} layers: {directory}")
 
 
 @app.command()
@@ -390,7 +389,7 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a finish
     """
     from losa.report.page import refresh
 
-    out.print(f"report: {refresh(directory)}", highlight=False)
+    _say(f"report: {refresh(directory)}")
 
 
 @app.command()
@@ -418,7 +417,12 @@ def demo(
     out.print(summary(result.record))
     out.print(pairs(f'samples, prompt: "{PROMPT}"', result.samples))
     if output:
-        out.print(f"saved and verified: {output}", highlight=False)
+        _say(f"saved and verified: {output}")
+
+
+def _say(line: str) -> None:
+    """Prints a line as it is: not wrapped, so that a path can be copied, and with no bracket in it taken for markup."""
+    out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _config(preset: str | None, path: Path | None, sets: list[str] | None, **options: Any) -> "LosaConfig":
