@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from losa.adapter import MaskedLinear, attach, collect_scores, function, masked_linears, merge
-from losa.pruning.masks import pack_bits
+from losa.bits import pack_bits
 
 O, I, R, SCALE = 7, 10, 3, 2.0  # noqa: E741 - the project's legend
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from losa.adapter import masked_linears
-from losa.pruning.masks import pack_bits
+from losa.bits import pack_bits
 
 FULL_RATE = 0.3  # learning rate of full fine-tuning over that of adapters: 0.3 and 1 tied, 0.1 was worse (docs/experiments.md)
 

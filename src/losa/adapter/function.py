@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from losa.pruning.masks import byte_table, unpack_bytes
+from losa.bits import byte_table, unpack_bytes
 
 # float32 bytes of a panel: the fastest of 0.5 to 4 MiB on a CPU (docs/LOG.md); on a GPU large enough that launches do not count.
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -41,7 +41,7 @@ def panels(shape: torch.Size, device: torch.device) -> Iterator[slice]:
 
 
 def mask_(values_PI: Tensor, bits: Tensor, rows: slice, table: Tensor) -> Tensor:
-    """Makes, in place, every weight outside the mask +0: `rows` of a layer whose whole mask is `bits` (`masks.pack_bits`)."""
+    """Makes, in place, every weight outside the mask +0: `rows` of a layer whose whole mask is `bits` (`losa.bits`)."""
     columns = values_PI.shape[1]
     keep = unpack_bytes(bits[rows.start * columns // 8 : -(-rows.stop * columns // 8)], table)[: values_PI.numel()]
     values_PI.view(INTEGERS[values_PI.dtype.itemsize]).mul_(keep.view_as(values_PI))
@@ -61,7 +61,7 @@ def effective_weight(
     This is the only place that forms the merged weight: training, calibration, evaluation and the saved file agree.
 
     Args:
-        bits: the keep-mask, packed by `masks.pack_bits`.
+        bits: the keep-mask, packed by `losa.bits`.
         dtype: of the result; that of `W` when None.
     """
     result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)

@@ -76,7 +76,7 @@ def build(W_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, 
 
     Args:
         W_OI: base weight, contiguous, any float type.
-        bits: the keep-mask, packed by `masks.pack_bits`.
+        bits: the keep-mask, packed by `losa.bits.pack_bits`.
         A_RI, B_OR: float32; each may be a slice, if its last dimension is contiguous.
         result_OI: contiguous, any float type.
     """
@@ -94,7 +94,7 @@ def project(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float
 
     Args:
         G_OI: gradient of the effective weight, contiguous, any float type.
-        bits: the keep-mask, packed by `masks.pack_bits`.
+        bits: the keep-mask, packed by `losa.bits.pack_bits`.
         A_RI, B_OR: float32, of any strides.
     """
     with torch.cuda.device_of(G_OI):

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from losa import distributed
 from losa.adapter.function import MaskedLowRankLinear, effective_weight
+from losa.bits import pack_bits, unpack_bits
 from losa.models import check_supported, find_decoder
-from losa.pruning.masks import pack_bits, unpack_bits
 
 
 class MaskedLinear(nn.Linear):
@@ -29,7 +29,7 @@ class MaskedLinear(nn.Linear):
 
     Attributes:
         weight: frozen base weight `(O, I)`.
-        keep_bits: the mask, a bit a weight (`masks.pack_bits`); a byte a weight would be half of a bfloat16 model. Changed only
+        keep_bits: the mask, a bit a weight (`bits.pack_bits`); a byte a weight would be half of a bfloat16 model. Changed only
             by `set_solution`, `restore` and `reset`; `keep_OI` is the same as bool.
         lora_A, lora_B: float32 (float64 over a float64 base), `(max_rank, I)` and `(O, max_rank)`.
         rank: active rank; rows of `lora_A` at and above it do nothing.

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from losa.bits import pack_bits, unpack_bits
+
 STRIP = 16  # rows of a strip
 GROUPS = {torch.bfloat16: 2, torch.int8: 4}  # columns of a word, by the values' type
 CHUNK = 128  # mask bytes of a chunk: 1,024 weights, 16 rows x 64 columns for either type of values
@@ -56,18 +58,6 @@ def _by_words(W_OI: torch.Tensor, group: int) -> torch.Tensor:
     return padded.view(strips, STRIP, words, group).transpose(1, 2).reshape(strips, words, STRIP * group)
 
 
-def _pack_bits(bits: torch.Tensor) -> torch.Tensor:
-    """`[..., 8 n]` bool as `[..., n]` bytes, bit 0 first."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
-
-
-def _unpack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """`[..., n]` bytes as `[..., 8 n]` bool."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return ((mask.unsqueeze(-1) >> shifts) & 1).flatten(-2).bool()
-
-
 def quantize(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round to int8 with one float32 scale per row: W ~ scale * q, q in [-127, 127], scale = max |row| / 127."""
     W = W_OI.float()
@@ -99,7 +89,7 @@ def pack(W_OI: torch.Tensor, values: torch.dtype = torch.bfloat16) -> PackedWeig
     keep = words != 0  # for int8, a weight that rounds to zero is a zero from here on
     counts = keep.flatten(1).sum(1)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    mask = _pack_bits(keep).flatten(1).reshape(mask_shape(W_OI.shape[0], W_OI.shape[1], values))
+    mask = pack_bits(keep).view(mask_shape(W_OI.shape[0], W_OI.shape[1], values))
     return PackedWeight(mask=mask, values=words[keep], offsets=offsets, scale=scale_O, rows=W_OI.shape[0], columns=W_OI.shape[1])
 
 
@@ -107,7 +97,7 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
     """The dense `[O, I]` bfloat16 weight: bitwise the packed one for bfloat16 values, `scale * q` rounded for int8."""
     group = GROUPS[packed.values.dtype]
     strips = packed.mask.shape[0]
-    keep = _unpack_bits(packed.mask).view(strips, -1, STRIP * group)
+    keep = unpack_bits(packed.mask.flatten(), (strips, packed.mask.shape[1] // (2 * group), STRIP * group))
     words = torch.zeros(keep.shape, dtype=packed.values.dtype, device=keep.device)
     words[keep] = packed.values
     W = words.view(strips, -1, STRIP, group).transpose(1, 2).reshape(strips * STRIP, -1)[: packed.rows, : packed.columns]
