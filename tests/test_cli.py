@@ -311,6 +311,7 @@ BAD = [
     (["pack", "nowhere", "OUT"], "nowhere is not a directory"),
     (["unpack", "MODEL", "OUT"], "is not packed"),
     (["generate", "MODEL", "--prompt", ""], "found 0 characters"),
+    (["generate", "MODEL", "--prompt", "A", "--device", "abacus"], "expected auto, cpu or cuda"),
     (["bench", "MODEL", "--new", "1"], "1 new tokens"),
     (["eval", "MODEL", "--data", "TEXT", "--length", "65"], "window length 65 is beyond the model's 64 tokens"),
     (["inspect", "EMPTY"], "no .safetensors file in"),

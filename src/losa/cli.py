@@ -336,6 +336,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is freer.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draw, when the temperature is not 0.")] = 0,
+    device: Device = None,
     trust_remote_code: Trust = None,
 ) -> None:
     """Continue a text, token by token.
@@ -344,7 +345,7 @@ def generate(
     """
     from losa.runtime.generate import generate as go_on
 
-    loaded, tokenizer = _served(model, trust_remote_code)
+    loaded, tokenizer = _served(model, device, trust_remote_code)
     out.print(prompt, end="", highlight=False, markup=False, soft_wrap=True)
 
     def show(piece: str) -> None:
@@ -433,13 +434,17 @@ def _config(preset: str | None, path: Path | None, sets: list[str] | None, **opt
     return LosaConfig.load(str(path) if path else None, preset, given | parse_set(sets or []))
 
 
-def _served(model: str, trust_remote_code: bool | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A model to generate with, and its tokenizer."""
+def _served(model: str, device: str | None, trust_remote_code: bool | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A model to generate with, on its device, and its tokenizer."""
     _huge_pages()
     _quiet(logging.WARNING)
+    from losa.environment import resolve_device
     from losa.models import load
 
-    return load(_config(None, None, None, model=model, trust_remote_code=trust_remote_code))
+    config = _config(None, None, None, model=model, device=device, trust_remote_code=trust_remote_code)
+    place = resolve_device(config.device)
+    loaded, tokenizer = load(config)
+    return loaded.to(place), tokenizer
 
 
 def _huge_pages() -> None:
