@@ -26,13 +26,14 @@ from losa.models import find_decoder
 from losa.runtime.bench import compare
 
 
-def save_random(directory: Path, sparsity: float, shape: dict[str, int]) -> None:
-    """Random weights, the linear layers of the blocks with zeros at random places."""
+def save_random(directory: Path, sparsity: float, shape: dict[str, int], device: str = "cpu") -> None:
+    """Random weights, the linear layers of the blocks with zeros at random places; `device` draws them."""
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(**shape))
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
     torch.set_default_dtype(torch.float32)
     for linear in find_decoder(model).linears().values():
-        linear.weight.data[torch.rand(linear.weight.shape) < sparsity] = 0
+        linear.weight.data[torch.rand(linear.weight.shape, device=device) < sparsity] = 0
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)
     toy_tokenizer().save_pretrained(directory)
@@ -56,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, (arguments.output / "decode.csv").open("w", newline="") as file:
         directory = arguments.model or Path(folder, "model")
         if not directory.exists():
-            save_random(directory, arguments.sparsity, SHAPES[arguments.shape])
+            save_random(directory, arguments.sparsity, SHAPES[arguments.shape], arguments.device)
         writer = None
         for prompt in arguments.prompts:
             result = compare(directory, prompt, arguments.new, arguments.rounds, arguments.device)

@@ -183,8 +183,8 @@ def main() -> None:
         writer.writeheader()
         peaks = {tokens: {name: peak_bytes(args, name, tokens) for name in SCHEMES} for tokens in args.tokens}
         keep_freed_memory()
-        models: dict[Callable, nn.Module] = {}
-        steps = {name: stepper(models.setdefault(make, make(shape, args.device)), loss) for name, (make, loss) in SCHEMES.items()}
+        models = {make: make(shape, args.device) for make in dict.fromkeys(make for make, _ in SCHEMES.values())}
+        steps = {name: stepper(models[make], loss) for name, (make, loss) in SCHEMES.items()}
         for tokens in args.tokens:
             ids, seconds = batch(tokens), {name: [] for name in steps}
             for turn in range(args.rounds + 1):

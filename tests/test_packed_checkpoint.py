@@ -193,6 +193,15 @@ def test_training_and_pruning_a_packed_model_is_refused(llama):
         losa.prune(packed, tokenizer, losa.LosaConfig.from_dict({"output": "x", "calibration": {"data": "x"}}))
 
 
+@pytest.mark.parametrize("name", ["packed", "sparse"])
+def test_offloading_is_refused(llama, tmp_path, name):
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {"model.layers.1": "disk", "model.layers.2": "disk"}
+    config = {} if name == "packed" else {"quantization_config": SparseConfig()}
+    with pytest.raises(ValueError, match="packed layers are not offloaded"):
+        AutoModelForCausalLM.from_pretrained(llama / name, device_map=places, offload_folder=tmp_path, **config)
+
+
 def test_output_must_not_exist_and_source_must_be_a_checkpoint(llama, tmp_path):
     with pytest.raises(ValueError, match="exists; choose another"):
         pack_checkpoint(llama / "sparse", llama / "packed")

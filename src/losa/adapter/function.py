@@ -48,9 +48,10 @@ def mask_(values_PI: Tensor, bits: Tensor, rows: slice, table: Tensor) -> Tensor
     return values_PI
 
 
-def _in_one_kernel(weight: Tensor, adapter: Tensor) -> bool:
+def _in_one_kernel(weight: Tensor, A_RI: Tensor) -> bool:
     """Whether `adapter/fused.py` does it: on a GPU, with `LOSA_TRITON=1` set; not the default before it was measured."""
-    return weight.is_cuda and adapter.dtype == torch.float32 and os.environ.get("LOSA_TRITON") == "1"
+    fits = A_RI.dtype == torch.float32 and A_RI.shape[0] <= 64  # a rank that leaves a tile's sums in registers
+    return weight.is_cuda and fits and os.environ.get("LOSA_TRITON") == "1"
 
 
 def effective_weight(

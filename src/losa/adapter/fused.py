@@ -95,7 +95,7 @@ def project(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float
     Args:
         G_OI: gradient of the effective weight, contiguous, any float type.
         bits: the keep-mask, packed by `losa.bits.pack_bits`.
-        A_RI, B_OR: float32, of any strides.
+        A_RI, B_OR: float32, of any strides; R at most 64, or a tile's sums do not stay in registers.
     """
     with torch.cuda.device_of(G_OI):
         dA_IR = _projected(G_OI, bits, B_OR, columns=True)

@@ -5,10 +5,12 @@ by round, because a machine's clock and neighbours change from minute to minute;
 static cache, for which transformers compiles the decoding step and runs it as CUDA graphs; the warm-up round pays for that.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +25,8 @@ from losa.progress import progress
 from losa.runtime.header import VALUES, SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
+
+GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waiting would count
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,21 @@ def bandwidth(device: torch.device, size: int = 1 << 29, rounds: int = 5) -> flo
         return size / min(seconds(numbers.amax) for _ in range(rounds))
     target = torch.empty_like(numbers)
 
-    def copy() -> None:
-        target.copy_(numbers)
+    def copies() -> None:
+        for _ in range(GPU_COPIES):
+            target.copy_(numbers)
         torch.cuda.synchronize(device)
 
-    copy()
-    return 2 * size / min(seconds(copy) for _ in range(rounds))
+    copies()
+    return 2 * size * GPU_COPIES / min(seconds(copies) for _ in range(rounds))
 
 
 def memory(device: torch.device) -> int:
     """Bytes that this process has resident, or allocated on a GPU."""
-    return resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    if device.type == "cpu":
+        return resident_bytes()
+    gc.collect()
+    return torch.cuda.memory_allocated(device)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -84,7 +92,7 @@ def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrained
         settle(first)  # packed models are settled when they are opened
         found["dense"] = (first, memory(device) - before)
         makers: dict[str, Callable[[], PreTrainedModel]] = {
-            f"sparse {values}": partial(_packed, directory, values) for values in VALUES
+            f"sparse {values}": partial(_packed, directory, values, device) for values in VALUES
         }
     else:
         found[f"sparse {first.config.quantization_config.values}"] = (first, memory(device) - before)
@@ -96,9 +104,11 @@ def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrained
     return dict(sorted(found.items()))  # dense first
 
 
-def _packed(directory: str, values: str) -> PreTrainedModel:
+def _packed(directory: str, values: str, device: torch.device) -> PreTrainedModel:
+    where = {"device_map": {"": device}} if device.type == "cuda" else {}  # a GPU packs faster, too
+    config = SparseConfig(values)
     with one_line(directory):
-        return AutoModelForCausalLM.from_pretrained(directory, quantization_config=SparseConfig(values), use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, use_safetensors=True, **where)
 
 
 def _unpacked(directory: str) -> PreTrainedModel:
@@ -129,6 +139,8 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     if prompt < 1 or new < 2 or rounds < 1:
         raise ValueError(f"found a prompt of {prompt}, {new} new tokens and {rounds} rounds; expected at least 1, 2 and 1")
     place = resolve_device(device)
+    if place.type == "cuda":
+        torch._dynamo.reset()  # what an earlier call compiled is neither used again nor kept in memory
     models = open_all(str(directory), place)
     config = next(iter(models.values()))[0].config.get_text_config()
     if prompt + new > max_length(config):
@@ -182,5 +194,5 @@ class _Clock:
 
     @property
     def rate(self) -> float:
-        """Tokens per second after the first."""
-        return (len(self.times) - 3) / (self.times[-1] - self.times[2])
+        """Tokens per second after the first, by the median token: now and then one pays for a graph that is recorded anew."""
+        return 1 / median(after - before for before, after in pairwise(self.times[2:]))

@@ -111,6 +111,8 @@ class SparseLinear(nn.Module):
         """`[..., I]` bfloat16 -> `[..., O]`; on a GPU float16 as well."""
         if x.dtype != torch.bfloat16 and not (x.dtype == torch.float16 and x.device.type == "cuda"):
             raise ValueError(f"a packed layer computes in bfloat16, found {x.dtype}; load the model with dtype=torch.bfloat16")
+        if x.is_cuda and self.kernel in kernels.COMPILED:  # what moved the weights here did not go through this module
+            self.land()
         return kernels.linear(x, self.packed, self._parameters["bias"], self.kernel, self._buffers["index"])
 
     def extra_repr(self) -> str:

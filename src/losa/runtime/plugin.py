@@ -38,6 +38,9 @@ class SparseQuantizer(HfQuantizer):
             check_files(checkpoint_files or [], layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            found = f"device_map leaves {len(away)} tensors on the host or the disk, {away[0]} first"
+            raise ValueError(f"{found}; packed layers are not offloaded: choose a device_map of GPUs only, or the CPU")
         if self.pre_quantized:
             for name in self.quantization_config.layers:
                 layer = model.get_submodule(name)
