@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(PY) -m losa demo
 
 test: $(STAMP)
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
