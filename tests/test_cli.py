@@ -277,6 +277,25 @@ def test_a_kernel_that_does_not_run_here_is_one_line(folder, tmp_path, monkeypat
     assert_one_line_error(result, "LOSA_KERNELS is 'abacus'; this machine and installation run reference")
 
 
+@pytest.mark.parametrize(("file", "message"), [("adapter_config.json", "is an adapter"), (".losa/x", "holds an interrupted run")])
+def test_directories_that_are_no_model_yet_say_so(folder, tmp_path, monkeypatch, capsys, file, message):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    result = losa_main(monkeypatch, capsys, "eval", tmp_path, "--data", folder / "text.txt")
+    assert_one_line_error(result, message)
+
+
+def test_brackets_in_a_path_are_no_markup(folder, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "[b]a[/i]" / "t[1].txt"
+    text.parent.mkdir(parents=True)
+    text.write_text((folder / "text.txt").read_text())
+    model = shutil.copytree(folder / "sparse", text.parent / "[red]m")
+    code, out, err = losa_main(monkeypatch, capsys, "eval", model, "--data", text, "--windows", "2", "--save")
+    assert code == 0, err
+    assert f"kept in {model / 'eval.json'}" in err
+    assert "t[1].txt" in "".join(re.findall(r"[^\s│]", out))
+
+
 def test_doctor(monkeypatch, capsys):
     code, out, err = losa_main(monkeypatch, capsys, "doctor")
     assert code == 0, err
@@ -318,6 +337,8 @@ BAD = [
     (["inspect", "EMPTY/[bold]"], "/[bold]"),
     (["plan", "MODEL", "--pattern", "4:2"], "pattern is '4:2', expected 'unstructured' or 'n:m'"),
     (["plan", "/no/such/model"], "/no/such/model"),
+    (["eval", "/no/such/model", "--data", "TEXT"], "there is no model at /no/such/model"),
+    (["eval", "EMPTY", "--data", "TEXT"], "it has no config.json"),
 ]
 
 

@@ -193,6 +193,20 @@ def test_training_and_pruning_a_packed_model_is_refused(llama):
         losa.prune(packed, tokenizer, losa.LosaConfig.from_dict({"output": "x", "calibration": {"data": "x"}}))
 
 
+def test_a_gradient_is_refused_and_not_made_up(llama):
+    model, _ = losa.load(llama / "packed")
+    logits = model(IDS).logits  # embeddings may want gradients; as long as nobody asks for them, all is well
+    with pytest.raises(RuntimeError, match="packed layers have no gradient"):
+        logits.sum().backward()
+
+
+def test_generating_ends_with_the_window(llama):
+    model, tokenizer = losa.load(llama / "packed")
+    assert generate(model, tokenizer, "THE", lambda _: None, tokens=1000).tokens <= 61
+    with pytest.raises(ValueError, match=r"the prompt has 64 tokens, the model's window 64"):
+        generate(model, tokenizer, "A" * 64, lambda _: None)
+
+
 @pytest.mark.parametrize("name", ["packed", "sparse"])
 def test_offloading_is_refused(llama, tmp_path, name):
     places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")

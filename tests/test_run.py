@@ -521,6 +521,14 @@ def test_movement_without_training_to_come_is_refused(tmp_path, changes):
         prune(*load(config), config)
 
 
+def test_a_model_that_is_sparse_already_is_noticed(tmp_path, caplog):
+    model = toy_run(set_up(tmp_path), output=None)
+    caplog.clear()
+    config = toy_config(tmp_path, output=None)
+    prune(model, load(config)[1], config)
+    assert "zeros already" in caplog.text
+
+
 def test_protected_blocks_stay_dense(tmp_path):
     set_up(tmp_path)
     model = toy_run(tmp_path, protect=[1], sparsity=0.4, output=None)

@@ -109,13 +109,12 @@ def latest_stage(output: Path, config: LosaConfig) -> dict[str, Any] | None:
     manifest: dict[str, Any] = json.loads((stages[-1] / MANIFEST).read_text("utf-8"))
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{stages[-1]} has format {manifest.get('format')!r}, expected {FORMAT}; start the run anew without --resume"
+            f"{stages[-1]} has format {manifest.get('format')!r}, expected {FORMAT}; delete {work_dir(output)} to start anew"
         )
     if manifest["fingerprint"] != config.fingerprint():
         lines = "\n  ".join(differences(manifest["config"], config.to_dict() | {"output": manifest["config"]["output"]}))
-        raise ValueError(
-            f"cannot resume {output}: the configuration changed\n  {lines}\nrestore it, or start anew without --resume"
-        )
+        way_out = f"restore it, or delete {work_dir(output)} to start anew"
+        raise ValueError(f"cannot resume {output}: the configuration changed\n  {lines}\n{way_out}")
     return manifest
 
 

@@ -198,8 +198,8 @@ def evaluate(
             "Not given, and no --tasks: what the model's run used."
         ),
     ] = None,
-    length: Annotated[list[int] | None, typer.Option(help="Window in tokens; 2048 and 4096, or what the model allows.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Use at most so many windows.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=2, help="Window in tokens; 2048 and 4096, or what it allows.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Use at most so many windows.")] = None,
     words: Annotated[bool, typer.Option("--words", help="Word perplexity of the text too, as lm-eval defines it.")] = False,
     tasks: Annotated[
         str | None,
@@ -234,9 +234,10 @@ def evaluate(
         data = recorded_text(model)
     _heavy()
     result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
+    kept = save_results(model, result) if save else None
     out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
-    if save:
-        err.print(f"kept in {save_results(model, result)}", highlight=False, soft_wrap=True)
+    if kept:
+        err.print(f"kept in {kept}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -266,9 +267,9 @@ def plan(
     device: Device = None,
     offload: Offload = None,
     shard: Shard = None,
-    processes: Annotated[int, typer.Option(help="As many as torchrun would start, on a device each.")] = 1,
-    memory: Annotated[float | None, typer.Option(help="GiB of a device that is not here, to plan for that one.")] = None,
-    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that it sustains.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="As many as torchrun would start, on a device each.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GiB of a device elsewhere, to plan for that one.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s that it sustains.")] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = None,
 ) -> None:
@@ -333,7 +334,7 @@ def unpack(
 def generate(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name: packed, sparse or dense.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is freer.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draw, when the temperature is not 0.")] = 0,
     device: Device = None,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from losa.config import LosaConfig
 from losa.method import prune, run
 from losa.models import load
+from losa.session import check_request
 
 PROMPT = "The old man looked at her and said"
 
@@ -53,6 +54,7 @@ def demo(output: str | None = None) -> DemoResult:
         output: directory to leave the sparse checkpoint in; nothing is written when None.
     """
     config = demo_config(output)
+    check_request(config, training=True)  # before the first half, which writes nothing
     samples = {}
     model, tokenizer = load(config)
     samples["dense"] = sample(model, tokenizer)

@@ -68,6 +68,7 @@ class Session:
         decoder = find_decoder(model)
         check_pattern(decoder, Pattern.parse(config.pattern))
         check_protected(decoder, config)
+        warn_of_zeros(decoder)
         if kind == "run":
             check_precision(model, config)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
@@ -81,7 +82,7 @@ class Session:
         record = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
         check_parts(config, distributed.world_size(), len(data.evaluation))
         if manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
-            raise ValueError(f"cannot resume {output}: the text changed; restore it, or start anew without --resume")
+            raise ValueError(f"cannot resume {output}: the text changed; restore it, or delete {output}/.losa to start anew")
         session = cls(model, tokenizer, config, data, device, callbacks, record, "")
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         if output and manifest:
@@ -237,6 +238,14 @@ def check_pattern(decoder: Decoder, pattern: Pattern) -> None:
         if pattern.structured and linear.in_features % pattern.m:
             found = f"{name} has {linear.in_features} inputs"
             raise ValueError(f"{found}, not a multiple of {pattern.m}; pattern {pattern.n}:{pattern.m} cannot be applied")
+
+
+def warn_of_zeros(decoder: Decoder) -> None:
+    """Says that a model to be pruned has zeros already: what the tables call dense is then this model."""
+    weights = [linear.weight for linear in decoder.linears().values()]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    if zeros > 0.1:
+        logger.warning("the model is %.0f %% zeros already; what is called dense below is this model", 100 * zeros)
 
 
 def check_protected(decoder: Decoder, config: LosaConfig) -> None:

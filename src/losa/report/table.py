@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from losa.inspect import LayerSparsity
@@ -62,7 +63,7 @@ def perplexity_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column in ("per", "text") else "right", overflow="fold")
     for row in rows:
         over = f"{row['windows']:,} windows" if "windows" in row else f"{row['documents']:,} documents"
-        table.add_row(row["definition"], str(row["window"]), over, f"{row['perplexity']:.4f}", row["data"])
+        table.add_row(row["definition"], str(row["window"]), over, f"{row['perplexity']:.4f}", escape(row["data"]))
     return table
 
 
@@ -74,7 +75,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> Group:
         table.add_column(column, justify="left" if column == "method" else "right")
     for line in body:
         table.add_row(*line)
-    return Group(table, provenance(rows))
+    return Group(table, escape(provenance(rows)))
 
 
 def task_table(result: dict[str, Any]) -> Table:

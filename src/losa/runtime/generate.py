@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from losa.models import max_length
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -41,12 +43,12 @@ def generate(
     """Continues `prompt`, handing text to `receive` as it comes.
 
     Args:
-        tokens: at most so many new ones.
+        tokens: at most so many new ones, and no more than fit into the model's window.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         seed: of the draw.
 
     Raises:
-        ValueError: an empty prompt, or numbers out of range.
+        ValueError: an empty prompt, one that fills the window, or numbers out of range.
     """
     if not prompt or tokens < 1 or temperature < 0:
         raise ValueError(
@@ -55,6 +57,9 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    window, given = max_length(model.config), inputs["input_ids"].shape[1]
+    if given >= window:
+        raise ValueError(f"the prompt has {given} tokens, the model's window {window}; shorten it")
     torch.manual_seed(seed)
     start = time.perf_counter()
     pieces: list[str] = []
@@ -63,5 +68,5 @@ def generate(
         pieces.append(piece)
         receive(piece)
 
-    ids = model.generate(**inputs, max_new_tokens=tokens, streamer=_Pieces(tokenizer, both), **sampling)
-    return Generated("".join(pieces), ids.shape[1] - inputs["input_ids"].shape[1], time.perf_counter() - start)
+    ids = model.generate(**inputs, max_new_tokens=min(tokens, window - given), streamer=_Pieces(tokenizer, both), **sampling)
+    return Generated("".join(pieces), ids.shape[1] - given, time.perf_counter() - start)

@@ -113,7 +113,8 @@ class SparseLinear(nn.Module):
             raise ValueError(f"a packed layer computes in bfloat16, found {x.dtype}; load the model with dtype=torch.bfloat16")
         if x.is_cuda and self.kernel in kernels.COMPILED:  # what moved the weights here did not go through this module
             self.land()
-        return kernels.linear(x, self.packed, self._parameters["bias"], self.kernel, self._buffers["index"])
+        y = kernels.linear(x, self.packed, self._parameters["bias"], self.kernel, self._buffers["index"])
+        return _NoGradient.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
     def extra_repr(self) -> str:
         """Shape, zeros and storage, for `print(model)`."""
@@ -122,6 +123,18 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"zeros={zeros:.1%}, values={str(self.weight.dtype).removeprefix('torch.')}, kernel={self.kernel}"
         )
+
+
+class _NoGradient(torch.autograd.Function):
+    """Lets `y` pass, and says so when somebody asks for the gradient that the kernels do not have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("packed layers have no gradient; fine-tune the sparse checkpoint with losa, then pack it")
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
