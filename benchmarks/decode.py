@@ -18,8 +18,7 @@ from pathlib import Path
 os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for what torch allocates itself; before torch is imported
 
 import torch
-from training import SHAPES
-from transformers import LlamaConfig, LlamaForCausalLM
+from training import SHAPES, random_model
 
 from losa.doctor import toy_tokenizer
 from losa.models import find_decoder
@@ -28,10 +27,7 @@ from losa.runtime.bench import compare
 
 def save_random(directory: Path, sparsity: float, shape: dict[str, int], device: str = "cpu") -> None:
     """Random weights, the linear layers of the blocks with zeros at random places; `device` draws them."""
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**shape))
-    torch.set_default_dtype(torch.float32)
+    model = random_model(shape, device)
     for linear in find_decoder(model).linears().values():
         linear.weight.data[torch.rand(linear.weight.shape, device=device) < sparsity] = 0
     model.generation_config.eos_token_id = None
@@ -52,7 +48,6 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, (arguments.output / "decode.csv").open("w", newline="") as file:
         directory = arguments.model or Path(folder, "model")

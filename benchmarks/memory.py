@@ -37,11 +37,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model == "1.1B":
-            import torch
             from decode import save_random
             from training import SHAPES
 
-            torch.manual_seed(0)
             model = str(Path(folder, "model"))
             save_random(Path(model), 0.0, SHAPES["1.1B"])
         sets = [item for pair in args.set for item in ("--set", pair)]

@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("LOSA_PROGRESS", "0")
-if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs files side by side; more threads than cores would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests side by side; more threads than cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable

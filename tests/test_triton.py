@@ -85,7 +85,7 @@ def assert_as_good_as_torch(packed: PackedWeight, x: torch.Tensor, bias: torch.T
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_err_at_most_twice_as_much_as_torch_in_the_same_precision(shape, values, dtype):
     generator = torch.Generator().manual_seed(1)
-    for density, tokens in itertools.product((0.0, 0.3, 1.0), (1, 3, 17, 33)):
+    for density, tokens in itertools.product((0.0, 0.3, 1.0), (1, 3, 16, 17, 33)):
         bias = torch.randn(shape[0], generator=generator).bfloat16() if tokens % 2 else None
         x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
         assert_as_good_as_torch(pack(sparse(*shape, density), values), x, bias)
@@ -94,7 +94,7 @@ def test_kernels_err_at_most_twice_as_much_as_torch_in_the_same_precision(shape,
 @pytest.mark.parametrize("values", VALUES)
 def test_every_number_of_tokens(values):
     packed = pack(sparse(20, 70, 0.3), values)
-    for tokens in (*range(1, 10), 15, 16, 17, 31, 32, 33, 65):
+    for tokens in (*range(1, 19), 31, 32, 33, 65):
         assert_as_good_as_torch(packed, torch.randn(tokens, 70).bfloat16(), torch.randn(20).bfloat16())
 
 
@@ -387,7 +387,7 @@ def build(kernel, capability, types, constants, warps):
 
 
 def test_the_compiler_takes_every_kernel():
-    """For A100 and H100, without either: hardly a register spilled, and population counts in one instruction."""
+    """For A100 and H100, without either: no registers spilled (a few by Triton 3.6), and population counts in one instruction."""
     code = (
         COMPILE
         + """
@@ -411,4 +411,4 @@ build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK"
     assert len(lines) == 6
     for name, _, counts, spills in lines:
         assert counts == str(name in ("_stream", "_expand"))
-        assert int(spills) <= 8  # Triton 3.6 spills seven, newer ones none
+        assert int(spills) <= (8 if cuda.triton.__version__.startswith("3.6.") else 0)

@@ -237,7 +237,7 @@ def evaluate(
     kept = save_results(model, result) if save else None
     out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
     if kept:
-        err.print(f"kept in {kept}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"kept in {kept}", err)
 
 
 @app.command()
@@ -347,10 +347,10 @@ def generate(
     from losa.runtime.generate import generate as go_on
 
     loaded, tokenizer = _served(model, device, trust_remote_code)
-    out.print(prompt, end="", highlight=False, markup=False, soft_wrap=True)
+    _say(prompt, end="")
 
     def show(piece: str) -> None:
-        out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+        _say(piece, end="")
 
     done = go_on(loaded, tokenizer, prompt, show, tokens, temperature, seed)
     out.print()
@@ -422,9 +422,9 @@ def demo(
         _say(f"saved and verified: {output}")
 
 
-def _say(line: str) -> None:
-    """Prints a line as it is: not wrapped, so that a path can be copied, and with no bracket in it taken for markup."""
-    out.print(line, highlight=False, markup=False, soft_wrap=True)
+def _say(text: str, console: Console = out, end: str = "\n") -> None:
+    """Prints a text as it is: not wrapped, so that a path can be copied, and with no bracket in it taken for markup."""
+    console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
 
 
 def _config(preset: str | None, path: Path | None, sets: list[str] | None, **options: Any) -> "LosaConfig":

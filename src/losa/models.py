@@ -33,7 +33,6 @@ def load(model: str | Path | LosaConfig) -> tuple[PreTrainedModel, PreTrainedTok
 
     config = model if isinstance(model, LosaConfig) else LosaConfig.from_dict({"model": str(model)})
     trust = {"trust_remote_code": config.trust_remote_code}
-    _check_directory(Path(config.model))
     with one_line(config.model):
         tokenizer = AutoTokenizer.from_pretrained(config.model, **trust)
         loaded = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
@@ -46,6 +45,8 @@ def _check_directory(model: Path) -> None:
     Raises:
         ValueError: a path that does not exist, an adapter, an interrupted run, or something else that is no model.
     """
+    from losa.checkpoint import work_dir  # it imports this module
+
     if not model.exists():
         if model.is_absolute() or str(model).startswith((".", "~")):
             raise ValueError(f"there is no model at {model}")
@@ -56,14 +57,19 @@ def _check_directory(model: Path) -> None:
         raise ValueError(
             f"{model} is an adapter, not a model; merge it into its base first (peft's merge_and_unload) and save that"
         )
-    if (model / ".losa").is_dir():
+    if work_dir(model).is_dir():
         raise ValueError(f"{model} holds an interrupted run, not a model yet; finish it with --resume")
     raise ValueError(f"{model} is not the directory of a model: it has no config.json")
 
 
 @contextmanager
 def one_line(name: str) -> Iterator[None]:
-    """Turns what transformers says about a model that does not open into one line with its name."""
+    """Turns what transformers says about a model that does not open into one line with its name.
+
+    Raises:
+        ValueError: that line; or, before anything is opened, what a local directory lacks.
+    """
+    _check_directory(Path(name))
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

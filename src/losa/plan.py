@@ -29,8 +29,8 @@ from losa.config import LosaConfig
 from losa.environment import resolve_device
 from losa.loss import causal_loss
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, one_line
-from losa.pruning import Pattern, get_pruner
-from losa.session import check_parts, check_pattern, check_protected
+from losa.pruning import get_pruner
+from losa.session import check_decoder, check_parts
 from losa.training import activation_checkpointing
 
 CALIBRATION_BATCH, EVALUATION_BATCH = 8, 4  # the defaults of prune_blocks and perplexity
@@ -99,8 +99,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
         model = build()
     check_supported(model)
     decoder = find_decoder(model)
-    check_pattern(decoder, Pattern.parse(config.pattern))
-    check_protected(decoder, config)
+    check_decoder(decoder, config)
     text_config = model.config.get_text_config()
     config = config.resolve(text_config.hidden_size, max_length(model.config))
     check_parts(config, processes)

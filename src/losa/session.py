@@ -66,8 +66,7 @@ class Session:
         distributed.join(device, alone=streams(config, device))
         check_supported(model)
         decoder = find_decoder(model)
-        check_pattern(decoder, Pattern.parse(config.pattern))
-        check_protected(decoder, config)
+        check_decoder(decoder, config)
         warn_of_zeros(decoder)
         if kind == "run":
             check_precision(model, config)
@@ -81,8 +80,10 @@ class Session:
         seconds = {"reading text": round(time.perf_counter() - began, 3)}
         record = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
         check_parts(config, distributed.world_size(), len(data.evaluation))
-        if manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
-            raise ValueError(f"cannot resume {output}: the text changed; restore it, or delete {output}/.losa to start anew")
+        if output and manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
+            raise ValueError(
+                f"cannot resume {output}: the text changed; restore it, or delete {checkpoint.work_dir(output)} to start anew"
+            )
         session = cls(model, tokenizer, config, data, device, callbacks, record, "")
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         if output and manifest:
@@ -228,16 +229,23 @@ def check_precision(model: PreTrainedModel, config: LosaConfig) -> None:
         model.to(torch.bfloat16)
 
 
-def check_pattern(decoder: Decoder, pattern: Pattern) -> None:
-    """Refuses n:m where it does not divide.
+def check_decoder(decoder: Decoder, config: LosaConfig) -> None:
+    """Refuses a target that these blocks cannot meet.
 
     Raises:
-        ValueError: a layer's in_features is not a multiple of m.
+        ValueError: n:m where a layer's in_features is not a multiple of m; blocks to protect that do not exist, or so many that
+            the others cannot lose enough.
     """
+    pattern = Pattern.parse(config.pattern)
     for name, linear in decoder.linears().items():
         if pattern.structured and linear.in_features % pattern.m:
             found = f"{name} has {linear.in_features} inputs"
             raise ValueError(f"{found}, not a multiple of {pattern.m}; pattern {pattern.n}:{pattern.m} cannot be applied")
+    sizes = decoder.sizes()
+    if config.protect and max(config.protect) >= len(sizes):
+        raise ValueError(f"protect is {config.protect}, expected block numbers below {len(sizes)}, the model's blocks")
+    assert config.sparsity is not None
+    layer_rates(sizes, sizes, config.sparsity, 0.0, protected=config.protect)
 
 
 def warn_of_zeros(decoder: Decoder) -> None:
@@ -246,19 +254,6 @@ def warn_of_zeros(decoder: Decoder) -> None:
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     if zeros > 0.1:
         logger.warning("the model is %.0f %% zeros already; what is called dense below is this model", 100 * zeros)
-
-
-def check_protected(decoder: Decoder, config: LosaConfig) -> None:
-    """Refuses blocks to protect that do not exist, or so many that the others cannot lose enough.
-
-    Raises:
-        ValueError: either.
-    """
-    sizes = decoder.sizes()
-    if config.protect and max(config.protect) >= len(sizes):
-        raise ValueError(f"protect is {config.protect}, expected block numbers below {len(sizes)}, the model's blocks")
-    assert config.sparsity is not None
-    layer_rates(sizes, sizes, config.sparsity, 0.0, protected=config.protect)
 
 
 def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -> None:

@@ -158,7 +158,7 @@ def plan_table(plan: Plan) -> Group:
 def bench_table(result: dict[str, Any]) -> Group:
     """Output of `losa bench`."""
     found = speed(result)
-    table = Table(pad_edge=False)  # 80 columns are enough, so
+    table = Table(pad_edge=False)  # so, and with heads on two lines, 80 columns are enough
     for column, name in enumerate(found.head):
         table.add_column(name.replace(" ", "\n"), justify="left" if column < found.words else "right", no_wrap=True)
     for row in found.rows:
