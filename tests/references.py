@@ -189,3 +189,30 @@ def packed_by_hand(W_OI: torch.Tensor, values: torch.dtype) -> tuple[list[int], 
             mask += list(bits.to_bytes(2 * group, "little"))
         offsets.append(len(stored))
     return mask, stored, offsets
+
+
+def input_salience(weight: Tensor, gram: Tensor, rotation: Tensor) -> Tensor:
+    """`(W R)_ij^2 (R^T G R)_jj`, sum by sum."""
+    rows, width = weight.shape
+    salience = torch.zeros(rows, width, dtype=torch.float64)
+    for j in range(width):
+        energy = sum(float(rotation[a, j] * gram[a, b] * rotation[b, j]) for a in range(width) for b in range(width))
+        for i in range(rows):
+            salience[i, j] = sum(float(weight[i, a] * rotation[a, j]) for a in range(width)) ** 2 * energy
+    return salience
+
+
+def output_salience(weight: Tensor, squares: Tensor, rotation: Tensor) -> Tensor:
+    """`(R^T W)_ij^2 G_jj`, sum by sum."""
+    width, columns = weight.shape
+    salience = torch.zeros(width, columns, dtype=torch.float64)
+    for i in range(width):
+        for j in range(columns):
+            salience[i, j] = sum(float(rotation[a, i] * weight[a, j]) for a in range(width)) ** 2 * float(squares[j])
+    return salience
+
+
+def entropy(salience: list[float]) -> float:
+    """`-sum p ln p` of the shares `p`."""
+    total = math.fsum(salience)
+    return -math.fsum(s / total * math.log(s / total) for s in salience if s > 0)
