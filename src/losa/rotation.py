@@ -277,6 +277,7 @@ def _rotate(path: ValuePath, name: str, seen: _Observed, steps: int, lr: float) 
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     distributed.send_(R_Kdd, 0)  # the same everywhere, also where processors round differently
+    distributed.send_(before_K, 0)
     distributed.send_(after_K, 0)
     change = distributed.max_(torch.tensor(_change(path, R_Kdd, seen.call), dtype=torch.float64, device=R_Kdd.device)).item()
     if not change <= TOLERANCE:
