@@ -1,6 +1,6 @@
 """What calibration text tells: redundancy of blocks, input statistics, reconstruction errors. And pruning, which needs them.
 
-Hidden states stream through the decoder one block at a time. Pruning runs two streams *in lockstep*, the dense model's and
+Hidden states stream through the decoder one block at a time. A walk (`walk_blocks`) runs two streams *in lockstep*, the dense model's and
 the sparse model's, so two activations a sequence are alive, not one per block; statistics exist for one block at a time.
 (The release keeps every block's outputs: 69 GB of RAM for a 7B model.) With `device` given and the model on the host, only
 the current block is on the device.
@@ -8,8 +8,7 @@ the current block is on the device.
 Legend: `S` sequences, `T` tokens, `H` hidden, `L` blocks, `N` tokens of a batch, `I` in_features.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,8 +22,6 @@ from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
 from losa.progress import progress
 from losa.pruning import Pattern, Pruner, Solution
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -157,51 +154,61 @@ class ReconstructionError:
         return torch.where(self.norm_H > 0, self.difference_H / self.norm_H, 0.0).mean().item()
 
 
+@dataclass
+class Stop:
+    """A block of a walk, on its device. The dense stream is past it already, the sparse one comes when the visit is over.
+
+    Attributes:
+        name: what the walk does, for its progress bar and errors.
+        sparse: what the blocks before this one put out, as they are now: the block's inputs.
+        dense: the dense model's outputs of this block, for the first sequences of `sparse`; perhaps of none.
+    """
+
+    name: str
+    index: int
+    block: nn.Module
+    sparse: BlockInputs
+    dense: BlockInputs
+
+
+Visit = Callable[[Stop], None]
+
+
 @torch.no_grad()
-def prune_blocks(
+def walk_blocks(
     model: PreTrainedModel,
     ids_ST: Tensor,
-    rates: Sequence[float],
-    pruner: Pruner,
-    pattern: Pattern,
-    share: float = 1.0,
+    visits: Sequence[Visit],
+    *,
+    label: str,
+    dense_sequences: int | None = None,
     batch_size: int = 8,
-    error_sequences: int | None = None,
     device: torch.device | None = None,
-    on_solution: Callable[[str, Solution], None] | None = None,
 ) -> list[float]:
-    """Prunes every block to its rate, in order; a block sees what the already pruned blocks before it put out.
-
-    What is pruned is the merged weight `M * (W + s B A)`. Masks only lose weights.
+    """Takes two streams through the decoder in lockstep, the dense model's and the sparse model's, and stops at every block: there
+    the visits, in their order, may change it, before the sparse stream goes through it.
 
     Args:
         model: after `adapter.attach`.
         ids_ST: calibration sequences; of several processes, each takes a part.
-        rates: ratio of zeros of each block; ignored for n:m patterns.
-        share: n:m only, the ratio of the pattern's zeros to set now.
-        error_sequences: how many of the sequences also go through the dense model, for the errors; all when None. With 0 there is
-            no dense stream, and no errors.
+        visits: called with every block.
+        label: of the progress bar.
+        dense_sequences: how many of the sequences also go through the dense model; all when None. With 0 there is no dense stream,
+            and no errors.
         device: where blocks run, if not where the model is.
-        on_solution: told each layer's name (`block.layer`) and the solver's answer.
 
     Returns:
         The reconstruction error of each block.
     """
     sparse = block_inputs(model, distributed.part(ids_ST), batch_size)
-    dense = sparse.first(len(distributed.part(ids_ST[:error_sequences])))
+    dense = sparse.first(len(distributed.part(ids_ST[:dense_sequences])))
     errors = []
-    for index, block in enumerate(progress(find_decoder(model).blocks, f"pruning ({pruner.name})")):
+    for index, block in enumerate(progress(find_decoder(model).blocks, label)):
         with on_device(block, device):
-            statistics = InputStatistics(pruner)
-            statistics.collect(block, index, sparse)
-            for name, solution in _solve(block, index, statistics, rates[index], pattern, share).items():
-                if on_solution is not None:
-                    on_solution(f"{index}.{name}", solution)
-                layer = block_linears(block)[name]
-                assert isinstance(layer, MaskedLinear)
-                layer.set_solution(solution.keep_OI, solution.weight_OI if pruner.updates_weights else None)
             with dense_mode(block):
                 dense.advance(block, index)
+            for visit in visits:
+                visit(Stop(label, index, block, sparse, dense))
             sparse.advance(block, index)
         if dense.hidden:
             error_of = ReconstructionError()
@@ -211,8 +218,60 @@ def prune_blocks(
     return errors
 
 
+def pruning_visit(
+    pruner: Pruner,
+    rates: Mapping[str, float],
+    pattern: Pattern,
+    share: float = 1.0,
+    on_solution: Callable[[str, Solution], None] | None = None,
+) -> Visit:
+    """Prunes every layer of a block to its rate, with the inputs that the already pruned blocks before it give it.
+
+    What is pruned is the merged weight `M * (W + s B A)`. Masks only lose weights.
+
+    Args:
+        rates: ratio of zeros by layer name, `block.layer`; ignored for n:m patterns.
+        share: n:m only, the ratio of the pattern's zeros to set now.
+        on_solution: told each layer's name and the solver's answer.
+    """
+
+    def visit(stop: Stop) -> None:
+        statistics = InputStatistics(pruner)
+        statistics.collect(stop.block, stop.index, stop.sparse)
+        for name, solution in _solve(stop.block, stop.index, statistics, rates, pattern, share).items():
+            if on_solution is not None:
+                on_solution(f"{stop.index}.{name}", solution)
+            layer = block_linears(stop.block)[name]
+            assert isinstance(layer, MaskedLinear)
+            layer.set_solution(solution.keep_OI, solution.weight_OI if pruner.updates_weights else None)
+
+    return visit
+
+
+def prune_blocks(
+    model: PreTrainedModel,
+    ids_ST: Tensor,
+    rates: Mapping[str, float],
+    pruner: Pruner,
+    pattern: Pattern,
+    share: float = 1.0,
+    *,
+    then: Sequence[Visit] = (),
+    batch_size: int = 8,
+    error_sequences: int | None = None,
+    device: torch.device | None = None,
+    on_solution: Callable[[str, Solution], None] | None = None,
+) -> list[float]:
+    """A walk that prunes every block (`pruning_visit`) and then does what else is wanted there; see `walk_blocks`."""
+    visits = [pruning_visit(pruner, rates, pattern, share, on_solution), *then]
+    label = f"pruning ({pruner.name})"
+    return walk_blocks(
+        model, ids_ST, visits, label=label, dense_sequences=error_sequences, batch_size=batch_size, device=device
+    )
+
+
 def _solve(
-    block: nn.Module, index: int, statistics: InputStatistics, rate: float, pattern: Pattern, share: float
+    block: nn.Module, index: int, statistics: InputStatistics, rates: Mapping[str, float], pattern: Pattern, share: float
 ) -> dict[str, Solution]:
     """The solver's answers for all layers of a block. Each group of layers is solved by one process, which tells the others."""
     pruner, layers = statistics.pruner, masked_linears(block)
@@ -222,7 +281,7 @@ def _solve(
         if number % distributed.world_size() == distributed.rank():
             weights, masks = [layers[name].merged() for name in names], [layers[name].keep_OI for name in names]
             try:
-                solved = pruner.solve(weights, masks, statistic, rate, pattern, share)
+                solved = pruner.solve(weights, masks, statistic, [rates[f"{index}.{name}"] for name in names], pattern, share)
             except ValueError as error:
                 raise ValueError(f"block {index}, {', '.join(names)}: {error}") from error
             solutions |= dict(zip(names, solved, strict=True))
@@ -237,7 +296,7 @@ def _solve(
 def _send(solution: Solution | None, layer: MaskedLinear, with_weight: bool, source: int) -> Solution:
     """One layer's solution from the process that has it."""
     if solution is None:
-        solution = Solution(torch.empty_like(layer.weight, dtype=layer.lora_A.dtype), torch.empty_like(layer.keep_OI))
+        solution = Solution(torch.empty_like(layer.weight, dtype=layer.exact), torch.empty_like(layer.keep_OI))
     damping = torch.tensor(solution.damping or 0.0, dtype=torch.float64, device=layer.weight.device)
     distributed.send_(solution.keep_OI.view(torch.uint8), source)
     if with_weight:

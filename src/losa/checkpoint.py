@@ -73,7 +73,7 @@ def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConf
     tensors: dict[str, Tensor] = {}
     for key, layer in masked_linears(model).items():
         tensors[f"{key}.mask"] = layer.keep_bits
-        tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"] = layer.lora_A.data, layer.lora_B.data
+        tensors |= {f"{key}.{name}": parameter.data for name, parameter in layer.trained.items()}
         if layer.dense_OI is not None:
             tensors[f"{key}.weight"] = layer.weight.data
         if layer.score_OI is not None:
@@ -123,9 +123,8 @@ def load_stage(output: Path, manifest: dict[str, Any], model: PreTrainedModel) -
     """Puts a stage's masks, adapters and changed weights into a freshly attached model."""
     tensors = load_file(work_dir(output) / manifest["name"] / "state.safetensors")
     for key, layer in masked_linears(model).items():
-        layer.lora_A.copy_(tensors[f"{key}.lora_A"])
-        layer.lora_B.copy_(tensors[f"{key}.lora_B"])
-        layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"))
+        trained = {name: tensors[f"{key}.{name}"] for name in layer.trained}
+        layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"), trained)
         layer.score_OI = tensors.get(f"{key}.score")
 
 

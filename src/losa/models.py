@@ -169,11 +169,15 @@ class BlockInputs:
             count -= len(batch)
         return BlockInputs(hidden, self.kwargs)
 
-    def output(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """Runs block number `index`, on the device it is on, over one batch; the stream itself stays where it is."""
+    def run(self, block: nn.Module, index: int, hidden_bTH: Tensor) -> Tensor:
+        """What block number `index` makes of any hidden states, called as the model calls it, on the device it is on."""
         device = next(block.parameters()).device
-        output = block(self.hidden[batch].to(device), **_to(self.kwargs[index], device))
+        output = block(hidden_bTH.to(device), **_to(self.kwargs[index], device))
         return output[0] if isinstance(output, tuple) else output
+
+    def output(self, block: nn.Module, index: int, batch: int) -> Tensor:
+        """Runs block number `index` over one batch; the stream itself stays where it is."""
+        return self.run(block, index, self.hidden[batch])
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replaces the hidden states by the block's outputs, kept on the device the inputs were on."""

@@ -11,6 +11,7 @@ from losa.adapter.layer import (
     merge,
     outdate_effective_weights,
     reuse_effective_weights,
+    whole_weights,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "merge",
     "outdate_effective_weights",
     "reuse_effective_weights",
+    "whole_weights",
 ]

@@ -77,6 +77,15 @@ def effective_weight(
     return result_OI
 
 
+def effective_whole(W_OI: Tensor, bits: Tensor, D_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`M * (W + D)`, the same for a layer whose weights are all trained: summed in the dtype of `D`, cast once, +0 outside."""
+    result_OI, table = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype), byte_table(W_OI.device)
+    for rows in panels(W_OI.shape, W_OI.device):
+        torch.add(W_OI[rows], D_OI[rows], out=result_OI[rows])
+        mask_(result_OI[rows], bits, rows, table)
+    return result_OI
+
+
 def adapter_gradients(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`dA = s B^T (M * G)` and `dB = s (M * G) A^T` in the dtype of the adapters. May overwrite `G`."""
     if _in_one_kernel(G_OI, A_RI):
@@ -131,3 +140,43 @@ class MaskedLowRankLinear(torch.autograd.Function):
                 ctx.score_OI.addcmul_(W_eff_OI, G_OI, value=-1)  # pruning/movement.py
             dA_RI, dB_OR = adapter_gradients(G_OI, bits, A_RI, B_OR, ctx.scale)
         return dx, None, None, None, dA_RI, dB_OR, None, None, None, None
+
+
+class MaskedWholeLinear(torch.autograd.Function):
+    """`y = x W_eff^T + b` with `W_eff = M * (W + D)`: full fine-tuning under the mask. Gradients go to `x` and `D`.
+
+    `D` has a float32 value, a gradient and two moments for every weight, so one more copy of `W_eff`, kept until the backward
+    pass, is little; it spares building it twice.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        W_OI: Tensor,
+        bias_O: Tensor | None,
+        bits: Tensor,
+        D_OI: Tensor,
+        W_eff_OI: Tensor | None = None,
+        score_OI: Tensor | None = None,
+    ) -> Tensor:
+        W_eff_OI = effective_whole(W_OI, bits, D_OI) if W_eff_OI is None else W_eff_OI
+        ctx.save_for_backward(x, bits, W_eff_OI)
+        ctx.dtype, ctx.score_OI = D_OI.dtype, score_OI
+        return torch.nn.functional.linear(x, W_eff_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, bits, W_eff_OI = ctx.saved_tensors
+        dx = dy @ W_eff_OI if ctx.needs_input_grad[0] else None
+        dD_OI = None
+        if ctx.needs_input_grad[4]:
+            G_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            if ctx.score_OI is not None:
+                ctx.score_OI.addcmul_(W_eff_OI, G_OI, value=-1)  # pruning/movement.py
+            table = byte_table(G_OI.device)
+            for rows in panels(G_OI.shape, G_OI.device):
+                mask_(G_OI[rows], bits, rows, table)
+            dD_OI = G_OI.to(ctx.dtype)
+        return dx, None, None, None, dD_OI, None, None

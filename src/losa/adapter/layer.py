@@ -1,4 +1,6 @@
-"""`MaskedLinear`: a linear layer with a frozen base, an explicit keep-mask and a low-rank adapter under that mask.
+"""`MaskedLinear`: a linear layer with a frozen base, an explicit keep-mask and what is trained under that mask.
+
+That is a low-rank adapter, `M * (W + s B A)`, or with `whole` every surviving weight, `M * (W + D)`, where there is memory for it.
 
 Own code rather than a `peft` layer, after weighing both: peft registers custom LoRA layers through an underscore API,
 and an adapter it saves is loaded by plain peft *unmasked*, silently. The product here is the merged checkpoint, no adapter
@@ -19,19 +21,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from losa import distributed
-from losa.adapter.function import MaskedLowRankLinear, effective_weight
+from losa.adapter.function import MaskedLowRankLinear, MaskedWholeLinear, effective_weight, effective_whole
 from losa.bits import pack_bits, unpack_bits
 from losa.models import check_supported, find_decoder
 
 
 class MaskedLinear(nn.Linear):
-    """`y = x (M * (W + s B A))^T + b`.
+    """`y = x (M * (W + s B A))^T + b`, or `y = x (M * (W + D))^T + b`.
 
     Attributes:
         weight: frozen base weight `(O, I)`.
         keep_bits: the mask, a bit a weight (`bits.pack_bits`); a byte a weight would be half of a bfloat16 model. Changed only
             by `set_solution`, `restore` and `reset`; `keep_OI` is the same as bool.
         lora_A, lora_B: float32 (float64 over a float64 base), `(max_rank, I)` and `(O, max_rank)`.
+        delta_OI: float32 `D`, or None where the adapter is what is trained. The base then never changes.
         rank: active rank; rows of `lora_A` at and above it do nothing.
         scale: `alpha / r`, the same at every rank.
         dense_OI: the original weight, on the host, kept from the moment the base first differs from it.
@@ -43,8 +46,9 @@ class MaskedLinear(nn.Linear):
     """
 
     keep_bits: Tensor
+    delta_OI: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, max_rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear, max_rank: int, scale: float, generator: torch.Generator, whole: bool = False) -> None:
         # nn.Linear's own initialiser would allocate and fill a weight only to drop it.
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -52,12 +56,18 @@ class MaskedLinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         device = self.weight.device
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = self.exact = torch.promote_types(self.weight.dtype, torch.float32)
         self.register_buffer("keep_bits", pack_bits(torch.ones_like(self.weight, dtype=torch.bool)), persistent=False)
-        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5)), as LoRA and peft initialise A
-        A_RI = torch.empty(max_rank, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(A_RI.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
+        delta_OI = lora_A = lora_B = None
+        if whole:
+            delta_OI = nn.Parameter(torch.zeros_like(self.weight, dtype=dtype))
+        else:
+            bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5)), as LoRA and peft initialise A
+            A_RI = torch.empty(max_rank, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
+            lora_A = nn.Parameter(A_RI.to(device))
+            lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
+        for name, parameter in (("lora_A", lora_A), ("lora_B", lora_B), ("delta_OI", delta_OI)):
+            self.register_parameter(name, parameter)
         self.rank, self.scale = max_rank, scale
         self.dense_OI: Tensor | None = None
         self.dense = self.keep_effective = self.reuses = self.scored = False
@@ -74,13 +84,21 @@ class MaskedLinear(nn.Linear):
         """The active slices of A `(R, I)` and B `(O, R)`."""
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained: the adapter or the whole delta, by name."""
+        names = ("lora_A", "lora_B") if self.delta_OI is None else ("delta_OI",)
+        return {name: getattr(self, name) for name in names}
+
     def merged(self) -> Tensor:
         """The merged weight before it is cast, `(O, I)`: what solvers work on, so that no base weight is rounded on the way."""
-        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale, dtype=self.lora_A.dtype)
+        return self.effective(self.exact)
 
-    def effective(self) -> Tensor:
+    def effective(self, dtype: torch.dtype | None = None) -> Tensor:
         """The merged weight, `(O, I)` in the base dtype, bitwise zero outside the mask."""
-        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale)
+        if self.delta_OI is not None:
+            return effective_whole(self.weight, self.keep_bits, self.delta_OI, dtype)
+        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any leading shape, `(..., I) -> (..., O)`."""
@@ -91,9 +109,13 @@ class MaskedLinear(nn.Linear):
             if self.reuses and self.reused_OI is None:
                 with torch.no_grad():
                     self.reused_OI = self.effective()
-            adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
             score_OI = self.score_OI if self.scored else None
-            y: Tensor = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)
+            y: Tensor
+            if self.delta_OI is not None:
+                y = MaskedWholeLinear.apply(x, self.weight, self.bias, self.keep_bits, self.delta_OI, self.reused_OI, score_OI)
+                return y
+            adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
+            y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)
             return y
         return nn.functional.linear(x, self.effective(), self.bias)
 
@@ -109,13 +131,18 @@ class MaskedLinear(nn.Linear):
         if (keep_OI & ~self.keep_OI).any():
             raise ValueError("a pruned weight came back; masks must be nested")
         self.keep_bits.copy_(pack_bits(keep_OI))
-        if weight_OI is not None:
+        if weight_OI is not None and self.delta_OI is not None:
+            self.delta_OI.copy_(weight_OI.to(self.exact) - self.weight)
+        elif weight_OI is not None:
             A_RI, B_OR = self.factors
             self._set_base(torch.addmm(weight_OI.to(A_RI.dtype), B_OR, A_RI, alpha=-self.scale))
 
     @torch.no_grad()
     def set_rank(self, rank: int) -> None:
-        """Gives the adapter another active rank. What dropped components had learned is folded into the base."""
+        """Gives the adapter another active rank. What dropped components had learned is folded into the base. Where all weights
+        are trained, there is no rank to set."""
+        if self.lora_A is None:
+            return
         if not 1 <= rank <= self.lora_A.shape[0]:
             raise ValueError(f"rank is {rank}, expected 1..{self.lora_A.shape[0]}")
         dropped = slice(rank, self.rank)
@@ -131,20 +158,23 @@ class MaskedLinear(nn.Linear):
         self.weight.copy_(weight_OI)
 
     @torch.no_grad()
-    def restore(self, keep_bits: Tensor, weight_OI: Tensor | None) -> None:
-        """Mask and, if it had changed, base weight of a saved stage. Unlike `set_solution`, masks need not be nested."""
+    def restore(self, keep_bits: Tensor, weight_OI: Tensor | None, trained: Mapping[str, Tensor] | None = None) -> None:
+        """Mask and, if it had changed, base weight of a saved stage, and what was trained. Unlike `set_solution`, masks need not be
+        nested."""
         self.keep_bits.copy_(keep_bits)
         if weight_OI is not None:
             self._set_base(weight_OI)
+        for name, value in (trained or {}).items():
+            self.trained[name].copy_(value)
 
     @torch.no_grad()
     def reset(self, keep_bits: Tensor) -> None:
-        """Back to the layer it was made from, with the mask it had then; the adapter's `B` to zero."""
+        """Back to the layer it was made from, with the mask it had then; `D` or the adapter's `B` to zero."""
         if self.dense_OI is not None:
             self.weight.copy_(self.dense_OI)
             self.dense_OI = None
         self.keep_bits.copy_(keep_bits)
-        self.lora_B.zero_()
+        (self.lora_B if self.delta_OI is None else self.delta_OI).zero_()
 
 
 def masked_linears(model: nn.Module) -> dict[str, MaskedLinear]:
@@ -212,6 +242,24 @@ def outdate_effective_weights(model: nn.Module) -> None:
         layer.reused_OI = None
 
 
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Has every weight of a model, or of one block of it, trainable for a while; yields the parameters. Afterwards the base absorbs
+    what was learned, where the adapter is what the layer trains otherwise."""
+    layers = list(masked_linears(module).values())
+    lent = [layer for layer in layers if layer.delta_OI is None]
+    for layer in lent:
+        with torch.no_grad():
+            layer.delta_OI = nn.Parameter(layer.merged() - layer.weight)
+    try:
+        yield [layer.trained["delta_OI"] for layer in layers]
+    finally:
+        for layer in lent:
+            merged_OI = layer.merged().detach()
+            layer.delta_OI = None
+            layer.set_solution(layer.keep_OI, merged_OI)
+
+
 def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
@@ -238,10 +286,11 @@ def attach(
     scale: float = 2.0,
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
+    whole: bool = False,
 ) -> PreTrainedModel:
     """Replaces, in place, every linear layer of every decoder block by a `MaskedLinear`, and freezes all else.
 
-    The model computes what it did before: `B` is zero, and masks are full or those of its zeros.
+    The model computes what it did before: `B`, or `D`, is zero, and masks are full or those of its zeros.
 
     Args:
         masks: keep-masks by parameter name, as `merge` returns them, of a model that is sparse already: without them the
@@ -249,6 +298,7 @@ def attach(
         max_rank: rows allocated for each adapter, the largest rank any block can be given.
         scale: `alpha / r`.
         seed: of the initial `A`; drawn on the CPU, so the same on every device.
+        whole: train every surviving weight instead of adapters.
 
     Raises:
         ValueError: the model is not supported (see `models.check_supported`).
@@ -258,7 +308,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     masks = getattr(model, "losa_masks", {}) if masks is None else masks
     for name, linear in find_decoder(model).linears().items():
-        layer = MaskedLinear(linear, max_rank, scale, generator)
+        layer = MaskedLinear(linear, max_rank, scale, generator, whole)
         if (keep_OI := masks.get(f"{name}.weight")) is not None:
             layer.set_solution(keep_OI.to(layer.weight.device))
         _replace(model, name, layer)

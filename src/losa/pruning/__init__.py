@@ -6,10 +6,11 @@ statistic into new weights and a nested mask. Nothing here knows models, adapter
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from losa.pruning import magnitude, movement, sparsegpt, wanda
+from losa.pruning import alps, magnitude, movement, sparsegpt, wanda
 from losa.pruning.masks import Pattern
 
 __all__ = ["PRUNERS", "Pattern", "Pruner", "Solution", "get_pruner"]
@@ -26,61 +27,99 @@ class Solution:
 
 @dataclass(frozen=True)
 class Pruner:
-    """A named solver.
+    """A named solver, and what it needs; nothing else in the package asks for a solver by its name.
 
     Attributes:
         collect: `(statistic or None, X_NI) -> statistic`; None when the solver looks at weights only.
-        solve: `(weights, masks, statistic, rate, pattern, share) -> solutions`, for layers that are fed by one tensor and so
-            share its statistic: q, k and v, or gate and up. Each layer is pruned to `rate` on its own.
-        updates_weights: whether surviving weights change too.
+        solve: `(weights, masks, statistic, rates, pattern, share) -> solutions`, for layers that are fed by one tensor and so
+            share its statistic: q, k and v, or gate and up. Each layer is pruned to its own rate.
+        summary: one line for `--help` and tables.
+        updates_weights: whether surviving weights change too; where adapters are trained, the dense original is then kept.
         from_training: whether the statistic is each layer's own score from the training before, not of its inputs.
+        calibration_tokens: how many tokens its statistic wants; more were not worth their time (docs/LOG.md).
+        matrix: whether the statistic is `(I, I)`, not `(I,)`.
+        square_copies: float32 matrices `(I, I)` alive at once while it solves.
+        weight_bytes: bytes a weight of the layers that share an input, alive while it solves.
     """
 
     name: str
     collect: Callable[[Tensor | None, Tensor], Tensor] | None
-    solve: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None, float, Pattern, float], list[Solution]]
+    solve: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None, Sequence[float], Pattern, float], list[Solution]]
+    summary: str
     updates_weights: bool = False
     from_training: bool = False
+    calibration_tokens: int = 2**16
+    matrix: bool = False
+    square_copies: int = 0
+    weight_bytes: int = 30  # merged weight, scores, their order, masks
+
+    def statistic_bytes(self, in_features: int) -> int:
+        """Bytes of the statistic of one input of this width."""
+        if self.collect is None:
+            return 0
+        return 4 * in_features**2 if self.matrix else 8 * in_features
+
+    def keeps_dense(self, whole: bool) -> bool:
+        """Whether dense originals are kept beside the base weights; with `whole`, where all weights are trained, the base itself
+        stays dense."""
+        return self.updates_weights and not whole
 
 
-def _by_mask(choose: Callable[[Tensor, Tensor], Tensor], weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Solution]:
-    """Solutions of a solver that only chooses a mask, `(W_OI, keep_OI) -> keep_OI`."""
-    chosen = [choose(W_OI, keep_OI) for W_OI, keep_OI in zip(weights, masks, strict=True)]
+Choice = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def _by_mask(
+    choose: Choice, weights: Sequence[Tensor], masks: Sequence[Tensor], rates: Sequence[float]
+) -> list[Solution]:
+    """Solutions of a solver that only chooses a mask, `(W_OI, keep_OI, rate) -> keep_OI`."""
+    chosen = [choose(W_OI, keep_OI, rate) for W_OI, keep_OI, rate in zip(weights, masks, rates, strict=True)]
     return [Solution(W_OI.where(keep_OI, 0), keep_OI) for W_OI, keep_OI in zip(weights, chosen, strict=True)]
 
 
 def _magnitude(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], _: Tensor | None, rate: float, pattern: Pattern, share: float
+    weights: Sequence[Tensor], masks: Sequence[Tensor], _: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
 ) -> list[Solution]:
-    return _by_mask(lambda W_OI, keep_OI: magnitude.prune(W_OI, keep_OI, rate, pattern, share), weights, masks)
+    return _by_mask(lambda W_OI, keep_OI, rate: magnitude.prune(W_OI, keep_OI, rate, pattern, share), weights, masks, rates)
 
 
 def _wanda(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], sq_I: Tensor | None, rate: float, pattern: Pattern, share: float
+    weights: Sequence[Tensor], masks: Sequence[Tensor], sq_I: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
 ) -> list[Solution]:
     assert sq_I is not None, "wanda needs input statistics"
-    return _by_mask(lambda W_OI, keep_OI: wanda.prune(W_OI, keep_OI, sq_I, rate, pattern, share), weights, masks)
+    return _by_mask(lambda W_OI, keep_OI, rate: wanda.prune(W_OI, keep_OI, sq_I, rate, pattern, share), weights, masks, rates)
 
 
 def _sparsegpt(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], H_II: Tensor | None, rate: float, pattern: Pattern, share: float
+    weights: Sequence[Tensor], masks: Sequence[Tensor], H_II: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
 ) -> list[Solution]:
     assert H_II is not None, "sparsegpt needs input statistics"
-    solved, damping = sparsegpt.prune(weights, masks, H_II, rate, pattern, share)
+    solved, damping = sparsegpt.prune(weights, masks, H_II, rates, pattern, share)
     return [Solution(W_OI, keep_OI, damping) for W_OI, keep_OI in solved]
 
 
-def _movement(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], score_OI: Tensor | None, rate: float, pattern: Pattern, share: float
+def _alps(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], G_II: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
 ) -> list[Solution]:
-    return _by_mask(lambda W_OI, keep_OI: movement.prune(W_OI, keep_OI, score_OI, rate, pattern, share), weights, masks)
+    assert G_II is not None, "alps needs input statistics"
+    return [Solution(W_OI, keep_OI) for W_OI, keep_OI in alps.prune(weights, masks, G_II, rates, pattern, share)]
 
 
+def _movement(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], score_OI: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
+) -> list[Solution]:
+    return _by_mask(lambda W_OI, keep_OI, rate: movement.prune(W_OI, keep_OI, score_OI, rate, pattern, share), weights, masks, rates)
+
+
+_SECOND_ORDER: dict[str, Any] = {"updates_weights": True, "matrix": True, "calibration_tokens": 2**16, "square_copies": 5, "weight_bytes": 32}
 PRUNERS: dict[str, Pruner] = {
-    "magnitude": Pruner("magnitude", None, _magnitude),
-    "wanda": Pruner("wanda", wanda.collect, _wanda),
-    "sparsegpt": Pruner("sparsegpt", sparsegpt.collect, _sparsegpt, updates_weights=True),
-    "movement": Pruner("movement", None, _movement, from_training=True),
+    pruner.name: pruner
+    for pruner in (
+        Pruner("alps", sparsegpt.collect, _alps, "mask and weights solved together", **_SECOND_ORDER),
+        Pruner("sparsegpt", sparsegpt.collect, _sparsegpt, "column by column, later columns make up", **_SECOND_ORDER),
+        Pruner("wanda", wanda.collect, _wanda, "size of a weight times size of its input"),
+        Pruner("magnitude", None, _magnitude, "size of a weight"),
+        Pruner("movement", None, _movement, "scores collected in training; for comparison", from_training=True),
+    )
 }
 
 

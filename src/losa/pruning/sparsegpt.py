@@ -71,7 +71,7 @@ def _block_mask(score_OC: Tensor, keep_OC: Tensor, count: int) -> Tensor:
 
 
 def prune(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], H_II: Tensor, rate: float, pattern: Pattern, share: float = 1.0
+    weights: Sequence[Tensor], masks: Sequence[Tensor], H_II: Tensor, rates: Sequence[float], pattern: Pattern, share: float = 1.0
 ) -> tuple[list[tuple[Tensor, Tensor]], float]:
     """Solves the layers that share one input: one factorisation, and one pass over the columns for all their rows.
 
@@ -82,7 +82,7 @@ def prune(
         weights: merged weights, `(O, I)` each, zeros outside their masks.
         masks: of the step before; what is False stays False, and its error is passed on like any other.
         H_II: from `collect`.
-        rate: ratio of zeros of each layer, in [0, 1); unstructured only.
+        rates: ratio of zeros of each layer, in [0, 1); unstructured only.
         share: n:m only, see `masks.keep_n_of_m`; candidates are taken per group of `m` columns.
 
     Returns:
@@ -109,7 +109,8 @@ def prune(
         if not pattern.structured:
             score_OC = (W_OC / torch.diagonal(U_CC)).square().masked_fill(dead_I[start:stop], 0.0)
             for number, (new, score) in enumerate(zip(new_OI.split(heights), score_OC.split(heights), strict=True)):
-                new[:, start:stop] = _block_mask(score, new[:, start:stop], pruned_count(len(new) * stop, rate) - done[number])
+                count = pruned_count(len(new) * stop, rates[number]) - done[number]
+                new[:, start:stop] = _block_mask(score, new[:, start:stop], count)
                 done[number] += int((~new[:, start:stop]).sum())
         for c in range(stop - start):
             i = start + c
