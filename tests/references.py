@@ -48,6 +48,28 @@ def linprog_rates(
     return float(answer.fun), list(answer.x)
 
 
+def linprog_curves(curves: list[list[float]], sizes: list[int], target: float, delta: float, previous: list[float]) -> float:
+    """Least total cost of convex piecewise linear curves, by scipy: each cost is an unknown above the lines of all its pieces."""
+    from scipy.optimize import linprog
+
+    count, share = len(curves), [size / sum(sizes) for size in sizes]
+    half = min(delta, (1 - target) / 2)
+    bounds = [(max(target - half, 0.0, past), max(target + half, past)) for past in previous] + [(None, None)] * count
+    above, heights = [], []  # slope * s_l - cost_l <= slope * left - value at left
+    for layer, curve in enumerate(curves):
+        pieces = len(curve) - 1
+        for piece in range(pieces):
+            slope = (curve[piece + 1] - curve[piece]) * pieces
+            line = [0.0] * (2 * count)
+            line[layer], line[count + layer] = slope, -1.0
+            above.append(line)
+            heights.append(slope * piece / pieces - curve[piece])
+    total, mean = [0.0] * count + [1.0] * count, [share + [0.0] * count]
+    answer = linprog(total, A_ub=above, b_ub=heights, A_eq=mean, b_eq=[target], bounds=bounds, method="highs")
+    assert answer.success, answer.message
+    return float(answer.fun)
+
+
 def keep_rows(scores: Tensor, keep: Tensor, rate: float) -> Tensor:
     """Row-wise unstructured mask: each row loses equally many, the remainder goes where the next score is lowest."""
     rows, columns = scores.shape

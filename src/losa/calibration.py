@@ -21,7 +21,7 @@ from losa.adapter import MaskedLinear, dense_mode, masked_linears
 from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
 from losa.progress import progress
-from losa.pruning import Pattern, Pruner, Solution
+from losa.pruning import Pattern, Pruner, Solution, get_pruner
 
 
 @torch.no_grad()
@@ -59,9 +59,9 @@ class InputStatistics:
     values: dict[int, Tensor] = field(default_factory=dict)  # by the id of the layer that owns it
     owner: dict[int, int] = field(default_factory=dict)
 
-    def collect(self, block: nn.Module, index: int, stream: BlockInputs) -> None:
-        """Runs the block over the stream, without advancing it, and sums over processes. After the first batch a forward ends at
-        the last layer's input: the last product, a quarter of a Llama block's flops, would serve nothing."""
+    def collect(self, block: nn.Module, index: int, stream: BlockInputs, advance: bool = False) -> None:
+        """Runs the block over the stream and sums over processes. Unless the stream is to advance too, a forward after the first
+        batch ends at the last layer's input: the last product, a quarter of a Llama block's flops, would serve nothing."""
         if self.pruner.collect is None:
             return
         layers = list(block_linears(block).values())
@@ -88,8 +88,10 @@ class InputStatistics:
                 seen.clear()
                 calls = 0
                 with suppress(_Enough):
-                    stream.output(block, index, batch)
-                once = once or (batch == 0 and calls == len(self.owner) == len(layers))
+                    output = stream.output(block, index, batch)
+                    if advance:
+                        stream.hidden[batch] = output.to(stream.hidden[batch].device)
+                once = once or (batch == 0 and not advance and calls == len(self.owner) == len(layers))
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,6 +128,39 @@ class InputStatistics:
             scores = {name: layer.score_OI for name, layer in masked_linears(block).items()}
             return [(names, scores[names[0]]) for names in groups.values()]
         return [(names, self.values.get(owner)) for owner, names in groups.items()]
+
+
+@torch.no_grad()
+def input_norms(
+    model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """What Wanda knows of every linear layer's input, on the model as it is now: one forward over the sequences, no pruning.
+
+    Args:
+        ids_ST: calibration sequences; of several processes, each takes a part.
+        device: where blocks run, if not where the model is.
+
+    Returns:
+        By layer (`block.layer`), `sum_n X_ni^2` of each input feature, `(I,)` float64 on the CPU. Layers fed by one tensor share
+        theirs.
+
+    Raises:
+        ValueError: no calibration token reached a layer, or activations are not finite.
+    """
+    stream = block_inputs(model, distributed.part(ids_ST), batch_size)
+    norms: dict[str, Tensor] = {}
+    for index, block in enumerate(progress(find_decoder(model).blocks, "input norms")):
+        statistics = InputStatistics(get_pruner("wanda"))
+        with on_device(block, device):
+            statistics.collect(block, index, stream, advance=True)
+        for names, sq_I in statistics.groups(block):
+            assert sq_I is not None
+            if not torch.isfinite(sq_I).all():
+                raise ValueError(
+                    f"calibration met non-finite activations at {index}.{names[0]}; check the model's weights and dtype"
+                )
+            norms |= dict.fromkeys((f"{index}.{name}" for name in names), sq_I.cpu())
+    return norms
 
 
 class ReconstructionError:
