@@ -4,13 +4,11 @@ Both start from a model pruned once at one rate (`method.sparsify`) and are trai
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from losa.adapter import masked_linears
 from losa.bits import pack_bits
-
-FULL_RATE = 0.3  # learning rate of full fine-tuning over that of adapters: 0.3 and 1 tied, 0.1 was worse (docs/experiments.md)
 
 
 @torch.no_grad()
@@ -26,19 +24,6 @@ def lift_masks(model: PreTrainedModel) -> dict[str, Tensor]:
         masks[f"{name}.weight"] = layer.keep_OI
         layer.restore(pack_bits(torch.ones_like(masks[f"{name}.weight"])), layer.merged())
     return masks
-
-
-@torch.no_grad()
-def train_whole_weights(model: PreTrainedModel) -> None:
-    """Full fine-tuning under the mask: the adapter's `A` becomes the identity and stays it, so that `M * (W + B)` is trained.
-
-    Weight decay pulls towards the pruned weights, not towards zero.
-    """
-    for layer in masked_linears(model).values():
-        identity_II = torch.eye(layer.in_features, dtype=layer.lora_A.dtype, device=layer.weight.device)
-        layer.lora_A = nn.Parameter(identity_II, requires_grad=False)
-        layer.lora_B = nn.Parameter(torch.zeros_like(layer.weight, dtype=layer.lora_B.dtype))
-        layer.rank, layer.scale = layer.in_features, 1.0
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """What calibration text tells: redundancy of blocks, input statistics, reconstruction errors. And pruning, which needs them.
 
-Hidden states stream through the decoder one block at a time. A walk (`walk_blocks`) runs two streams *in lockstep*, the dense model's and
-the sparse model's, so two activations a sequence are alive, not one per block; statistics exist for one block at a time.
-(The release keeps every block's outputs: 69 GB of RAM for a 7B model.) With `device` given and the model on the host, only
-the current block is on the device.
+Hidden states stream through the decoder one block at a time. A walk (`walk_blocks`) runs two streams *in lockstep*, the dense
+model's and the sparse model's, so two activations a sequence are alive, not one per block; statistics exist for one block at a
+time. (The release keeps every block's outputs: 69 GB of RAM for a 7B model.) With `device` given and the model on the host,
+only the current block is on the device.
 
 Legend: `S` sequences, `T` tokens, `H` hidden, `L` blocks, `N` tokens of a batch, `I` in_features.
 """
@@ -220,16 +220,16 @@ def walk_blocks(
     batch_size: int = 8,
     device: torch.device | None = None,
 ) -> list[float]:
-    """Takes two streams through the decoder in lockstep, the dense model's and the sparse model's, and stops at every block: there
-    the visits, in their order, may change it, before the sparse stream goes through it.
+    """Takes two streams through the decoder in lockstep, the dense model's and the sparse model's, and stops at every block:
+    there the visits, in their order, may change it, before the sparse stream goes through it.
 
     Args:
         model: after `adapter.attach`.
         ids_ST: calibration sequences; of several processes, each takes a part.
         visits: called with every block.
         label: of the progress bar.
-        dense_sequences: how many of the sequences also go through the dense model; all when None. With 0 there is no dense stream,
-            and no errors.
+        dense_sequences: how many of the sequences also go through the dense model; all when None. With 0 there is no dense
+            stream, and no errors.
         device: where blocks run, if not where the model is.
 
     Returns:
@@ -300,9 +300,7 @@ def prune_blocks(
     """A walk that prunes every block (`pruning_visit`) and then does what else is wanted there; see `walk_blocks`."""
     visits = [pruning_visit(pruner, rates, pattern, share, on_solution), *then]
     label = f"pruning ({pruner.name})"
-    return walk_blocks(
-        model, ids_ST, visits, label=label, dense_sequences=error_sequences, batch_size=batch_size, device=device
-    )
+    return walk_blocks(model, ids_ST, visits, label=label, dense_sequences=error_sequences, batch_size=batch_size, device=device)
 
 
 def _solve(

@@ -29,7 +29,7 @@ from losa.config import LosaConfig, differences
 MANIFEST = "stage.json"
 RECORD = "losa.json"
 EVALUATION, BENCH = "eval.json", "bench.json"  # what `losa eval --save` and `losa bench --save` leave beside the record
-FORMAT = 1
+FORMAT = 2
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ def replace(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConfig, record: dict[str, Any]) -> None:
-    """Writes stage `name` atomically, then removes the stages before it."""
+def save_stage(output: Path, name: str, done: int, model: PreTrainedModel, config: LosaConfig, record: dict[str, Any]) -> None:
+    """Writes stage `name`, after which `done` phases are complete, atomically; then removes the stages before it."""
     root = work_dir(output)
     temporary, final = root / f"tmp-{name}", root / name
     for stale in (temporary, final):
@@ -83,6 +83,7 @@ def save_stage(output: Path, name: str, model: PreTrainedModel, config: LosaConf
     manifest = {
         "format": FORMAT,
         "name": name,
+        "done": done,
         "config": config.to_dict(),
         "fingerprint": config.fingerprint(),
         "record": record,
@@ -103,14 +104,15 @@ def latest_stage(output: Path, config: LosaConfig) -> dict[str, Any] | None:
     Raises:
         ValueError: it was written with another configuration; the message lists the differences.
     """
-    stages = sorted(path.parent for path in work_dir(output).glob(f"*/{MANIFEST}") if not path.parent.name.startswith("tmp-"))
-    if not stages:
+    found = [path for path in work_dir(output).glob(f"*/{MANIFEST}") if not path.parent.name.startswith("tmp-")]
+    if not found:
         return None
-    manifest: dict[str, Any] = json.loads((stages[-1] / MANIFEST).read_text("utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{stages[-1]} has format {manifest.get('format')!r}, expected {FORMAT}; delete {work_dir(output)} to start anew"
-        )
+    manifests: list[dict[str, Any]] = [json.loads(path.read_text("utf-8")) for path in found]
+    for path, manifest in zip(found, manifests, strict=True):
+        if manifest.get("format") != FORMAT:
+            where = f"{path.parent} has format {manifest.get('format')!r}, expected {FORMAT}"
+            raise ValueError(f"{where}; delete {work_dir(output)} to start anew")
+    manifest = max(manifests, key=lambda manifest: manifest["done"])
     if manifest["fingerprint"] != config.fingerprint():
         lines = "\n  ".join(differences(manifest["config"], config.to_dict() | {"output": manifest["config"]["output"]}))
         way_out = f"restore it, or delete {work_dir(output)} to start anew"

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from losa import distributed
-from losa.baselines import FULL_RATE, lift_masks, mask_again, train_whole_weights
+from losa.baselines import lift_masks, mask_again
 from losa.checkpoint import replace
 from losa.config import LosaConfig, build, merge, nested, read_config, require
 from losa.evaluation.context import context_use
@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
     "LoSA without layer rates": Method("losa", {"delta": 0.0}),
     "LoSA without rank allocation": Method("losa", {"adapter": {"allocation": "uniform"}}),
     "LoSA without dynamic steps": Method("losa", {"steps": 1}),
-    "masked full fine-tuning": Method("full", UNIFORM),
+    "masked full fine-tuning": Method("losa", UNIFORM | {"train": {"weights": "all"}}),
 }
 
 
@@ -219,6 +219,10 @@ def _dense(session: Session) -> None:
     """Nothing is done to it."""
 
 
+def _losa(session: Session) -> None:
+    session.go_through(dynamic_steps(session.config))
+
+
 def _prune(session: Session) -> None:
     sparsify(session, session.config.steps)
 
@@ -231,19 +235,10 @@ def _lora(session: Session) -> dict[str, Tensor]:
     return masks
 
 
-def _full(session: Session) -> None:
-    sparsify(session, 1)
-    train_whole_weights(session.model)
-    assert session.config.train.lr is not None
-    session.config.train.lr *= FULL_RATE
-    adapt(session, 1)
-
-
-TRAINED = ("losa", "lora", "full")
+TRAINED = ("losa", "lora")
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
     "prune": _prune,
-    "losa": dynamic_steps,
+    "losa": _losa,
     "lora": _lora,
-    "full": _full,
 }

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,11 +18,16 @@ from typing import Any
 
 import yaml
 
-from losa.allocation import default_delta
+from losa.allocation import BANDS
 from losa.pruning import Pattern, get_pruner
 
+RENAMED = {"importance": "rates"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+WHOLE_RATE, RECONSTRUCTION_RATE = 0.23, 0.17  # peak learning rates times the hidden size, of all weights
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,7 +70,7 @@ class CalibrationConfig:
     """Text that importance, pruning and reconstruction errors are measured on."""
 
     data: str | None = None  # a text source (see data.py); the training text when None
-    sequences: int | None = None  # for pruning; 128, but no more than make 65,536 tokens (262,144: sparsegpt), when None
+    sequences: int | None = None  # for pruning; 128, but no more than make the tokens that the pruner wants, when None
     rmi_sequences: int = 64  # of these, for representation mutual information
     rmi_length: int = 512  # at most so many tokens of each of those
     error_sequences: int = 16  # of these, for reconstruction errors
@@ -104,8 +110,26 @@ class AdapterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ReconstructConfig:
+    """Block-wise reconstruction: each block's surviving weights are trained to put out what the dense block does."""
+
+    epochs: int = 0  # over the sequences; 0: no reconstruction
+    sequences: int = 64  # of the calibration sequences
+    batch_size: int = 1  # sequences of one update, in each process
+    lr: float | None = None  # peak; 0.17 / hidden size, at most 1e-3, when None
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, "reconstruct.epochs", self.epochs, "at least 0")
+        require(self.sequences >= 1, "reconstruct.sequences", self.sequences, "at least 1")
+        require(self.batch_size >= 1, "reconstruct.batch_size", self.batch_size, "at least 1")
+        require(self.lr is None or 0 < self.lr < 1, "reconstruct.lr", self.lr, "a number in (0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Training of the adapters."""
+    """Training under the mask."""
+
+    weights: str = "all"  # what is trained: all surviving weights, or low-rank "adapters", as in the paper, in less memory
 
     data: str | None = None  # a text source; required by `losa run`
     tokens: int = 2_200_000  # over all dynamic steps; the released recipe sees about as many
@@ -129,6 +153,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "accumulation"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require(self.weights in ("all", "adapters"), "train.weights", self.weights, "'all' or 'adapters'")
         require(self.samples is None or self.samples >= 1, "train.samples", self.samples, "at least 1")
         require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
         require(self.length is None or self.length >= 8, "train.length", self.length, "at least 8 tokens")
@@ -140,6 +165,11 @@ class TrainConfig:
         require(self.distill_blocks >= 0, "train.distill_blocks", self.distill_blocks, "at least 0")
         require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
+
+    @property
+    def whole(self) -> bool:
+        """Whether all surviving weights are trained."""
+        return self.weights == "all"
 
     def shares(self, steps: int) -> list[float]:
         """Ratio of the budget spent in each dynamic step; sums to 1."""
@@ -171,9 +201,10 @@ class LosaConfig:
     pruner: str = "wanda"  # magnitude, wanda, sparsegpt, or movement, whose scores come from the training itself
     pattern: str = "unstructured"  # or n:m, such as 2:4
     steps: int = 5  # dynamic steps T
-    importance: str = "rmi"  # of blocks, for their rates; or "depth", the control: the earlier, the more important
+    rates: str = "rmi"  # the rule that gives layers their own rates: rmi, depth, uniform, owl, dlp or error; see rates.py
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
-    delta: float | None = None  # how far a block's rate may leave the mean; .01/.02/.03 by sparsity when None; 0 is uniform
+    delta: float | None = None  # how far a rate may leave the mean; what the rule's paper uses when None; 0 is uniform
+    rotate: bool = False  # turn the values of every attention head first, so that pruning finds more small weights; rotation.py
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
     dtype: str = "auto"  # of the base weights; the checkpoint's own when auto
@@ -182,6 +213,7 @@ class LosaConfig:
     trust_remote_code: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -194,16 +226,16 @@ class LosaConfig:
         if pattern.structured:
             fits = abs(self.sparsity - pattern.sparsity) < 1e-9
             require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
+        require(self.rates in BANDS, "rates", self.rates, "one of " + ", ".join(BANDS))
         if self.delta is None:
-            self.delta = 0.0 if pattern.structured else default_delta(self.sparsity)
+            self.delta = 0.0 if pattern.structured else BANDS[self.rates](self.sparsity)
         require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
         require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
         require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
-        require(self.importance in ("rmi", "depth"), "importance", self.importance, "'rmi' or 'depth'")
         require(all(block >= 0 for block in self.protect), "protect", self.protect, "block numbers, 0 being the first")
         require(not (pattern.structured and self.protect), "protect", self.protect, f"none: {self.pattern} fixes all rates")
-        whole = not (get_pruner(self.pruner).from_training and self.blocks_on_host)
-        require(whole, "pruner", self.pruner, "one that needs no scores from training, with offload or shard")
+        local = not (get_pruner(self.pruner).from_training and self.blocks_on_host)
+        require(local, "pruner", self.pruner, "one that needs no scores from training, with offload or shard")
         enough = self.train.samples is None or self.train.samples >= self.steps
         require(enough, "train.samples", self.train.samples, f"at least one for each of {self.steps} steps")
         alone = not (self.train.reuse_weights and self.blocks_on_host)
@@ -228,14 +260,17 @@ class LosaConfig:
             part.length = min(longest, max_length) if part.length is None else part.length
             require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
         if config.calibration.sequences is None:
-            # The literature's 128 x 2048 tokens would take a third of a run. Wanda's one number a feature needs far fewer,
-            # SparseGPT's Hessians do not (docs/LOG.md).
-            tokens = 2**18 if config.pruner == "sparsegpt" else 2**16
+            # The literature's 128 x 2048 tokens would take a third of a run, and no pruner needs them (docs/LOG.md).
+            tokens = get_pruner(config.pruner).calibration_tokens
             config.calibration.sequences = min(128, max(1, tokens // (config.calibration.length or 1)))
+        config.reconstruct.sequences = min(config.reconstruct.sequences, config.calibration.sequences)
+        # The released 2e-4 was set for adapters and a hidden size of 4096. Adam's steps scale with 1 / width (muP,
+        # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweeps that agree. Capped for toy widths.
         if config.train.lr is None:
-            # The released 2e-4 was set for a hidden size of 4096. Adam's steps scale with 1 / width (muP,
-            # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweep that agrees. Capped for toy widths.
-            config.train.lr = min(5e-3, round(2e-4 * 4096 / hidden_size, 8))
+            peak, most = (WHOLE_RATE, 1e-3) if config.train.whole else (2e-4 * 4096, 5e-3)
+            config.train.lr = min(most, round(peak / hidden_size, 8))
+        if config.reconstruct.lr is None:
+            config.reconstruct.lr = min(1e-3, round(RECONSTRUCTION_RATE / hidden_size, 8))
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -330,12 +365,23 @@ def build(cls: Any, values: Any, prefix: str = "") -> Any:
     """A configuration dataclass from plain values, converted and checked; see `LosaConfig.from_dict`."""
     require(isinstance(values, dict), prefix.rstrip(".") or "the config", values, "a mapping of keys to values")
     hints = typing.get_type_hints(cls)
+    values = _renamed(cls, values)
     for key in values:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, 1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys are {', '.join(hints)}"
             raise ValueError(f"unknown key {prefix}{key}; {hint}")
     return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _renamed(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Keys that had another name in earlier versions, under the name they have now, with a warning."""
+    names = RENAMED if cls is LosaConfig else {}
+    for old, new in names.items():
+        if old in values:
+            logger.warning("the key %s is called %s now", old, new)
+            values = {new if key == old else key: value for key, value in values.items()}
+    return values
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss, pad
 
-CHUNK = 1 << 22  # logits worked on at once: 16 MiB of float32
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # logits worked on at once: on a CPU 1 MiB of float32, which stays in its cache
 IGNORED = -100  # the label of a token without loss, as in transformers
 
 
@@ -53,7 +53,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> Tensor:
         gradient_NV = torch.empty_like(student_NV) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student_NV.device)
-        step = max(1, CHUNK // student_NV.shape[1])
+        step = max(1, CHUNK.get(student_NV.device.type, CHUNK["cuda"]) // student_NV.shape[1])
         for start in range(0, len(student_NV), step):
             rows = slice(start, start + step)
             teacher_CV = None if teacher_NV is None else teacher_NV[rows]

@@ -2,29 +2,32 @@
 
 for t = 1..T:
     target    s_t = s (1 - (1 - t/T)^3)                        allocation.cubic_sparsity
-    importance of each block, by mutual information             importance.rmi_importance
-    layer rates that spend s_t on the least important blocks    allocation.layer_rates
+    importance of each block, by mutual information             rates.measure -> importance.rmi_importance
+    layer rates that spend s_t on the least important blocks    rates.allot -> allocation.layer_rates
     prune the merged weights, block by block                    calibration.prune_blocks -> reconstruction errors
+    reconstruct each block, in the last step                    reconstruction.reconstruction_visit
     adapter ranks by reconstruction error                       allocation.allocate_ranks
-    train the adapters under the mask                           training.train
+    train adapters, or all weights, under the mask              training.train
 merge; save; re-open; verify every zero                         session.Session.finish
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from losa.adapter import collect_scores, masked_linears, masked_sparsity
-from losa.allocation import allocate_ranks, cubic_sparsity, layer_rates
-from losa.calibration import block_grams, prune_blocks
+from losa.allocation import allocate_ranks, cubic_sparsity
+from losa.calibration import Visit, prune_blocks
 from losa.config import LosaConfig
-from losa.importance import cka_matrix, rmi_importance
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.sparsegpt import DAMPING
-from losa.session import Session
+from losa.rates import allot, block_means, get_rule, measure
+from losa.reconstruction import reconstruction_visit
+from losa.session import Phase, Session
 from losa.training import train
 
 
@@ -55,16 +58,17 @@ def run(
         RuntimeError: a pruned weight of the saved file is not zero.
     """
     session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
-    session.phase("00-baselines", measure_baselines)
-    dynamic_steps(session)
+    session.go_through([Phase("baselines", measure_baselines), *dynamic_steps(session.config)])
     return session.finish("losa")
 
 
-def dynamic_steps(session: Session) -> None:
-    """The steps 1..T of `run`."""
-    for step in range(1, session.config.steps + 1):
-        session.phase(f"{step:02d}-pruned", sparsify, step)
-        session.phase(f"{step:02d}-trained", adapt, step)
+def dynamic_steps(config: LosaConfig) -> list[Phase]:
+    """The steps 1..T of `run`, as phases: pieces that are done whole, and resumed after."""
+    phases = []
+    for step in range(1, config.steps + 1):
+        phases.append(Phase(f"pruned-{step}", partial(sparsify, step=step)))
+        phases.append(Phase(f"trained-{step}", partial(adapt, step=step)))
+    return phases
 
 
 def prune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> PreTrainedModel:
@@ -84,25 +88,30 @@ def measure_baselines(session: Session) -> None:
     assert session.config.sparsity is not None
     before = {name: layer.keep_bits.clone() for name, layer in masked_linears(session.model).items()}
     with session.timed("baseline"):
-        _prune_to(session, _uniform_rates(session, session.config.sparsity), share=1.0, with_errors=False)
+        rates = allot(session.model, get_rule("uniform"), None, session.config.sparsity, 0.0, None, session.config.protect)
+        _prune_to(session, rates, share=1.0, with_errors=False)
     session.measure("pruned")
     for name, layer in masked_linears(session.model).items():
         layer.reset(before[name])
 
 
 def sparsify(session: Session, step: int) -> None:
-    """First half of dynamic step `step`: target, importance, layer rates, pruning, reconstruction errors, ranks."""
+    """First half of dynamic step `step`: target, layer rates, pruning, reconstruction errors, ranks. In the last step, what
+    pruning left is reconstructed block by block (`reconstruct`)."""
     config = session.config
     assert config.sparsity is not None and config.delta is not None
-    target = cubic_sparsity(step, config.steps, config.sparsity)
-    rates, importance = _uniform_rates(session, target), None
+    target, rule, measured = cubic_sparsity(step, config.steps, config.sparsity), get_rule(config.rates), None
     if config.delta > 0:
         with session.timed("importance"):
-            importance = _importance(session)
-        previous = session.record["steps"][-1]["rates"] if session.record["steps"] else None
-        rates = layer_rates(importance, session.decoder.sizes(), target, config.delta, previous, config.protect)
+            ids_ST = session.data.calibration[: config.calibration.rmi_sequences, : config.calibration.rmi_length]
+            measured = measure(session.model, ids_ST, rule, session.device)
+    previous = session.record["steps"][-1]["layer_rates"] if session.record["steps"] else None
+    rates = allot(session.model, rule, measured, target, config.delta, previous, config.protect)
+    visits = []
+    if step == config.steps and config.reconstruct.epochs:
+        visits.append(session.timed_visit("reconstruction", reconstruction_visit(config.reconstruct, config.seed)))
     with session.timed("pruning"):
-        errors, damping = _prune_to(session, rates, share=target / config.sparsity)
+        errors, damping = _prune_to(session, rates, target / config.sparsity, visits)
     omega = config.adapter.omega(step, config.steps)
     uniform = config.adapter.allocation == "uniform"
     ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, omega, config.adapter.max_rank)
@@ -112,33 +121,18 @@ def sparsify(session: Session, step: int) -> None:
             "step": step,
             "target": target,
             "achieved": masked_sparsity(session.model),
-            "importance": importance,
-            "rates": rates,
+            "importance": measured if measured and not rule.by_layer else None,
+            "rates": block_means(session.model, rates),
+            "layer_rates": rates,
             "errors": errors,
-            "ranks": ranks,
+            "ranks": None if config.train.whole else ranks,
             "raised_damping": damping,
         }
     )
 
 
-def _importance(session: Session) -> list[float]:
-    """Of each block, by mutual information; or by depth alone, to see what mutual information adds."""
-    calibration, count = session.config.calibration, len(session.decoder.blocks)
-    if session.config.importance == "depth":
-        return [1 - block / count for block in range(count)]
-    ids_ST = session.data.calibration[: calibration.rmi_sequences, : calibration.rmi_length]
-    values: list[float] = rmi_importance(cka_matrix(block_grams(session.model, ids_ST, device=session.device))).tolist()
-    return values
-
-
-def _uniform_rates(session: Session, target: float) -> list[float]:
-    """One rate for all blocks that are not protected."""
-    sizes = session.decoder.sizes()
-    return layer_rates([0.0] * len(sizes), sizes, target, 0.0, protected=session.config.protect)
-
-
 def _prune_to(
-    session: Session, rates: Sequence[float], share: float, with_errors: bool = True
+    session: Session, rates: Mapping[str, float], share: float, visits: Sequence[Visit] = (), with_errors: bool = True
 ) -> tuple[list[float], dict[str, float]]:
     """Prunes to `rates`; returns the errors, and the damping of the layers where SparseGPT had to raise it."""
     raised: dict[str, float] = {}
@@ -148,16 +142,16 @@ def _prune_to(
             raised[name] = solution.damping
 
     config = session.config
-    ids_ST = session.data.calibration[: config.calibration.sequences]
-    pruner, pattern = get_pruner(config.pruner), Pattern.parse(config.pattern)
+    most = max(config.calibration.error_sequences, config.reconstruct.sequences if visits else 0)
     errors = prune_blocks(
         session.model,
-        ids_ST,
+        session.data.calibration[: config.calibration.sequences],
         rates,
-        pruner,
-        pattern,
+        get_pruner(config.pruner),
+        Pattern.parse(config.pattern),
         share,
-        error_sequences=config.calibration.error_sequences if with_errors else 0,
+        then=visits,
+        error_sequences=most if with_errors else 0,
         device=session.device,
         on_solution=note,
     )

@@ -16,6 +16,7 @@ and `error` are Wanda's, `|W_oi| * ||X_i||_2`.
 Legend: `S` sequences, `T` tokens, `O` out_features, `I` in_features.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from losa.adapter import MaskedLinear
-from losa.allocation import default_delta, equal_slope_rates, layer_rates, spread
+from losa.allocation import equal_slope_rates, layer_rates, spread
 from losa.calibration import block_grams, input_norms
 from losa.importance import cka_matrix, rmi_importance
 from losa.models import block_linears, find_decoder, on_device
@@ -71,12 +72,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Rule:
-    """A named way to set layer rates.
+    """A named way to set layer rates. The band it is used with is in `allocation.BANDS`.
 
     Attributes:
         needs: what `measure` collects: "nothing", "grams" (of block inputs) or "norms" (of every linear layer's input). With
             "nothing", calibration text is not read.
-        default_delta: the band's half-width that the rule's authors use, by final sparsity.
         measure: `(model, ids_ST, batch_size, device)` -> one number of every block, or one cost curve of every layer.
         allot: turns that into one rate a layer.
         by_layer: whether layers of one block may differ.
@@ -84,7 +84,6 @@ class Rule:
 
     name: str
     needs: Literal["nothing", "grams", "norms"]
-    default_delta: Callable[[float], float]
     measure: Callable[[PreTrainedModel, Tensor | None, int, torch.device | None], Measured]
     allot: Callable[[Measured, Request], list[float]]
     by_layer: bool = False
@@ -180,6 +179,15 @@ def decoder_layers(model: PreTrainedModel) -> list[Layer]:
         for index, block in enumerate(blocks)
         for name, linear in block_linears(block).items()
     ]
+
+
+def block_means(model: PreTrainedModel, rates: Mapping[str, float]) -> list[float]:
+    """The mean rate of each block, weighted by the sizes of its layers."""
+    zeros, sizes = Counter[int](), Counter[int]()
+    for layer in decoder_layers(model):
+        sizes[layer.block] += layer.size
+        zeros[layer.block] += layer.size * rates[layer.name]  # type: ignore[assignment]
+    return [zeros[block] / sizes[block] for block in sizes]
 
 
 # What a block or a layer is worth: pure functions of Wanda's scores.
@@ -338,12 +346,15 @@ def _alike(_: Measured, request: Request) -> list[float]:
 
 
 RULES: dict[str, Rule] = {
-    "rmi": Rule("rmi", "grams", default_delta, _mutual_information, _by_order),
-    "depth": Rule("depth", "nothing", default_delta, _earliness, _by_order),
-    "uniform": Rule("uniform", "nothing", lambda sparsity: 0.0, _sameness, _alike),
-    "owl": Rule("owl", "norms", lambda sparsity: 0.08, _outlier_shares, _by_value),  # its paper's lambda
-    "dlp": Rule("dlp", "norms", lambda sparsity: 0.15, _negative_medians, _by_value),  # its release's alpha at 70 %
-    "error": Rule("error", "norms", lambda sparsity: 0.10, _removal_curves, _by_curve, by_layer=True),
+    rule.name: rule
+    for rule in (
+        Rule("rmi", "grams", _mutual_information, _by_order),
+        Rule("depth", "nothing", _earliness, _by_order),
+        Rule("uniform", "nothing", _sameness, _alike),
+        Rule("owl", "norms", _outlier_shares, _by_value),
+        Rule("dlp", "norms", _negative_medians, _by_value),
+        Rule("error", "norms", _removal_curves, _by_curve, by_layer=True),
+    )
 }
 
 

@@ -1,9 +1,9 @@
 """Block-wise reconstruction: the surviving weights of one block at a time learn to put out what the dense block puts out.
 
-Between pruning and training: a block's inputs are what the sparse blocks before it make of the calibration text, its targets what
-the dense model's block makes of its own. Adam minimises the reconstruction error (LoSA section 3.3, here per channel and averaged)
-over the weights that pruning left; masks stay. A whole block holds non-linear parts, which single matrices do not, and that is
-what makes it worth more than another least-squares solve (EBFT, https://arxiv.org/abs/2402.12419; https://arxiv.org/abs/2510.14444).
+Right after a block is pruned: its inputs are what the sparse blocks before it make of the calibration text, its targets what the
+dense model's block makes of its own. Adam minimises the reconstruction error (LoSA section 3.3) over the weights that pruning
+left; masks stay. A whole block holds non-linear parts, which single matrices do not, and that is what makes it worth more than
+another least-squares solve (EBFT, https://arxiv.org/abs/2402.12419; https://arxiv.org/abs/2510.14444).
 Only one block's float32 weights, gradients and moments are alive at a time: 16 bytes a weight of one block.
 
 Legend: `S` sequences, `T` tokens, `H` hidden.
@@ -30,6 +30,9 @@ def reconstruction_visit(config: ReconstructConfig, seed: int) -> Visit:
         FloatingPointError: the error is not finite; the block is left as it was.
     """
 
+    assert config.lr is not None, "resolve the configuration first"
+    peak = config.lr
+
     def visit(stop: Stop) -> None:
         count = sum(len(batch) for batch in stop.dense.hidden)
         inputs_STH = torch.cat(stop.sparse.hidden)[:count]
@@ -42,12 +45,12 @@ def reconstruction_visit(config: ReconstructConfig, seed: int) -> Visit:
         updates, update = config.epochs * batches, 0
         device = next(stop.block.parameters()).device
         with torch.enable_grad(), whole_weights(stop.block) as parameters:
-            optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.95), fused=True)
+            optimizer = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.95), fused=True)
             for _ in range(config.epochs):
                 for batch in torch.randperm(count, generator=generator).split(rows):
                     update += 1
                     for group in optimizer.param_groups:
-                        group["lr"] = config.lr * min(update / max(1, WARMUP * updates), 1 - (update - 1) / updates)
+                        group["lr"] = peak * min(update / max(1, WARMUP * updates), 1 - (update - 1) / updates)
                     error = _error(stop, inputs_STH[batch].to(device), targets_STH[batch].to(device), weight_H.to(device))
                     error.backward()
                     _check(error, stop)

@@ -1,6 +1,6 @@
 """A run under way: its model, texts, resolved configuration, clock and record. Everything in a run that is not the method.
 
-`Session.phase` runs a piece of the method once, whole, and leaves a stage on disk to resume from.
+`Session.go_through` does the phases of the method one after the other, and leaves a stage on disk after each, to resume from.
 """
 
 import logging
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from losa import checkpoint, distributed
 from losa.adapter import attach, merge
 from losa.allocation import layer_rates
+from losa.calibration import Stop, Visit
 from losa.config import LosaConfig
 from losa.data import RunData, check_sources, prepare
 from losa.environment import resolve_device, return_freed_memory, versions
@@ -27,6 +28,14 @@ from losa.pruning import Pattern, get_pruner
 from losa.report.page import documents
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A piece of a run that is done whole or not at all: the name of the stage it leaves, and what it does."""
+
+    name: str
+    work: Callable[["Session"], None]
 
 
 @dataclass
@@ -40,7 +49,8 @@ class Session:
     device: torch.device
     callbacks: Sequence[TrainerCallback]
     record: dict[str, Any]
-    done: str  # the last complete phase, "" at first
+    done: int  # complete phases
+    elsewhere: float = 0.0  # seconds of the piece of work being timed that count as another stage
 
     @classmethod
     def start(
@@ -84,8 +94,8 @@ class Session:
             raise ValueError(
                 f"cannot resume {output}: the text changed; restore it, or delete {checkpoint.work_dir(output)} to start anew"
             )
-        session = cls(model, tokenizer, config, data, device, callbacks, record, "")
-        attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
+        session = cls(model, tokenizer, config, data, device, callbacks, record, 0)
+        attach(model, config.adapter.max_rank, config.adapter.scale, config.seed, whole=kind == "run" and config.train.whole)
         if output and manifest:
             session._restore(output, manifest)
         elif output and distributed.is_main():
@@ -98,10 +108,10 @@ class Session:
     def _restore(self, output: Path, manifest: dict[str, Any]) -> None:
         """Goes back to where a stage was saved: masks, adapters, changed base weights, ranks and record."""
         checkpoint.load_stage(output, manifest, self.model)
-        self.record, self.done = manifest["record"], manifest["name"]
-        if self.record["steps"]:
+        self.record, self.done = manifest["record"], manifest["done"]
+        if self.record["steps"] and not self.config.train.whole:
             self.set_ranks(self.record["steps"][-1]["ranks"])
-        logger.info("resuming after %s", self.done)
+        logger.info("resuming after %s", manifest["name"])
 
     @property
     def decoder(self) -> Decoder:
@@ -111,10 +121,23 @@ class Session:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall-clock seconds of a piece of work to `record["seconds"][stage]`."""
-        start = time.perf_counter()
+        start, self.elsewhere = time.perf_counter(), 0.0
         yield
-        seconds = self.record["seconds"]
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+        self._add(stage, time.perf_counter() - start - self.elsewhere)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self.record["seconds"][stage] = round(self.record["seconds"].get(stage, 0.0) + seconds, 3)
+
+    def timed_visit(self, stage: str, visit: Visit) -> Visit:
+        """A visit of a walk that counts as `stage`, and not as what the walk is timed as."""
+
+        def visiting(stop: Stop) -> None:
+            began = time.perf_counter()
+            visit(stop)
+            self._add(stage, time.perf_counter() - began)
+            self.elsewhere += time.perf_counter() - began
+
+        return visiting
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:
@@ -130,18 +153,17 @@ class Session:
         yield self.model
         place(self.model, self.device, self.config.blocks_on_host)
 
-    def phase(self, name: str, work: Callable[..., None], *args: Any) -> None:
-        """Does `work(session, *args)` unless a resumed run has it behind it, and saves a stage afterwards.
-
-        Names sort in the order of the phases.
-        """
-        if name <= self.done:
-            return
-        work(self, *args)
-        self.done = name
-        if self.config.output and distributed.is_main():
-            with self.timed("saving"):
-                checkpoint.save_stage(Path(self.config.output), name, self.model, self.config, self.record)
+    def go_through(self, phases: Sequence[Phase]) -> None:
+        """Does the phases that a resumed run does not have behind it, in order, and saves a stage after each."""
+        for index, phase in enumerate(phases, 1):
+            if index <= self.done:
+                continue
+            phase.work(self)
+            self.done = index
+            if self.config.output and distributed.is_main():
+                with self.timed("saving"):
+                    stage = f"{index:03d}-{phase.name}"
+                    checkpoint.save_stage(Path(self.config.output), stage, index, self.model, self.config, self.record)
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`."""

@@ -1,6 +1,6 @@
 """`MaskedLinear`: a linear layer with a frozen base, an explicit keep-mask and what is trained under that mask.
 
-That is a low-rank adapter, `M * (W + s B A)`, or with `whole` every surviving weight, `M * (W + D)`, where there is memory for it.
+That is a low-rank adapter, `M * (W + s B A)`, or every surviving weight, `M * (W + D)`, where there is memory for it.
 
 Own code rather than a `peft` layer, after weighing both: peft registers custom LoRA layers through an underscore API,
 and an adapter it saves is loaded by plain peft *unmasked*, silently. The product here is the merged checkpoint, no adapter
@@ -46,7 +46,10 @@ class MaskedLinear(nn.Linear):
     """
 
     keep_bits: Tensor
+    lora_A: nn.Parameter  # None, as lora_B, where all weights are trained
+    lora_B: nn.Parameter
     delta_OI: nn.Parameter | None
+    exact: torch.dtype  # of sums: float32, or float64 over a float64 base
 
     def __init__(self, linear: nn.Linear, max_rank: int, scale: float, generator: torch.Generator, whole: bool = False) -> None:
         # nn.Linear's own initialiser would allocate and fill a weight only to drop it.
@@ -141,7 +144,7 @@ class MaskedLinear(nn.Linear):
     def set_rank(self, rank: int) -> None:
         """Gives the adapter another active rank. What dropped components had learned is folded into the base. Where all weights
         are trained, there is no rank to set."""
-        if self.lora_A is None:
+        if self.delta_OI is not None:
             return
         if not 1 <= rank <= self.lora_A.shape[0]:
             raise ValueError(f"rank is {rank}, expected 1..{self.lora_A.shape[0]}")
@@ -159,8 +162,8 @@ class MaskedLinear(nn.Linear):
 
     @torch.no_grad()
     def restore(self, keep_bits: Tensor, weight_OI: Tensor | None, trained: Mapping[str, Tensor] | None = None) -> None:
-        """Mask and, if it had changed, base weight of a saved stage, and what was trained. Unlike `set_solution`, masks need not be
-        nested."""
+        """Mask and, if it had changed, base weight of a saved stage, and what was trained. Unlike those of `set_solution`, masks
+        need not be nested."""
         self.keep_bits.copy_(keep_bits)
         if weight_OI is not None:
             self._set_base(weight_OI)
@@ -244,8 +247,8 @@ def outdate_effective_weights(model: nn.Module) -> None:
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Has every weight of a model, or of one block of it, trainable for a while; yields the parameters. Afterwards the base absorbs
-    what was learned, where the adapter is what the layer trains otherwise."""
+    """Has every weight of a model, or of one block of it, trainable for a while; yields the parameters. Afterwards, where an
+    adapter is what the layer trains otherwise, the base absorbs what was learned."""
     layers = list(masked_linears(module).values())
     lent = [layer for layer in layers if layer.delta_OI is None]
     for layer in lent:

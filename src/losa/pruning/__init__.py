@@ -68,9 +68,7 @@ class Pruner:
 Choice = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def _by_mask(
-    choose: Choice, weights: Sequence[Tensor], masks: Sequence[Tensor], rates: Sequence[float]
-) -> list[Solution]:
+def _by_mask(choose: Choice, weights: Sequence[Tensor], masks: Sequence[Tensor], rates: Sequence[float]) -> list[Solution]:
     """Solutions of a solver that only chooses a mask, `(W_OI, keep_OI, rate) -> keep_OI`."""
     chosen = [choose(W_OI, keep_OI, rate) for W_OI, keep_OI, rate in zip(weights, masks, rates, strict=True)]
     return [Solution(W_OI.where(keep_OI, 0), keep_OI) for W_OI, keep_OI in zip(weights, chosen, strict=True)]
@@ -83,14 +81,24 @@ def _magnitude(
 
 
 def _wanda(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], sq_I: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    sq_I: Tensor | None,
+    rates: Sequence[float],
+    pattern: Pattern,
+    share: float,
 ) -> list[Solution]:
     assert sq_I is not None, "wanda needs input statistics"
     return _by_mask(lambda W_OI, keep_OI, rate: wanda.prune(W_OI, keep_OI, sq_I, rate, pattern, share), weights, masks, rates)
 
 
 def _sparsegpt(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], H_II: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    H_II: Tensor | None,
+    rates: Sequence[float],
+    pattern: Pattern,
+    share: float,
 ) -> list[Solution]:
     assert H_II is not None, "sparsegpt needs input statistics"
     solved, damping = sparsegpt.prune(weights, masks, H_II, rates, pattern, share)
@@ -98,19 +106,37 @@ def _sparsegpt(
 
 
 def _alps(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], G_II: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    G_II: Tensor | None,
+    rates: Sequence[float],
+    pattern: Pattern,
+    share: float,
 ) -> list[Solution]:
     assert G_II is not None, "alps needs input statistics"
     return [Solution(W_OI, keep_OI) for W_OI, keep_OI in alps.prune(weights, masks, G_II, rates, pattern, share)]
 
 
 def _movement(
-    weights: Sequence[Tensor], masks: Sequence[Tensor], score_OI: Tensor | None, rates: Sequence[float], pattern: Pattern, share: float
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    score_OI: Tensor | None,
+    rates: Sequence[float],
+    pattern: Pattern,
+    share: float,
 ) -> list[Solution]:
-    return _by_mask(lambda W_OI, keep_OI, rate: movement.prune(W_OI, keep_OI, score_OI, rate, pattern, share), weights, masks, rates)
+    return _by_mask(
+        lambda W_OI, keep_OI, rate: movement.prune(W_OI, keep_OI, score_OI, rate, pattern, share), weights, masks, rates
+    )
 
 
-_SECOND_ORDER: dict[str, Any] = {"updates_weights": True, "matrix": True, "calibration_tokens": 2**16, "square_copies": 5, "weight_bytes": 32}
+_SECOND_ORDER: dict[str, Any] = {
+    "updates_weights": True,
+    "matrix": True,
+    "calibration_tokens": 2**16,
+    "square_copies": 5,
+    "weight_bytes": 32,
+}
 PRUNERS: dict[str, Pruner] = {
     pruner.name: pruner
     for pruner in (
