@@ -20,6 +20,7 @@ from training import SHAPES, distilled_loss, losa_model, stepper
 
 from losa.adapter import attach, merge
 from losa.calibration import block_grams, prune_blocks
+from losa.rates import decoder_layers
 from losa.checkpoint import save_stage, write_verified
 from losa.config import LosaConfig
 from losa.environment import keep_freed_memory, machine
@@ -55,7 +56,8 @@ def main() -> None:
         ids = torch.randint(0, 32000, (sequences, WINDOW))
 
         def work() -> None:
-            prune_blocks(model, ids, [0.5] * 2, pruner, Pattern(), error_sequences=errors)
+            rates = {layer.name: 0.5 for layer in decoder_layers(model)}
+            prune_blocks(model, ids, rates, pruner, Pattern(), error_sequences=errors)
 
         model = attach(random_model(SHAPE | {"num_hidden_layers": 2}, "cpu").eval())
         return seconds(work) / 2

@@ -238,3 +238,51 @@ def entropy(salience: list[float]) -> float:
     """`-sum p ln p` of the shares `p`."""
     total = math.fsum(salience)
     return -math.fsum(s / total * math.log(s / total) for s in salience if s > 0)
+
+
+def least_squares_on_mask(weight: Tensor, keep: Tensor, moments: Tensor) -> Tensor:
+    """The best weights of a mask, row by row from the normal equations: `G_kk w_k = G_k: w_0` over what the row keeps."""
+    weight, moments = weight.double(), moments.double()
+    answer = torch.zeros_like(weight)
+    for row in range(len(weight)):
+        kept = keep[row].nonzero()[:, 0]
+        if len(kept):
+            answer[row, kept] = torch.linalg.lstsq(moments[kept][:, kept], moments[kept] @ weight[row])[0]
+    return answer
+
+
+def output_error(weight: Tensor, other: Tensor, moments: Tensor) -> float:
+    """`||X (W - W')^T||^2`, from `G = X^T X`."""
+    difference = weight.double() - other.double()
+    return float(torch.trace(difference @ moments.double() @ difference.T))
+
+
+def alps(weight: Tensor, moments: Tensor, count: int, damping: float, turns: int) -> tuple[Tensor, Tensor]:
+    """ALPS as its paper states it, with an explicit inverse for every penalty; `count` weights are kept. Ends like the package's:
+    the same penalties, and conjugate gradients written as exact least squares of the damped problem."""
+    weight, moments = weight.double(), moments.double()
+    norm = moments.diagonal().sqrt()
+    scaled = weight * norm
+    gram = moments / norm[:, None] / norm[None, :] + damping * torch.eye(len(moments), dtype=torch.float64)
+
+    def largest(values: Tensor) -> Tensor:
+        ranked = sorted(range(values.numel()), key=lambda i: -abs(float(values.flatten()[i])))[:count]
+        keep = torch.zeros(values.numel(), dtype=torch.bool)
+        keep[ranked] = True
+        return keep.view_as(values)
+
+    penalty, multiplier, keep = 0.1, torch.zeros_like(scaled), largest(scaled)
+    sparse, seen = scaled * keep, keep
+    for turn in range(1, turns + 1):
+        inverse = torch.linalg.inv(gram + penalty * torch.eye(len(gram), dtype=torch.float64))
+        dense = (scaled @ gram - multiplier + penalty * sparse) @ inverse
+        keep = largest(dense + multiplier / penalty)
+        sparse = (dense + multiplier / penalty) * keep
+        multiplier = multiplier + penalty * (dense - sparse)
+        if turn % 3 == 0:
+            changed = int((keep != seen).sum()) / count
+            if changed == 0:
+                break
+            seen = keep
+            penalty *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
+    return least_squares_on_mask(scaled, keep, gram) / norm, keep

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from losa.adapter import attach, masked_linears
-from losa.calibration import InputStatistics, ReconstructionError, block_grams, prune_blocks
+from losa import calibration
+from losa.calibration import InputStatistics, ReconstructionError, block_grams
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
 from losa.pruning import PRUNERS, Pattern, get_pruner
 
@@ -52,6 +53,12 @@ def test_grams_are_those_of_each_blocks_input(tiny_model, token_ids, family):
     expected = [references.gram(x.flatten(1)) for x in inputs]
     for got, want in zip(block_grams(model, ids, batch_size=2), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def prune_blocks(model, ids_ST, rates, *more, **options):
+    """With one rate for all layers of a block."""
+    names = [(index, name) for index, block in enumerate(find_decoder(model).blocks) for name in block_linears(block)]
+    return calibration.prune_blocks(model, ids_ST, {f"{i}.{name}": rates[i] for i, name in names}, *more, **options)
 
 
 # pruning, any family

@@ -13,7 +13,7 @@ from torch import nn
 
 from losa import comparison
 from losa.adapter import attach, masked_linears, merge
-from losa.baselines import lift_masks, mask_again, train_whole_weights
+from losa.baselines import lift_masks, mask_again
 from losa.comparison import METHODS, CompareConfig, compare
 from losa.config import parse_set
 from losa.report.comparison import cells, markdown, provenance, spread
@@ -205,16 +205,3 @@ def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
     for name, keep in masks.items():
         assert not pruned.get_parameter(name)[~keep].any()
         assert pruned.get_parameter(name)[keep].all()
-
-
-def test_whole_weights_learn_by_their_own_gradient_and_stay_masked(pruned):
-    name, layer = next(iter(masked_linears(pruned).items()))
-    train_whole_weights(pruned)
-    x = torch.randn(5, layer.in_features, dtype=torch.float64)
-    weight = layer.effective().detach().requires_grad_()
-    nn.functional.linear(x, weight).square().sum().backward()
-    layer(x).square().sum().backward()
-    torch.testing.assert_close(layer.lora_B.grad, weight.grad * layer.keep_OI)
-    assert layer.lora_A.grad is None
-    trained = {key for key, parameter in pruned.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{key}.lora_B" for key in masked_linears(pruned)}, name

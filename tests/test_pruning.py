@@ -30,17 +30,17 @@ def hessian(x):
 def solve(name, weight, keep, inputs, rate, pattern=UNSTRUCTURED, share=1.0):
     pruner = get_pruner(name)
     statistic = pruner.collect(None, inputs.float()) if pruner.collect else None
-    return pruner.solve([weight], [keep], statistic, rate, pattern, share)[0]
+    return pruner.solve([weight], [keep], statistic, [rate], pattern, share)[0]
 
 
 def sparsegpt_one(weight, keep, H, rate, pattern, share=1.0):
     """SparseGPT on a layer that shares its input with none: weight, mask, damping."""
-    [(weight, keep)], damping = sparsegpt.prune([weight], [keep], H, rate, pattern, share)
+    [(weight, keep)], damping = sparsegpt.prune([weight], [keep], H, [rate], pattern, share)
     return weight, keep, damping
 
 
 def test_an_unknown_pruner_is_refused():
-    with pytest.raises(ValueError, match="expected one of magnitude, wanda, sparsegpt, movement"):
+    with pytest.raises(ValueError, match="expected one of alps, sparsegpt, wanda, magnitude, movement"):
         get_pruner("random")
 
 
@@ -324,8 +324,8 @@ def test_layers_solved_together_are_solved_as_if_alone(pruner, rate, pattern, sh
     masks = [full(24, 160), full(8, 160), torch.rand(16, 160) > 0.2]
     solver = get_pruner(pruner)
     statistic = solver.collect(None, x.float()) if solver.collect else None
-    together = solver.solve(weights, masks, statistic, rate, pattern, share)
+    together = solver.solve(weights, masks, statistic, [rate] * 3, pattern, share)
     for weight, mask, solution in zip(weights, masks, together, strict=True):
-        alone = solver.solve([weight], [mask], statistic, rate, pattern, share)[0]
+        alone = solver.solve([weight], [mask], statistic, [rate], pattern, share)[0]
         assert torch.equal(solution.keep_OI, alone.keep_OI)
         torch.testing.assert_close(solution.weight_OI, alone.weight_OI, rtol=1e-9, atol=1e-9)

@@ -207,7 +207,7 @@ def test_another_seed_gives_another_result(done, tmp_path):
     assert record_of(tmp_path / "sparse")["perplexity"] != record_of(folder / "sparse")["perplexity"]
 
 
-@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
 def test_every_pruner_and_pattern(done, tmp_path, pruner, pattern):
     folder, _, _ = done
@@ -241,7 +241,7 @@ def test_one_shot_baseline_of_the_reviewers(done, tmp_path):
         assert int((file[name] == 0).sum()) == round(0.6 * file[name].numel())
 
 
-@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_prune_changes_survivors_only_if_the_solver_does(done, tmp_path, pruner):
     folder, _, _ = done
     output = tmp_path / "pruned"
@@ -251,7 +251,7 @@ def test_prune_changes_survivors_only_if_the_solver_does(done, tmp_path, pruner)
     for name in pruned_names(output):
         kept = result[name] != 0
         assert int((~kept).sum()) == round(0.6 * kept.numel())
-        assert torch.equal(source[name][kept], result[name][kept]) == (pruner != "sparsegpt")
+        assert torch.equal(source[name][kept], result[name][kept]) == (pruner in ("magnitude", "wanda"))
     assert record["kind"] == "prune"
     assert list(record["perplexity"]) == ["dense", "pruned"]
     assert "one-shot pruning" in (output / "README.md").read_text()
@@ -554,8 +554,22 @@ def test_protection_that_cannot_be_is_refused(tmp_path, changes, message):
 
 def test_importance_by_depth_prunes_late_blocks_more(tmp_path):
     set_up(tmp_path, num_hidden_layers=3)
-    record = toy_run(tmp_path, importance="depth", delta=0.1, output=None).losa_record
+    record = toy_run(tmp_path, rates="depth", delta=0.1, output=None).losa_record
     for step in record["steps"]:
         assert step["rates"] == sorted(step["rates"]) and step["rates"][0] < step["rates"][-1]
-    with pytest.raises(ValueError, match="importance is 'width', expected 'rmi' or 'depth'"):
-        toy_config(tmp_path, importance="width")
+    with pytest.raises(ValueError, match="rates is 'width', expected one of rmi, depth, uniform, owl, dlp, error"):
+        toy_config(tmp_path, rates="width")
+
+
+@pytest.mark.parametrize("rule", ["owl", "dlp", "error"])
+def test_layers_have_their_own_rates_by_any_rule(tmp_path, rule):
+    record = toy_run(set_up(tmp_path), rates=rule, output=None).losa_record
+    for step in record["steps"]:
+        assert step["achieved"] == pytest.approx(step["target"], abs=1e-3)
+        assert len(set(step["layer_rates"].values())) > 1
+    assert record["config"]["delta"] == pytest.approx({"owl": 0.08, "dlp": 0.15, "error": 0.1}[rule])
+
+
+def test_the_old_name_of_rates_still_works(tmp_path, caplog):
+    assert toy_config(tmp_path, importance="depth", rates="depth").rates == "depth"
+    assert "importance is called rates now" in caplog.text

@@ -58,7 +58,7 @@ def run(
         RuntimeError: a pruned weight of the saved file is not zero.
     """
     session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
-    session.go_through([Phase("baselines", measure_baselines), *dynamic_steps(session.config)])
+    session.go_through([Phase("00-baselines", measure_baselines), *dynamic_steps(session.config)])
     return session.finish("losa")
 
 
@@ -66,8 +66,8 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
     """The steps 1..T of `run`, as phases: pieces that are done whole, and resumed after."""
     phases = []
     for step in range(1, config.steps + 1):
-        phases.append(Phase(f"pruned-{step}", partial(sparsify, step=step)))
-        phases.append(Phase(f"trained-{step}", partial(adapt, step=step)))
+        phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step)))
+        phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step)))
     return phases
 
 

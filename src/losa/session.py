@@ -162,8 +162,7 @@ class Session:
             self.done = index
             if self.config.output and distributed.is_main():
                 with self.timed("saving"):
-                    stage = f"{index:03d}-{phase.name}"
-                    checkpoint.save_stage(Path(self.config.output), stage, index, self.model, self.config, self.record)
+                    checkpoint.save_stage(Path(self.config.output), phase.name, index, self.model, self.config, self.record)
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`."""

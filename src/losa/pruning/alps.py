@@ -65,8 +65,10 @@ def refine(W_OI: Tensor, target_OI: Tensor, keep_OI: Tensor, G_II: Tensor, turns
 
 def _solve(W_OI: Tensor, keep_OI: Tensor, G_II: Tensor, L_I: Tensor, Q_II: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
     """One layer with scaled inputs: the loop of the module's docstring. Returns its weights and mask."""
-    target_OI = W_OI @ G_II
     new_OI = choose(W_OI.abs(), keep_OI)
+    if new_OI.all():
+        return W_OI, new_OI
+    target_OI = W_OI @ G_II
     seen_OI, kept = new_OI, max(1, int(new_OI.sum()))
     D_OI, V_OI, rho = W_OI.where(new_OI, 0), torch.zeros_like(W_OI), RHO
     for turn in range(1, TURNS + 1):
