@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import references
 import torch
@@ -217,14 +218,21 @@ def test_block_rates_are_spread_by_what_was_measured(name):
     assert [found[f"{block}.self_attn.k_proj"] for block in range(4)] == pytest.approx(expected, abs=1e-12)
 
 
-def test_error_loses_less_energy_than_uniform_rates():
+@pytest.mark.parametrize("delta", [0.02, 0.1])
+def test_error_is_the_least_loss_that_scipy_finds(delta):
     model = lively()
-    curves = measure(model, IDS, get_rule("error"))
+    layers, curves = decoder_layers(model), measure(model, IDS, get_rule("error"))
+    sizes = [layer.size for layer in layers]
+    costs = [[size / sum(sizes) * lost for lost in curve] for size, curve in zip(sizes, curves, strict=True)]
+    found = rates(model, IDS, "error", 0.6, delta)
 
-    def lost(found):
-        return sum(curve[round(200 * rate)] for curve, rate in zip(curves, found.values(), strict=True))
+    def lost(rate_of):
+        grid = np.linspace(0, 1, len(costs[0]))
+        return sum(float(np.interp(rate_of[layer.name], grid, cost)) for layer, cost in zip(layers, costs, strict=True))
 
-    assert lost(rates(model, IDS, "error", 0.6, 0.1)) < lost(rates(model, IDS, "uniform", 0.6, 0.0)) - 0.05
+    best = references.linprog_curves(costs, sizes, 0.6, delta, [0.0] * len(sizes))
+    assert lost(found) == pytest.approx(best, abs=1e-8)
+    assert lost(found) < lost(dict.fromkeys(found, 0.6))
 
 
 @pytest.mark.parametrize("name", RULES)

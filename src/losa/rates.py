@@ -7,7 +7,7 @@
 | `uniform` | all alike | model | nothing |
 | `owl` | blocks with few outliers (https://arxiv.org/abs/2310.05175) | block | norms of layer inputs |
 | `dlp` | blocks whose median score is high (https://arxiv.org/abs/2505.23807) | block | norms of layer inputs |
-| `error` | layers that lose least of their output with the next weight | layer | norms of layer inputs |
+| `error` | layers that lose the smallest share of their output with the next rate | layer | norms of layer inputs |
 
 A rule is two functions. `measure` walks the model once, as it is now (masks and adapters on), and says one number of every
 block, or one cost curve of every layer. `allot` turns that into rates; it is cheap and knows no model. The scores of `owl`, `dlp`
@@ -334,9 +334,12 @@ def _by_value(measured: Measured, request: Request) -> list[float]:
 
 
 def _by_curve(measured: Measured, request: Request) -> list[float]:
+    """Least mean over all weights of the share of energy lost. Were every layer's share to count alike, whatever its size, the
+    small k and v projections would be kept at the cost of the large ones; measured, that is worse than uniform rates."""
     curves: list[Sequence[float]] = list(measured)  # type: ignore[arg-type]
     sizes = [layer.size for layer in request.layers]
-    return equal_slope_rates(curves, sizes, request.target, request.delta, request.previous, request.protected_layers())
+    costs = [[size / max(sizes) * lost for lost in curve] for size, curve in zip(sizes, curves, strict=True)]
+    return equal_slope_rates(costs, sizes, request.target, request.delta, request.previous, request.protected_layers())
 
 
 def _alike(_: Measured, request: Request) -> list[float]:
