@@ -209,7 +209,7 @@ def test_moved_output_can_be_resumed(folder, uninterrupted, output, tmp_path):
 def test_stage_of_another_format_is_refused(folder, output):
     path = output / ".losa" / "02-pruned" / "stage.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match=r"has format 99, expected 1; delete .*/\.losa to start anew"):
+    with pytest.raises(ValueError, match=r"has format 99, expected 2; delete .*/\.losa to start anew"):
         toy_run(folder, output=str(output), resume=True)
 
 

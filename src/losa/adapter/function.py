@@ -77,6 +77,7 @@ def effective_weight(
     return result_OI
 
 
+@torch.no_grad()
 def effective_whole(W_OI: Tensor, bits: Tensor, D_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`M * (W + D)`, the same for a layer whose weights are all trained: summed in the dtype of `D`, cast once, +0 outside."""
     result_OI, table = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype), byte_table(W_OI.device)

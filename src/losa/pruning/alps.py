@@ -65,10 +65,8 @@ def refine(W_OI: Tensor, target_OI: Tensor, keep_OI: Tensor, G_II: Tensor, turns
 
 def _solve(W_OI: Tensor, keep_OI: Tensor, G_II: Tensor, L_I: Tensor, Q_II: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
     """One layer with scaled inputs: the loop of the module's docstring. Returns its weights and mask."""
-    new_OI = choose(W_OI.abs(), keep_OI)
-    if new_OI.all():
-        return W_OI, new_OI
     target_OI = W_OI @ G_II
+    new_OI = choose(W_OI.abs(), keep_OI)
     seen_OI, kept = new_OI, max(1, int(new_OI.sum()))
     D_OI, V_OI, rho = W_OI.where(new_OI, 0), torch.zeros_like(W_OI), RHO
     for turn in range(1, TURNS + 1):
@@ -129,6 +127,9 @@ def prune(
             return keep_largest(score_OI, keep_OI, min(left, int(keep_OI.sum())))
 
         W_OI = W_OI.to(dtype)
+        if choose(W_OI.abs(), keep_OI).all():  # nothing to prune
+            solved.append((W_OI, keep_OI))
+            continue
         new_OI, mask_OI = _solve(W_OI * norm_I, keep_OI, G_II, L_I, Q_II, choose)
         solved.append(((new_OI / scale_I).where(~dead_I, W_OI).where(mask_OI, 0), mask_OI))
     return solved
