@@ -38,7 +38,10 @@ EvalData = Annotated[str | None, typer.Option(help="Text to measure perplexity o
 Sparsity = Annotated[float | None, typer.Option(help="Ratio of zeros in the decoder's linear layers. The one dial. Default 0.7.")]
 PrunerName = Annotated[
     str | None,
-    typer.Option(help="`wanda` (default), `sparsegpt`, `magnitude`, or `movement`: scores collected while the adapters train."),
+    typer.Option(
+        help="`alps` (default, recovers most), `sparsegpt`, `wanda` (fastest), `magnitude`, or `movement`: scores collected "
+        "while the model trains."
+    ),
 ]
 Protect = Annotated[
     str | None, typer.Option(help="Blocks to leave dense, such as `0,5`; the others lose more, to the same total.")
@@ -47,7 +50,18 @@ PatternName = Annotated[str | None, typer.Option(help="`unstructured` (default),
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the sparse checkpoint.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of configuration keys.")]
 SetKeys = Annotated[list[str] | None, typer.Option("--set", help="`key=value` for any other key, e.g. `--set train.lr=1e-3`.")]
-Preset = Annotated[str | None, typer.Option(help="Start from a shipped configuration: `paper`, the released recipe.")]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        "--train",
+        help="What is trained under the mask: `all` surviving weights (default, 16 more bytes a weight), or low-rank `adapters`, "
+        "as in the paper. `losa plan` shows the memory of either.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Start from a shipped configuration: `quick`, a short run; `paper`, the released recipe."),
+]
 Device = Annotated[str | None, typer.Option(help="`auto` (default), `cpu` or `cuda`.")]
 Offload = Annotated[bool | None, typer.Option("--offload", help="Calibrate with one block at a time on the device.")]
 Shard = Annotated[
@@ -76,6 +90,7 @@ def run(
     preset: Preset = None,
     config: ConfigFile = None,
     set_: SetKeys = None,
+    train: Train = None,
     distill: Distill = None,
     device: Device = None,
     offload: Offload = None,
@@ -84,7 +99,7 @@ def run(
     trust_remote_code: Trust = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete stage in --output.")] = False,
 ) -> None:
-    """Prune MODEL in five dynamic steps, recover its quality, save a sparse checkpoint that transformers opens as it is.
+    """Prune MODEL, train what is left under the mask, save a sparse checkpoint that transformers opens as it is.
 
     Example: `losa run meta-llama/Llama-2-7b-hf --sparsity 0.7 --data alpaca.json --output llama-sparse`
 
@@ -99,7 +114,8 @@ def run(
         preset, config, set_,
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, protect=protect, device=device,
         offload=offload, shard=shard, seed=seed, trust_remote_code=trust_remote_code,
-        **{"train.data": data, "calibration.data": calibration, "eval.data": eval_data, "train.distill": distill},
+        **{"train.data": data, "train.weights": train, "train.distill": distill},
+        **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
     check_request(resolved, training=True, resume=resume)
     _heavy()
@@ -261,6 +277,7 @@ def plan(
     sparsity: Sparsity = None,
     pruner: PrunerName = None,
     pattern: PatternName = None,
+    train: Train = None,
     preset: Preset = None,
     config: ConfigFile = None,
     set_: SetKeys = None,
@@ -284,6 +301,7 @@ def plan(
         preset, config, set_,
         model=model, output=str(output) if output else None, sparsity=sparsity, pruner=pruner, pattern=pattern, device=device,
         offload=offload, shard=shard, trust_remote_code=trust_remote_code,
+        **{"train.weights": train},
     )  # fmt: skip
     made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))

@@ -22,7 +22,7 @@ from losa.baselines import lift_masks, mask_again
 from losa.checkpoint import replace
 from losa.config import LosaConfig, build, merge, nested, read_config, require
 from losa.evaluation.context import context_use
-from losa.method import adapt, dynamic_steps, sparsify
+from losa.method import adapt, dynamic_steps, reconstruct, sparsify
 from losa.models import load
 from losa.progress import progress
 from losa.report.content import public
@@ -30,8 +30,9 @@ from losa.session import Session, check_request
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT: dict[str, Any] = {"steps": 1, "delta": 0.0}
-UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}}
+ONE_SHOT: dict[str, Any] = {"steps": 1, "delta": 0.0, "reconstruct": {"epochs": 0}}
+PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
+UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}, "train": {"weights": "adapters"}}
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,18 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("prune", ONE_SHOT | {"pruner": "magnitude"}),
     "Wanda": Method("prune", ONE_SHOT | {"pruner": "wanda"}),
     "SparseGPT": Method("prune", ONE_SHOT | {"pruner": "sparsegpt"}),
+    "ALPS": Method("prune", ONE_SHOT | {"pruner": "alps"}),
     "Wanda + LoRA": Method("lora", UNIFORM | {"pruner": "wanda"}),
     "SparseGPT + LoRA": Method("lora", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + masked LoRA": Method("losa", UNIFORM | {"pruner": "wanda"}),
     "SparseGPT + masked LoRA": Method("losa", UNIFORM | {"pruner": "sparsegpt"}),
-    "Wanda + LoSA": Method("losa", {"pruner": "wanda"}),
-    "SparseGPT + LoSA": Method("losa", {"pruner": "sparsegpt"}),
-    "LoSA without layer rates": Method("losa", {"delta": 0.0}),
-    "LoSA without rank allocation": Method("losa", {"adapter": {"allocation": "uniform"}}),
-    "LoSA without dynamic steps": Method("losa", {"steps": 1}),
-    "masked full fine-tuning": Method("losa", UNIFORM | {"train": {"weights": "all"}}),
+    "Wanda + LoSA": Method("losa", PAPER | {"pruner": "wanda"}),
+    "SparseGPT + LoSA": Method("losa", PAPER | {"pruner": "sparsegpt"}),
+    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "delta": 0.0}),
+    "LoSA without rank allocation": Method("losa", PAPER | {"pruner": "wanda", "adapter": {"allocation": "uniform"}}),
+    "LoSA without dynamic steps": Method("losa", PAPER | {"pruner": "wanda", "steps": 1}),
+    "masked full fine-tuning": Method("losa", ONE_SHOT | {"pruner": "wanda", "train": {"weights": "all"}}),
+    "losa": Method("losa", {}),
 }
 
 
@@ -127,7 +130,7 @@ def _variant(name: str, changes: Any) -> Method:
     require(isinstance(changes, dict), f"variants.{name}", changes, "a mapping of keys to values")
     base = changes.get("method", "LoSA")
     require(base in METHODS | {"LoSA": None}, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
-    method = METHODS.get(base, Method("losa", {}))
+    method = METHODS.get(base, Method("losa", PAPER))
     values = copy.deepcopy(method.changes)
     merge(values, {key: value for key, value in changes.items() if key != "method"})
     return Method(method.maker, values)
@@ -225,6 +228,8 @@ def _losa(session: Session) -> None:
 
 def _prune(session: Session) -> None:
     sparsify(session, session.config.steps)
+    if session.config.reconstruct.epochs:
+        reconstruct(session)
 
 
 def _lora(session: Session) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ class LosaConfig:
     model: str = ""  # local directory or hub name
     output: str | None = None  # directory of the sparse checkpoint; a Python call without one keeps the model in memory
     sparsity: float | None = None  # ratio of zeros in the decoder's linear layers; .7, or what an n:m pattern implies, when None
-    pruner: str = "wanda"  # magnitude, wanda, sparsegpt, or movement, whose scores come from the training itself
+    pruner: str = "alps"  # or sparsegpt, wanda, magnitude, movement; see pruning/
     pattern: str = "unstructured"  # or n:m, such as 2:4
     steps: int = 5  # dynamic steps T
     rates: str = "rmi"  # the rule that gives layers their own rates: rmi, depth, uniform, owl, dlp or error; see rates.py

@@ -5,8 +5,8 @@ for t = 1..T:
     importance of each block, by mutual information             rates.measure -> importance.rmi_importance
     layer rates that spend s_t on the least important blocks    rates.allot -> allocation.layer_rates
     prune the merged weights, block by block                    calibration.prune_blocks -> reconstruction errors
-    reconstruct each block, in the last step                    reconstruction.reconstruction_visit
     adapter ranks by reconstruction error                       allocation.allocate_ranks
+    reconstruct each block, in the last step                    reconstruction.reconstruction_visit
     train adapters, or all weights, under the mask              training.train
 merge; save; re-open; verify every zero                         session.Session.finish
 """
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from losa.adapter import collect_scores, masked_linears, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
-from losa.calibration import Visit, prune_blocks
+from losa.calibration import prune_blocks, walk_blocks
 from losa.config import LosaConfig
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.sparsegpt import DAMPING
@@ -67,6 +67,8 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
     phases = []
     for step in range(1, config.steps + 1):
         phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step)))
+        if step == config.steps and config.reconstruct.epochs:
+            phases.append(Phase(f"{step:02d}-reconstructed", reconstruct))
         phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step)))
     return phases
 
@@ -79,12 +81,17 @@ def prune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Lo
     session = Session.start(model, tokenizer, config, kind="prune")
     session.measure("dense")
     sparsify(session, session.config.steps)
+    if config.reconstruct.epochs:
+        reconstruct(session)
     return session.finish("pruned")
 
 
 def measure_baselines(session: Session) -> None:
-    """Perplexity of the dense model, and of what one-shot pruning with the same pruner makes of it."""
+    """Perplexity of the dense model, and of what one-shot pruning with the same pruner makes of it: a pruning of its own, which
+    is then undone, or in a run of a single step that step's."""
     session.measure("dense")
+    if session.config.steps == 1:
+        return
     assert session.config.sparsity is not None
     before = {name: layer.keep_bits.clone() for name, layer in masked_linears(session.model).items()}
     with session.timed("baseline"):
@@ -96,8 +103,7 @@ def measure_baselines(session: Session) -> None:
 
 
 def sparsify(session: Session, step: int) -> None:
-    """First half of dynamic step `step`: target, layer rates, pruning, reconstruction errors, ranks. In the last step, what
-    pruning left is reconstructed block by block (`reconstruct`)."""
+    """First half of dynamic step `step`: target, layer rates, pruning, reconstruction errors, ranks."""
     config = session.config
     assert config.sparsity is not None and config.delta is not None
     target, rule, measured = cubic_sparsity(step, config.steps, config.sparsity), get_rule(config.rates), None
@@ -107,11 +113,8 @@ def sparsify(session: Session, step: int) -> None:
             measured = measure(session.model, ids_ST, rule, session.device)
     previous = session.record["steps"][-1]["layer_rates"] if session.record["steps"] else None
     rates = allot(session.model, rule, measured, target, config.delta, previous, config.protect)
-    visits = []
-    if step == config.steps and config.reconstruct.epochs:
-        visits.append(session.timed_visit("reconstruction", reconstruction_visit(config.reconstruct, config.seed)))
     with session.timed("pruning"):
-        errors, damping = _prune_to(session, rates, target / config.sparsity, visits)
+        errors, damping = _prune_to(session, rates, share=target / config.sparsity)
     omega = config.adapter.omega(step, config.steps)
     uniform = config.adapter.allocation == "uniform"
     ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, omega, config.adapter.max_rank)
@@ -129,10 +132,12 @@ def sparsify(session: Session, step: int) -> None:
             "raised_damping": damping,
         }
     )
+    if config.steps == 1 and session.kind == "run":
+        session.measure("pruned")
 
 
 def _prune_to(
-    session: Session, rates: Mapping[str, float], share: float, visits: Sequence[Visit] = (), with_errors: bool = True
+    session: Session, rates: Mapping[str, float], share: float, with_errors: bool = True
 ) -> tuple[list[float], dict[str, float]]:
     """Prunes to `rates`; returns the errors, and the damping of the layers where SparseGPT had to raise it."""
     raised: dict[str, float] = {}
@@ -142,7 +147,6 @@ def _prune_to(
             raised[name] = solution.damping
 
     config = session.config
-    most = max(config.calibration.error_sequences, config.reconstruct.sequences if visits else 0)
     errors = prune_blocks(
         session.model,
         session.data.calibration[: config.calibration.sequences],
@@ -150,12 +154,26 @@ def _prune_to(
         get_pruner(config.pruner),
         Pattern.parse(config.pattern),
         share,
-        then=visits,
-        error_sequences=most if with_errors else 0,
+        error_sequences=config.calibration.error_sequences if with_errors else 0,
         device=session.device,
         on_solution=note,
     )
     return errors, raised
+
+
+def reconstruct(session: Session) -> None:
+    """After the last pruning: each block's surviving weights learn to put out what the dense block does."""
+    config = session.config
+    with session.timed("reconstruction"):
+        session.record["steps"][-1]["reconstructed"] = walk_blocks(
+            session.model,
+            session.data.calibration[: config.reconstruct.sequences],
+            [reconstruction_visit(config.reconstruct, config.seed)],
+            label="reconstruction",
+            device=session.device,
+        )
+    if session.kind == "run":
+        session.measure("reconstructed")
 
 
 def adapt(session: Session, step: int) -> None:

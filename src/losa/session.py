@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from losa import checkpoint, distributed
 from losa.adapter import attach, merge
 from losa.allocation import layer_rates
-from losa.calibration import Stop, Visit
 from losa.config import LosaConfig
 from losa.data import RunData, check_sources, prepare
 from losa.environment import resolve_device, return_freed_memory, versions
@@ -50,7 +49,6 @@ class Session:
     callbacks: Sequence[TrainerCallback]
     record: dict[str, Any]
     done: int  # complete phases
-    elsewhere: float = 0.0  # seconds of the piece of work being timed that count as another stage
 
     @classmethod
     def start(
@@ -114,6 +112,12 @@ class Session:
         logger.info("resuming after %s", manifest["name"])
 
     @property
+    def kind(self) -> str:
+        """ "run", or "prune" for a session without training."""
+        kind: str = self.record["kind"]
+        return kind
+
+    @property
     def decoder(self) -> Decoder:
         """The model's decoder blocks."""
         return find_decoder(self.model)
@@ -121,23 +125,10 @@ class Session:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall-clock seconds of a piece of work to `record["seconds"][stage]`."""
-        start, self.elsewhere = time.perf_counter(), 0.0
+        start = time.perf_counter()
         yield
-        self._add(stage, time.perf_counter() - start - self.elsewhere)
-
-    def _add(self, stage: str, seconds: float) -> None:
-        self.record["seconds"][stage] = round(self.record["seconds"].get(stage, 0.0) + seconds, 3)
-
-    def timed_visit(self, stage: str, visit: Visit) -> Visit:
-        """A visit of a walk that counts as `stage`, and not as what the walk is timed as."""
-
-        def visiting(stop: Stop) -> None:
-            began = time.perf_counter()
-            visit(stop)
-            self._add(stage, time.perf_counter() - began)
-            self.elsewhere += time.perf_counter() - began
-
-        return visiting
+        seconds = self.record["seconds"]
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:

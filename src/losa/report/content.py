@@ -16,7 +16,7 @@ from losa.config import LosaConfig
 from losa.runtime.header import VALUES
 from losa.runtime.packed import bytes_per_weight
 
-TITLES = {"dense": "dense", "pruned": "pruned only", "losa": "LoSA"}
+TITLES = {"dense": "dense", "pruned": "pruned only", "reconstructed": "reconstructed", "losa": "LoSA"}
 # Of `losa run` and `losa prune`; every other key is a --set.
 OPTIONS = {
     "output": "--output",
