@@ -2,9 +2,9 @@
 
     python benchmarks/real_model.py --model MODEL --data TEXT --eval-data TEXT --output DIR [--table main] [--seeds 0,1,2]
 
-MODEL is the directory that a recipe such as SmolLM2-135M's makes. Every row is what a user would type, so its seconds and its peak
-memory are those of the whole process. A row that is there is not made again: a table that was stopped goes on. Checkpoints are
-removed once they are measured. `--before DIR` makes the rows of an earlier version, from a checkout of it.
+MODEL is the directory that a recipe such as SmolLM2-135M's makes. Every row is what a user would type, so its seconds and its
+peak memory are those of the whole process. A row that is there is not made again: a table that was stopped goes on. Checkpoints
+are removed once they are measured. `--before DIR` makes the rows of an earlier version, from a checkout of it.
 """
 
 import argparse

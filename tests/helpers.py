@@ -135,8 +135,8 @@ def save_tasks(folder: Path) -> Path:
 
 
 def toy_values(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Configuration of a toy run in `folder`, where `save_toy` and `save_text` left `model` and `text.txt`: the paper's method, with
-    adapters in three dynamic steps."""
+    """Configuration of a toy run in `folder`, where `save_toy` and `save_text` left `model` and `text.txt`: the paper's method,
+    with adapters in three dynamic steps."""
     values: dict[str, Any] = {
         "model": str(folder / "model"),
         "output": str(folder / "sparse"),
@@ -147,7 +147,8 @@ def toy_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "reconstruct": {"epochs": 0},
         "device": "cpu",
         "calibration": {"sequences": 8, "rmi_sequences": 6, "length": 32},
-        "train": {"weights": "adapters", "data": str(folder / "text.txt"), "tokens": 6400, "length": 32, "lr": 0.01, "last_share": 0.6},
+        "train": {"weights": "adapters", "data": str(folder / "text.txt")}
+        | {"tokens": 6400, "length": 32, "lr": 0.01, "last_share": 0.6},
         "eval": {"length": 32, "windows": 16},
     }
     for key, value in changes.items():

@@ -1,5 +1,5 @@
-"""Promised: ALPS equal to a plain float64 version of its paper; survivors within 5 % of the least-squares floor of their mask; masks
-that meet their count, nest, and respect patterns; less error than SparseGPT's."""
+"""Promised: ALPS equal to a plain float64 version of its paper; survivors within 5 % of the least-squares floor of their mask;
+masks that meet their count, nest, and respect patterns; less error than SparseGPT's."""
 
 import pytest
 import references

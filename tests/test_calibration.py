@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from losa.adapter import attach, masked_linears
 from losa import calibration
+from losa.adapter import attach, masked_linears
 from losa.calibration import InputStatistics, ReconstructionError, block_grams
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
 from losa.pruning import PRUNERS, Pattern, get_pruner

@@ -20,6 +20,7 @@ VARIANTS = {
     "sparsegpt": {"pruner": "sparsegpt"},  # base weights change
     "2:4": {"pattern": "2:4", "sparsity": None},
     "movement": {"pruner": "movement", "protect": [0]},  # scores are kept too
+    "rotated": {"pruner": "alps", "rotate": True, "steps": 1},
     "whole": {"pruner": "alps", "train": {"weights": "all", "lr": 1e-3}, "reconstruct": {"epochs": 1}},  # no adapters
     "reconstructed": {"pruner": "alps", "reconstruct": {"epochs": 1}},  # the base absorbs
     "bfloat16": {"dtype": "bfloat16"},  # folded ranks round

@@ -1,5 +1,5 @@
-"""Promised: with all surviving weights trained, gradients are exact under the mask, zeros are bitwise zeros, the base stays dense,
-and a block that lends its weights for a while gets back what it learned."""
+"""Promised: with all surviving weights trained, gradients are exact under the mask, zeros are bitwise zeros, the base stays
+dense, and a block that lends its weights for a while gets back what it learned."""
 
 import pytest
 import torch

@@ -159,7 +159,7 @@ def _head_dim(attention: nn.Module, o_proj: nn.Linear) -> int:
     return o_proj.in_features // heads if isinstance(heads, int) and heads > 0 and o_proj.in_features % heads == 0 else 0
 
 
-def _find_value_paths(model: PreTrainedModel) -> list[ValuePath]:
+def find_value_paths(model: PreTrainedModel) -> list[ValuePath]:
     """Of all blocks, before any weight is touched.
 
     Raises:
@@ -321,7 +321,7 @@ def rotate_values(
         ValueError: an attention of another structure, before any weight is changed; values that are not finite.
         RuntimeError: the function would change. This block and the following ones are then as they were.
     """
-    paths, decoder = _find_value_paths(model), find_decoder(model)
+    paths, decoder = find_value_paths(model), find_decoder(model)
     stream = block_inputs(model, distributed.part(ids_ST), batch_size)
     entropies = []
     blocks: Sequence[nn.Module] = list(decoder.blocks)

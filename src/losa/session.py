@@ -25,6 +25,7 @@ from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
 from losa.pruning import Pattern, get_pruner
 from losa.report.page import documents
+from losa.rotation import find_value_paths, rotate_values
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class Session:
         check_supported(model)
         decoder = find_decoder(model)
         check_decoder(decoder, config)
+        if config.rotate:
+            find_value_paths(model)
         warn_of_zeros(decoder)
         if kind == "run":
             check_precision(model, config)
@@ -86,12 +89,17 @@ class Session:
         data = prepare(config, tokenizer, training=kind == "run")
         return_freed_memory()
         seconds = {"reading text": round(time.perf_counter() - began, 3)}
-        record = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
+        record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
         check_parts(config, distributed.world_size(), len(data.evaluation))
         if output and manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
             raise ValueError(
                 f"cannot resume {output}: the text changed; restore it, or delete {checkpoint.work_dir(output)} to start anew"
             )
+        if config.rotate:  # again on resume, and the same again: stages hold what differs from the turned weights
+            began = time.perf_counter()
+            model.eval()
+            record["rotation"] = rotate_values(model, data.calibration[: config.calibration.error_sequences], device=device)
+            seconds["rotation"] = round(time.perf_counter() - began, 3)
         session = cls(model, tokenizer, config, data, device, callbacks, record, 0)
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed, whole=kind == "run" and config.train.whole)
         if output and manifest:
