@@ -89,7 +89,8 @@ class Session:
         data = prepare(config, tokenizer, training=kind == "run")
         return_freed_memory()
         seconds = {"reading text": round(time.perf_counter() - began, 3)}
-        record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds, "text_sha256": data.fingerprint()}
+        record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds}
+        record["text_sha256"] = data.fingerprint()
         check_parts(config, distributed.world_size(), len(data.evaluation))
         if output and manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
             raise ValueError(
