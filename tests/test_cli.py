@@ -120,6 +120,7 @@ def test_prune(folder, tmp_path, monkeypatch, capsys):
     code, out, err = losa_main(monkeypatch, capsys, *arguments, "--set", "calibration.rmi_sequences=4", "--device", "cpu")
     assert code == 0, err
     assert "pruned only" in out
+    assert "16 windows of 32 tokens; losa eval takes all" in " ".join(out.split())
     for layer in inspect(tmp_path / "pruned"):
         assert layer.zeros == layer.numel // 2
 
@@ -232,11 +233,15 @@ def test_plan_counts_what_a_choice_costs(weightless, monkeypatch, capsys):
         assert not err
         return json.loads(out)
 
-    base = plan()
-    assert plan("--pruner", "sparsegpt")["peak_memory"] > base["peak_memory"]
+    base, adapters = plan(), ("--set", "train.weights=adapters")
+    short = ("--set", "calibration.length=8")  # so that the solver needs more than the hidden states
+    assert plan("--pruner", "sparsegpt", *short)["calibration"] > plan(*short)["calibration"]
+    changing, keeping = plan("--pruner", "sparsegpt", *adapters), plan(*adapters)
+    assert changing["peak_memory"] - changing["runtime"] > keeping["peak_memory"] - keeping["runtime"]
     assert plan("--set", "train.gradient_checkpointing=true")["training"] < base["training"]
     assert plan("--set", "train.batch_size=16")["training"] > 1.9 * base["training"]
-    assert plan("--set", "adapter.max_rank=32")["adapters"] == 2 * base["adapters"]
+    assert plan("--set", "adapter.max_rank=32", *adapters)["trained"] == 2 * plan(*adapters)["trained"]
+    assert plan("--set", "adapter.max_rank=32")["trained"] == base["trained"] == 16 * base["prunable"]
     assert plan("--set", "dtype=bfloat16")["weights"] == base["weights"] / 2
 
 
@@ -310,7 +315,10 @@ BAD = [
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--set", "train.lr=[1"], "--set"),
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--preset", "fast"], "preset is 'fast', expected one of one-shot, paper"),
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "-c", "none.yaml"], "cannot read the config none.yaml"),
-    (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--pruner", "wonda"], "pruner is 'wonda', expected one of magnitude, wanda"),
+    (
+        ["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--pruner", "wonda"],
+        "pruner is 'wonda', expected one of alps, sparsegpt, wanda",
+    ),
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--device", "abacus"], "device is 'abacus', expected auto, cpu or cuda"),
     (["run", "MODEL", "-o", "OUT", "--data", "nowhere/at/all.txt"], "nowhere/at/all.txt"),
     (["run", "MODEL", "-o", "OUT"], "--data"),

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from helpers import record_of, set_up, toy_config, toy_run
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -19,9 +20,10 @@ from losa.cli import app
 from losa.config import LosaConfig
 from losa.method import prune
 from losa.models import load
-from losa.report.content import command, gap_closed, headline, layer_bytes, public
+from losa.report.content import command, gap_closed, headline, layer_bytes, public, warning
 from losa.report.figures import plots
 from losa.report.page import documents, page, refresh
+from losa.report.table import summary
 
 EVALUATION = {
     "perplexity": [
@@ -319,6 +321,40 @@ def test_the_command_makes_the_same_configuration(monkeypatch, kind, overrides):
     assert seen == [config]
 
 
+@pytest.mark.parametrize(
+    ("kind", "last", "pattern", "says"),
+    [
+        ("run", 10.9, "unstructured", None),
+        ("run", 140, "unstructured", ["140 against 5.47", "Lower --sparsity", "train.tokens", "--data"]),
+        ("run", 140, "2:4", ["--pattern"]),
+        ("run", math.inf, "unstructured", ["inf against 5.47"]),
+        ("run", math.nan, "unstructured", ["nan against 5.47"]),
+        ("prune", 16.4, "unstructured", ["16.4 against 5.47", "losa run recovers"]),
+    ],
+)
+def test_a_result_far_from_dense_is_said_to_be(kind, last, pattern, says):
+    record = made_up(3, kind)
+    record["perplexity"]["losa" if kind == "run" else "pruned"] = last
+    record["config"] |= {"pattern": pattern, "sparsity": 0.5, "delta": 0.0}
+    found = warning(record)
+    console = Console(record=True, width=300)
+    console.print(summary(record))
+    texts = [console.export_text(), *documents(record, "sparse").values()]
+    if says is None:
+        assert found is None
+        assert not any("far from dense" in text for text in texts)
+    else:
+        assert all(part in found for part in says)
+        assert all(found in text for text in texts)
+
+
+def test_no_ranks_where_all_weights_are_trained():
+    record = made_up(3)
+    for step in record["steps"]:
+        step["ranks"] = None
+    assert [plot.name for plot in plots(record)] == ["targets", "rates", "importance", "errors", "loss"]
+
+
 def test_command_of_several_processes():
     assert command(made_up(2, processes=4)).startswith("torchrun --nproc-per-node 4 -m losa run org/dense-7b \\\n  --output")
 
@@ -328,7 +364,7 @@ def test_a_run_leaves_its_report(folder):
     text, record = (output / "report.html").read_text("utf-8"), record_of(output)
     assert [step["achieved"] for step in record["steps"]] == pytest.approx([step["target"] for step in record["steps"]], abs=1e-3)
     assert record["steps"][-1]["achieved"] == record["sparsity"]["achieved"]
-    assert figures_of(text) == ["targets", "rates", "importance", "errors", "ranks", "loss"]
+    assert figures_of(text) == ["targets", "rates", "importance", "errors", "loss"]
     assert str(folder) not in text
     assert Page(text).text["h1"] == "sparse"
     AutoModelForCausalLM.from_pretrained(output)

@@ -29,6 +29,7 @@ from losa.rates import allot, block_means, get_rule, measure
 from losa.reconstruction import reconstruction_visit
 from losa.session import Phase, Session
 from losa.training import train
+from losa.work import MEASURED
 
 
 def run(
@@ -58,18 +59,20 @@ def run(
         RuntimeError: a pruned weight of the saved file is not zero.
     """
     session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
-    session.go_through([Phase("00-baselines", measure_baselines), *dynamic_steps(session.config)])
+    first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
+    session.go_through([first, *dynamic_steps(session.config)])
     return session.finish("losa")
 
 
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
     """The steps 1..T of `run`, as phases: pieces that are done whole, and resumed after."""
     phases = []
-    for step in range(1, config.steps + 1):
-        phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step)))
+    for step, trained in enumerate(config.train.shares(config.steps), 1):
+        alike = {stage: 1 / config.steps for stage in ("importance", "pruning")}
+        phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step), alike))
         if step == config.steps and config.reconstruct.epochs:
-            phases.append(Phase(f"{step:02d}-reconstructed", reconstruct))
-        phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step)))
+            phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0}))
+        phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step), {"training": trained}))
     return phases
 
 

@@ -1,9 +1,10 @@
 """What a run will need, before anything is loaded: the model is built on the meta device, where tensors have shapes and no bytes.
 
-Counted: weights, masks, adapters, optimizer state, hidden states, statistics. Simulated: what a training step, a block's forward
-and an evaluation batch have alive at their peak, by running them on fake tensors (real operators, no bytes), on a few blocks of
-the model; the blocks are alike, so the rest is a straight line. Estimated: time, which is the flops of the large products over
-the speed of one such product measured here (or given), so a lower bound.
+Counted: weights, masks, what is trained, optimizer state, hidden states, statistics. Simulated: what a training step, a block's
+forward, its reconstruction and an evaluation batch have alive at their peak, by running them on fake tensors (real operators, no
+bytes), on a few blocks of the model; the blocks are alike, so the rest is a straight line. Estimated: time, from a short probe of
+one block of random weights (`probe.py`). Of a device elsewhere, or a block too large to try, time is a lower bound: the flops of
+the large products (`work.py`) over the speed of one such product, given or measured here.
 
 Legend: `S` sequences, `T` tokens, `H` hidden, `O` out_features, `I` in_features, `V` vocabulary, `P` processes.
 """
@@ -11,34 +12,39 @@ Legend: `S` sequences, `T` tokens, `H` hidden, `O` out_features, `I` in_features
 import shutil
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from losa import loss
 from losa.adapter import attach, dense_mode
+from losa.calibration import InputStatistics
 from losa.config import LosaConfig
 from losa.environment import resolve_device
 from losa.loss import causal_loss
-from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, one_line
+from losa.models import Decoder, block_inputs, block_linears, check_supported, find_decoder, max_length, one_line
+from losa.probe import BATCH, EVALUATION_BATCH, probe, probe_bytes
 from losa.pruning import get_pruner
 from losa.session import check_decoder, check_parts
 from losa.training import activation_checkpointing
+from losa.work import evaluation_windows, stage_flops
 
-CALIBRATION_BATCH, EVALUATION_BATCH = 8, 4  # the defaults of prune_blocks and perplexity
 LIBRARY_BYTES = (
     150 << 20
 )  # of a CPU: pages and workspaces that libraries take at first use, holes in the heap; measured (docs/LOG.md)
 CONTEXT_BYTES = 600 << 20  # of a GPU: the driver's context and the libraries' workspaces; an estimate, not measured
-SOLVER_BYTES = 30  # a weight of the largest layer: merged weight, scores, their order, masks
+SOLUTION_BYTES = 5  # a weight of the block that is being pruned: float32 answers and masks, until all its layers are solved
 SIMULATED_ROWS = 64  # of a training step; larger batches are scaled up from here
 
 
@@ -51,10 +57,10 @@ class Plan:
     runtime: int  # bytes, as all fields below: Python, torch and transformers themselves
     weights: int
     masks: int  # a bit a weight
-    dense_copy: int  # host; SparseGPT changes the base weights, so the dense ones are kept for reconstruction errors
-    adapters: int  # float32 values, gradients and both Adam moments
+    dense_copy: int  # host; where pruning or reconstruction changes the base weights, the dense ones are kept for errors
+    trained: int  # all weights, or adapters: float32 values, gradients and both Adam moments
     training: int  # beyond these, at the peak of a training step, distillation included
-    calibration: int  # likewise of pruning: streams of hidden states, one block's statistics, a solver's work
+    calibration: int  # likewise of pruning: streams of hidden states; one block's statistics, solver, reconstruction
     evaluation: int  # likewise of perplexity
     peak_memory: int
     available_memory: int
@@ -62,7 +68,10 @@ class Plan:
     available_host: int
     disk: int
     available_disk: int
-    seconds: float  # at least
+    stages: dict[str, float]  # seconds, in the order of a run
+    seconds: float  # of all stages
+    probed: bool  # whether seconds come from a probe on this machine; if not, they are a lower bound
+    windows: int  # of evaluation; assumed unless eval.windows is set
     processes: int
     device: str
 
@@ -107,35 +116,51 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     device = "elsewhere" if elsewhere else str(resolve_device(config.device))
     host = device == "cpu"
     parameters, prunable = sum(p.numel() for p in model.parameters()), sum(decoder.sizes())
-    adapter_values = config.adapter.max_rank * sum(li.in_features + li.out_features for li in decoder.linears().values())
+    pruner, whole = get_pruner(config.pruner), config.train.whole
+    of_blocks = [_trained_values(block, config) for block in decoder.blocks]
+    trained = sum(of_blocks)
     weights, masks = parameters * dtype.itemsize, prunable // 8
     reused = prunable * dtype.itemsize * config.train.reuse_weights
-    scores = 4 * prunable * get_pruner(config.pruner).from_training
-    dense_copy = prunable * dtype.itemsize if config.pruner == "sparsegpt" else 0
-    runtime = psutil.Process().memory_info().rss + LIBRARY_BYTES if host else CONTEXT_BYTES
-    training = simulate_training(build, config, processes) - 4 * adapter_values
+    scores = 4 * prunable * pruner.from_training
+    changes_base = pruner.keeps_dense(whole) or (bool(config.reconstruct.epochs) and not whole)
+    dense_copy = prunable * dtype.itemsize if changes_base else 0
+    resident_here = psutil.Process().memory_info().rss
+    runtime = resident_here + LIBRARY_BYTES if host else CONTEXT_BYTES
+    training = simulate_training(build, config, processes) - 4 * trained
     calibration = _calibration_bytes(build, config, decoder, text_config.hidden_size, dtype.itemsize, processes)
     evaluation = simulate_evaluation(build, config)
     # The dense copy is on the host, except while a distilling teacher uses it.
     teacher = dense_copy if host or (config.train.distill and not config.blocks_on_host) else 0
     largest_block = max(decoder.sizes()) * dtype.itemsize
-    if config.blocks_on_host and not host:
+    away = config.blocks_on_host and not host
+    if away:
         # Of all parameters a part, or with offload none; and two blocks whole, the one that runs and the next one.
-        part = 0 if config.offload else (weights + 16 * adapter_values) // processes
-        resident = part + 2 * largest_block + masks
+        part = 0 if config.offload else (weights + 16 * trained) // processes
+        resident = part + 2 * (largest_block + 4 * max(of_blocks)) + masks
     else:
         # Scores twice: those of the steps before, and those of this one.
-        resident = weights + masks + 16 * adapter_values + teacher + reused + 2 * scores
+        resident = weights + masks + 16 * trained + teacher + reused + 2 * scores
     # All blocks but one may be on the host while calibrating and evaluating.
     outside = weights - prunable * dtype.itemsize + largest_block
-    kept = masks + (outside if config.blocks_on_host and not host else weights)
+    kept = masks + (outside if away else weights) + 4 * (max(of_blocks) if away else trained)
     kept += (dense_copy if host else 0) + scores
-    peak = runtime + max(resident + training, kept + 4 * adapter_values + max(calibration, evaluation))
-    disk = weights + masks + 4 * adapter_values * 2 + dense_copy
+    peak = runtime + max(resident + training, kept + max(calibration, evaluation))
+    # What is trained is made on the host; with offload, its gradients and moments stay there too.
+    loaded = weights + dense_copy + (16 if away and config.offload else 4) * trained
+    disk = weights + masks + 4 * trained * 2 + dense_copy
     output = Path(config.output or ".").absolute()
     existing = next(parent for parent in (output, *output.parents) if parent.exists())
-    tokens = config.train.batch_size * (config.train.length or 0) // processes
-    speed = flops or _speed(decoder, min(tokens, 8192), dtype, resolve_device(config.device))
+    available = memory if memory is not None else _free_memory(torch.device("cpu" if elsewhere else device))
+    probed = not elsewhere
+    if probed:
+        largest = max(decoder.sizes())
+        probed = probe_bytes(largest, dtype.itemsize, parameters, prunable) < available // 2
+    if probed:
+        stages = probe(build, config, processes, torch.device(device))
+    else:
+        tokens = config.train.batch_size * (config.train.length or 0) // processes
+        speed = flops or _speed(decoder, min(tokens, 8192), dtype, resolve_device(config.device))
+        stages = {name: count / speed / processes for name, count in stage_flops(config, decoder, text_config).items()}
     return Plan(
         parameters=parameters,
         prunable=prunable,
@@ -143,20 +168,31 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
         weights=weights,
         masks=masks,
         dense_copy=dense_copy,
-        adapters=16 * adapter_values,
+        trained=16 * trained,
         training=training,
         calibration=calibration,
         evaluation=evaluation,
         peak_memory=peak,
-        available_memory=memory if memory is not None else _free_memory(torch.device("cpu" if elsewhere else device)),
-        host_memory=peak if host else psutil.Process().memory_info().rss + weights + dense_copy,
+        available_memory=available,
+        host_memory=peak if host else resident_here + loaded,
         available_host=_free_memory(torch.device("cpu")),
         disk=disk,
         available_disk=shutil.disk_usage(existing).free,
-        seconds=_flops(config, decoder, text_config) / speed / processes,
+        stages=stages,
+        seconds=sum(stages.values()),
+        probed=probed,
+        windows=evaluation_windows(config),
         processes=processes,
         device=device,
     )
+
+
+def _trained_values(block: nn.Module, config: LosaConfig) -> int:
+    """Numbers that are trained in a block."""
+    linears = block_linears(block).values()
+    if config.train.whole:
+        return sum(linear.weight.numel() for linear in linears)
+    return config.adapter.max_rank * sum(linear.in_features + linear.out_features for linear in linears)
 
 
 def _dtype(config: LosaConfig, model_config: Any) -> torch.dtype:
@@ -192,17 +228,33 @@ class _Meter(TorchDispatchMode):
         self.alive -= size
 
 
+@contextmanager
+def _one_chunk() -> Iterator[None]:
+    """Has the loss work on its first chunk of logits only, while it lasts: all are alike, and thousands of them take their time
+    even on fake tensors."""
+    chunk, seen = loss._chunk, False
+
+    def first(student_CV: Tensor, *rest: Any) -> Tensor:
+        nonlocal seen
+        if seen:
+            return torch.zeros((), dtype=torch.float64, device=student_CV.device)
+        seen = True
+        return chunk(student_CV, *rest)
+
+    with patch.object(loss, "_chunk", first):
+        yield
+
+
 def _simulate(build: Callable[[], PreTrainedModel], config: LosaConfig, work: Callable[[PreTrainedModel], None]) -> int:
     """Bytes that `work` has alive at its peak, besides the model: measured on two and on three of its blocks."""
 
     def peak(count: int) -> int:
         with FakeTensorMode(), torch.device("cpu"):
-            model = attach(build(), config.adapter.max_rank, config.adapter.scale)
+            model = attach(build(), config.adapter.max_rank, config.adapter.scale, whole=config.train.whole)
             decoder = find_decoder(model)
             parent, _, leaf = decoder.name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, decoder.blocks[:count])
-            meter = _Meter()
-            with meter:
+            with _Meter() as meter, _one_chunk():
                 work(model)
             return meter.peak
 
@@ -227,9 +279,9 @@ def simulate_training(build: Callable[[], PreTrainedModel], config: LosaConfig, 
         model.train()
         with activation_checkpointing(model, config.train.gradient_checkpointing):
             logits = model(input_ids=ids, use_cache=False).logits
-            loss = causal_loss(logits, ids, teacher, config.train.distill, config.train.temperature)
+            total = causal_loss(logits, ids, teacher, config.train.distill, config.train.temperature)
             del logits, teacher
-            loss.backward()
+            total.backward()
 
     return _simulate(build, config, step) * rows // simulated
 
@@ -250,54 +302,75 @@ def simulate_block(build: Callable[[], PreTrainedModel], config: LosaConfig) -> 
 
     @torch.no_grad()
     def forward(model: PreTrainedModel) -> None:
-        ids = torch.zeros(CALIBRATION_BATCH, config.calibration.length or 0, dtype=torch.int64)
+        ids = torch.zeros(BATCH, config.calibration.length or 0, dtype=torch.int64)
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
     return _simulate(build, config, forward)
 
 
+def simulate_reconstruction(build: Callable[[], PreTrainedModel], config: LosaConfig) -> int:
+    """Peak bytes of an update of the largest block: activations, and 16 a weight that is trained."""
+    rows, length = config.reconstruct.batch_size, config.calibration.length or 0
+    with FakeTensorMode(), torch.device("cpu"):
+        model = attach(build(), whole=True)
+        index, block = _largest_block(model)
+        stream = block_inputs(model, torch.zeros(rows, length, dtype=torch.int64), rows)
+        with _Meter() as meter:
+            difference = stream.output(block, index, 0).float() - stream.hidden[0].float()
+            difference.square().mean().backward()
+        return meter.peak + 12 * sum(
+            linear.weight.numel() for linear in block_linears(block).values()
+        )  # gradients are in the peak
+
+
+def _largest_block(model: PreTrainedModel) -> tuple[int, nn.Module]:
+    decoder = find_decoder(model)
+    sizes = decoder.sizes()
+    index = sizes.index(max(sizes))
+    return index, decoder.blocks[index]
+
+
+def _solver_bytes(build: Callable[[], PreTrainedModel], config: LosaConfig) -> int:
+    """Of the largest block: the statistic of every input, what solving the largest group of layers takes, all answers."""
+    pruner = get_pruner(config.pruner)
+    with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+        model = attach(build(), whole=True)
+        index, block = _largest_block(model)
+        statistics = InputStatistics(pruner)
+        statistics.collect(block, index, block_inputs(model, torch.zeros(1, 8, dtype=torch.int64), 1))
+        linears = block_linears(block)
+        groups = [[linears[name] for name in names] for names, _ in statistics.groups(block)]
+    widths = [group[0].in_features for group in groups]
+    counts = [sum(linear.weight.numel() for linear in group) for group in groups]
+    solving = (
+        pruner.square_copies * 4 * width**2 + pruner.weight_bytes * count for width, count in zip(widths, counts, strict=True)
+    )
+    return sum(pruner.statistic_bytes(width) for width in widths) + max(solving) + SOLUTION_BYTES * sum(counts)
+
+
 def _calibration_bytes(
     build: Callable[[], PreTrainedModel], config: LosaConfig, decoder: Decoder, hidden: int, itemsize: int, processes: int
 ) -> int:
-    calibrating = config.calibration
+    calibrating, reconstruct = config.calibration, config.reconstruct
     assert calibrating.sequences is not None
-    sequences = -(-calibrating.sequences // processes) + -(-min(calibrating.error_sequences, calibrating.sequences) // processes)
-    streams = sequences * (calibrating.length or 0) * hidden * itemsize
-    linears = [linear for block in decoder.blocks for linear in block_linears(block).values()]
-    widest, largest = max(linear.in_features for linear in linears), max(linear.weight.numel() for linear in linears)
-    if config.pruner == "sparsegpt":  # Hessians of the block; then H, its damped copy, both factors and the inverse of the widest
-        squares = max(sum(4 * li.in_features**2 for li in block_linears(block).values()) for block in decoder.blocks)
-        solving = squares + 5 * 4 * widest**2 + 4 * 4 * 2 * largest
-    else:
-        solving = SOLVER_BYTES * largest
-    return streams + max(simulate_block(build, config), solving)
+    state = (calibrating.length or 0) * hidden  # numbers of a sequence
+    sparse = -(-calibrating.sequences // processes)
+    dense = -(-min(calibrating.error_sequences, calibrating.sequences) // processes)
+    reconstructing = 0
+    if reconstruct.epochs:
+        dense = max(dense, -(-reconstruct.sequences // processes))
+        both = (sparse + dense) * state * itemsize  # inputs and targets in one piece each, beside their streams
+        update = simulate_reconstruction(build, config)
+        if config.train.whole:  # its values are what is trained anyway
+            update -= 4 * max(decoder.sizes())
+        reconstructing = both + max(16 * dense * state, update)  # 16: targets in float64 and their squares
+    return (sparse + dense) * state * itemsize + max(simulate_block(build, config), _solver_bytes(build, config), reconstructing)
 
 
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def _flops(config: LosaConfig, decoder: Decoder, text_config: Any) -> float:
-    """Large products and attention. Of a token and a weight: 2 flops in a forward, 6 in training (8 with checkpointing), 2 for
-    the teacher; the head's weight has no gradient: 4. Attention over half a row on average: 2 T H flops a block and forward."""
-    prunable, hidden = sum(decoder.sizes()), text_config.hidden_size
-    head = text_config.vocab_size * hidden
-
-    def forward(length: int) -> float:
-        return 2 * prunable + 2 * length * hidden * len(decoder.blocks)
-
-    train, calibrating = config.train, config.calibration
-    length = train.length or 1
-    rows = train.samples or train.tokens // length
-    passes = 3 + train.gradient_checkpointing + bool(train.distill or train.distill_blocks)
-    trained = rows * length * (passes * forward(length) + (2 * passes - 2) * head)
-    window, sequences = calibrating.length or 1, calibrating.sequences or 1
-    collect_and_advance, errors = 2 * sequences * window, min(calibrating.error_sequences, sequences) * window
-    importance = calibrating.rmi_sequences * min(calibrating.rmi_length, window) if config.delta else 0
-    per_step = collect_and_advance + errors + importance
-    return trained + (config.steps * per_step + collect_and_advance) * forward(window)
 
 
 def _speed(decoder: Decoder, tokens: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -6,9 +6,9 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,22 @@ from losa.environment import resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
 from losa.pruning import Pattern, get_pruner
+from losa.report.content import duration
 from losa.report.page import documents
 from losa.rotation import find_value_paths, rotate_values
+from losa.work import remaining, stage_flops
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A piece of a run that is done whole or not at all: the name of the stage it leaves, and what it does."""
+    """A piece of a run that is done whole or not at all: the name of the stage it leaves, what it does, and which ratio of the
+    work that `work.stage_flops` counts that is."""
 
     name: str
     work: Callable[["Session"], None]
+    share: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,7 +126,7 @@ class Session:
 
     @property
     def kind(self) -> str:
-        """ "run", or "prune" for a session without training."""
+        """Either "run", or "prune" for a session without training."""
         kind: str = self.record["kind"]
         return kind
 
@@ -160,9 +164,19 @@ class Session:
                 continue
             phase.work(self)
             self.done = index
+            logger.info("%s", self.progress(phases))
             if self.config.output and distributed.is_main():
                 with self.timed("saving"):
                     checkpoint.save_stage(Path(self.config.output), phase.name, index, self.model, self.config, self.record)
+
+    def progress(self, phases: Sequence[Phase]) -> str:
+        """One line about the phases that are done, the time they took and, where their pace tells, the time that is left."""
+        work = stage_flops(self.config, self.decoder, self.model.config.get_text_config(), len(self.data.evaluation))
+        done = {stage: sum(phase.share.get(stage, 0.0) for phase in phases[: self.done]) for stage in work}
+        left = remaining(work, done, self.record["seconds"]) if self.done < len(phases) else None
+        so_far = duration(sum(self.record["seconds"].values()))
+        ahead = "" if left is None else f", about {duration(left)} left"
+        return f"{phases[self.done - 1].name} done (phase {self.done} of {len(phases)}), {so_far} so far{ahead}"
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`."""

@@ -257,10 +257,11 @@ def whole_weights(module: nn.Module) -> Iterator[list[nn.Parameter]]:
     try:
         yield [layer.trained["delta_OI"] for layer in layers]
     finally:
-        for layer in lent:
-            merged_OI = layer.merged().detach()
-            layer.delta_OI = None
-            layer.set_solution(layer.keep_OI, merged_OI)
+        with torch.no_grad():
+            for layer in lent:
+                merged_OI = layer.merged()
+                layer.delta_OI = None
+                layer.set_solution(layer.keep_OI, merged_OI)
 
 
 def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from losa.report.content import Table, gap_closed, layer_bytes, perplexities, public, size, zero_shot
+from losa.report.content import Table, gap_closed, layer_bytes, perplexities, public, size, warning, zero_shot
 
 CARD = "README.md"
 PACKED = "\n## Packed\n"  # what follows is about the packed form of the checkpoint; see `runtime.files`
@@ -24,6 +24,8 @@ def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | N
     found = perplexities(record, evaluation)
     closed = gap_closed(record["perplexity"])
     gap = "" if closed is None else f"\nOf the gap in log-perplexity between pruned only and dense, {closed:.1%} is closed.\n"
+    far = warning(record)
+    note = "" if far is None else f"\n> {far}\n"
     tasks = f"\n{_markdown(zero_shot(evaluation))}\n" if evaluation and evaluation.get("tasks") else ""
     dense, packed, rounded = (size(count) for count in layer_bytes(record).values())
     return f"""---
@@ -42,7 +44,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
 {_markdown(found)}
-{gap}{tasks}
+{note}{gap}{tasks}
 These layers take {dense} in bfloat16; `losa pack` stores them in {packed}, or {rounded} rounded to int8.
 
 [report.html](report.html) shows layer rates, ranks, errors and loss step by step; the configuration and all figures are in

@@ -42,11 +42,24 @@ class Table:
 def gap_closed(found: Mapping[str, float]) -> float | None:
     """Share of the log-perplexity that pruning lost and training won back; above 1 is better than dense.
 
-    None where nothing was trained, or pruning lost nothing.
+    None where nothing was trained, pruning lost nothing, or a perplexity is not finite.
     """
-    if "losa" not in found or not found["dense"] < found["pruned"] < math.inf:
+    if "losa" not in found or not found["dense"] < found["pruned"] < math.inf or not math.isfinite(found["losa"]):
         return None
     return math.log(found["pruned"] / found["losa"]) / math.log(found["pruned"] / found["dense"])
+
+
+def warning(record: Mapping[str, Any]) -> str | None:
+    """What to do about a result whose perplexity is more than twice the dense model's; None for any other."""
+    found = record["perplexity"]
+    last = found["losa"] if "losa" in found else found["pruned"]
+    if last <= 2 * found["dense"]:
+        return None
+    far = f"The result is far from dense (perplexity {last:.4g} against {found['dense']:.4g}, more than twice)."
+    if record["kind"] == "prune":
+        return f"{far} Pruning alone does that; losa run recovers it by training what is left."
+    lower = "Lower --sparsity" if record["config"]["pattern"] == "unstructured" else "Take a pattern that keeps more (--pattern)"
+    return f"{far} {lower}, train on more tokens (train.tokens), or use text closer to yours (--data)."
 
 
 def size(count: float) -> str:

@@ -74,7 +74,7 @@ def plots(record: dict[str, Any]) -> list[Plot]:
         ("rates", _rates, True),
         ("importance", _importance, all(step["importance"] for step in steps)),
         ("errors", _errors, True),
-        ("ranks", _ranks, trained),
+        ("ranks", _ranks, trained and all(step["ranks"] for step in steps)),  # none where all weights are trained
         ("loss", _loss, trained),
     )
     drawn = []

@@ -58,6 +58,7 @@ def page(record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = 
         config=config,
         sparsity=record["sparsity"],
         trained=record["kind"] == "run",
+        warning=content.warning(record),
         numbers=content.headline(record, evaluation, bench),
         perplexities=content.perplexities(record, evaluation),
         zero_shot=content.zero_shot(evaluation) if evaluation and evaluation.get("tasks") else None,

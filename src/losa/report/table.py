@@ -10,7 +10,7 @@ from rich.table import Table
 from losa.inspect import LayerSparsity
 from losa.plan import Plan
 from losa.report.comparison import cells, provenance
-from losa.report.content import TITLES, duration, gap_closed, size, speed
+from losa.report.content import TITLES, duration, gap_closed, size, speed, warning
 
 ABOUT = ("items", "truncated", "split", "shots", "version", "data")  # of a task, what is no metric
 
@@ -27,7 +27,10 @@ def summary(record: dict[str, Any]) -> Group:
     """The end of a run: perplexities, sparsity asked and achieved, time per stage."""
     evaluation, sparsity, seconds = record["evaluation"], record["sparsity"], record["seconds"]
     found = record["perplexity"]
-    quality = Table(title=f"perplexity, {evaluation['windows']} windows of {evaluation['window']} tokens", title_justify="left")
+    title = f"perplexity, {evaluation['windows']} windows of {evaluation['window']} tokens"
+    if record["config"]["eval"]["windows"] == evaluation["windows"]:  # there may be more of them
+        title += "; losa eval takes all"
+    quality = Table(title=title, title_justify="left")
     for column in ("model", "perplexity", "sparsity"):
         quality.add_column(column, justify="left" if column == "model" else "right")
     for name, value in found.items():
@@ -35,6 +38,8 @@ def summary(record: dict[str, Any]) -> Group:
     parts = [f"sparsity asked {sparsity['asked']:.4f}, achieved {sparsity['achieved']:.4f}"]
     if (closed := gap_closed(found)) is not None:
         parts.append(f"gap in log-perplexity closed: {closed:.1%}")
+    if (far := warning(record)) is not None:
+        parts.append(f"[bold yellow]{far}[/]")
     time = Table(title="time", title_justify="left")
     time.add_column("stage")
     time.add_column("seconds", justify="right")
@@ -144,15 +149,24 @@ def plan_table(plan: Plan) -> Group:
     each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
     table = Table(title=f"plan on {plan.device}{each}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{plan.parameters:,}, of which {plan.prunable:,} prunable")
-    rows = ("runtime", "weights", "masks", "dense_copy", "adapters", "training", "calibration", "evaluation")
+    rows = ("runtime", "weights", "masks", "dense_copy", "trained", "training", "calibration", "evaluation")
     for name in rows:
         table.add_row(name.replace("_", " "), size(getattr(plan, name)))
     table.add_section()
     table.add_row("peak memory", f"{size(plan.peak_memory)} of {size(plan.available_memory)} available", style="bold")
     table.add_row("host memory", f"{size(plan.host_memory)} of {size(plan.available_host)} available", style="bold")
     table.add_row("disk", f"{size(plan.disk)} of {size(plan.available_disk)} available", style="bold")
-    table.add_row("time", f"at least {duration(plan.seconds)}, at the speed this device multiplies now", style="bold")
-    return Group(table, "it fits" if plan.fits else "[bold red]it does not fit[/]; lower train.batch_size or train.length")
+    table.add_section()
+    for name, seconds in plan.stages.items():
+        over = f", {plan.windows:,} windows each time" if name == "evaluation" else ""
+        table.add_row(name, duration(seconds) + over)
+    table.add_row("time", f"{'about' if plan.probed else 'at least'} {duration(plan.seconds)}", style="bold")
+    how = (
+        "Times are an estimate, from a probe of a few seconds of one decoder block on this machine."
+        if plan.probed
+        else "Times are a lower bound: large products over the speed of one of them, without solvers."
+    )
+    return Group(table, how, "it fits" if plan.fits else "[bold red]it does not fit[/]; lower train.batch_size or train.length")
 
 
 def bench_table(result: dict[str, Any]) -> Group:
