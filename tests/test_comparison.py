@@ -52,7 +52,7 @@ def test_every_method_is_as_sparse_as_it_says(made):
 
 
 def test_losa_is_what_a_run_gives(made, folder):
-    record = toy_run(folder, output=None, eval={"data": str(folder / "held.txt")}).losa_record
+    record = toy_run(folder, output=None, steps=5, eval={"data": str(folder / "held.txt")}).losa_record
     assert made[1]["Wanda + LoSA"]["perplexity"] == record["perplexity"]["losa"]
     assert made[1]["dense"]["perplexity"] == record["perplexity"]["dense"]
     assert made[1]["Wanda"]["perplexity"] == record["perplexity"]["pruned"]
@@ -102,7 +102,7 @@ def test_rows_in_common_are_made_once(folder, tmp_path):
     both = config(folder, tmp_path, methods=["Wanda + LoSA", "LoSA without layer rates"], targets=["2:4"], seeds=[0, 1])
     keys = [row.key for row in both.rows()]
     assert len(keys) == 4 and len(set(keys)) == 2  # a pattern fixes all rates
-    variants = config(folder, tmp_path, variants={"T = 3": {"steps": 3}}, targets=["2:4"])
+    variants = config(folder, tmp_path, variants={"T = 5": {"steps": 5}}, targets=["2:4"])
     assert variants.rows()[0].key == keys[0]
     assert config(folder, tmp_path, methods=["dense"], targets=["0.5", "2:4"], seeds=[0, 1]).rows()[1:] == []
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from losa.cli import main
+from losa.allocation import BANDS
 from losa.config import AdapterConfig, CalibrationConfig, EvalConfig, LosaConfig, TrainConfig, differences, parse_set
 
 
@@ -19,14 +20,15 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 def test_default_is_the_headline():
     config = LosaConfig()
-    assert (config.sparsity, config.delta, config.steps, config.pruner) == (0.7, 0.03, 5, "wanda")
+    assert (config.sparsity, config.steps, config.pruner, config.train.weights) == (0.7, 1, "alps", "all")
+    assert config.delta == BANDS[config.rates](0.7)
 
 
 @pytest.mark.parametrize(
     ("sparsity", "delta"), [(0.3, 0.01), (0.5, 0.01), (0.51, 0.02), (0.6, 0.02), (0.61, 0.03), (0.7, 0.03), (0.95, 0.03)]
 )
 def test_delta_follows_the_dial(sparsity, delta):
-    assert LosaConfig(sparsity=sparsity).delta == delta
+    assert LosaConfig(sparsity=sparsity, rates="rmi").delta == delta
 
 
 def test_delta_given_is_kept():
@@ -260,9 +262,13 @@ def test_resolve_takes_lengths_from_the_model():
 
 
 def test_resolve_takes_the_learning_rate_from_the_width():
-    assert LosaConfig().resolve(4096, 2048).train.lr == 2e-4
-    assert LosaConfig().resolve(1024, 2048).train.lr == pytest.approx(8e-4)
-    assert LosaConfig().resolve(32, 64).train.lr == 5e-3  # capped
+    adapters = LosaConfig.load(overrides={"train.weights": "adapters"})
+    assert adapters.resolve(4096, 2048).train.lr == 2e-4
+    assert adapters.resolve(1024, 2048).train.lr == pytest.approx(8e-4)
+    assert adapters.resolve(32, 64).train.lr == 5e-3  # capped
+    assert LosaConfig().resolve(576, 2048).train.lr == pytest.approx(1e-3)  # all weights
+    assert LosaConfig().resolve(1152, 2048).train.lr == pytest.approx(5e-4)
+    assert LosaConfig().resolve(32, 64).train.lr == 3e-3
     assert LosaConfig.load(overrides={"train.lr": 3e-5}).resolve(64, 64).train.lr == 3e-5
 
 
@@ -279,6 +285,13 @@ def test_resolve_refuses_what_the_model_cannot_read(part):
     config = LosaConfig.from_dict({part: {"length": 65}})
     with pytest.raises(ValueError, match=rf"{part}\.length is 65, expected at most the model's 64 tokens"):
         config.resolve(32, 64)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "hidden", "sequences"), [("alps", 576, 18), ("sparsegpt", 4096, 128), ("alps", 64, 8), ("wanda", 576, 32)]
+)
+def test_calibration_follows_the_pruner_and_the_width(pruner, hidden, sequences):
+    assert LosaConfig(pruner=pruner).resolve(hidden, 2048).calibration.sequences == sequences
 
 
 def test_shares_are_a_tenth_each_and_the_rest_at_last():
@@ -301,7 +314,8 @@ def test_omega_climbs_from_six_to_ten():
 
 def test_paper_preset_is_the_released_recipe():
     config = LosaConfig.load(preset="paper")
-    assert (config.sparsity, config.steps, config.delta, config.pruner) == (0.7, 5, 0.03, "wanda")
+    assert (config.sparsity, config.steps, config.delta, config.pruner, config.rates) == (0.7, 5, 0.03, "wanda", "rmi")
+    assert (config.train.weights, config.reconstruct.epochs, config.rotate) == ("adapters", 0, False)
     assert config.calibration == CalibrationConfig(
         data="allenai/c4:en", sequences=128, rmi_sequences=64, rmi_length=2048, error_sequences=128
     )

@@ -23,7 +23,7 @@ from losa.pruning import Pattern, get_pruner
 
 RENAMED = {"importance": "rates"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-WHOLE_RATE, RECONSTRUCTION_RATE = 0.23, 0.17  # peak learning rates times the hidden size, of all weights
+WHOLE_RATE, RECONSTRUCTION_RATE = 0.576, 0.17  # peak learning rates times the hidden size, of all weights
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
@@ -200,7 +200,7 @@ class LosaConfig:
     sparsity: float | None = None  # ratio of zeros in the decoder's linear layers; .7, or what an n:m pattern implies, when None
     pruner: str = "alps"  # or sparsegpt, wanda, magnitude, movement; see pruning/
     pattern: str = "unstructured"  # or n:m, such as 2:4
-    steps: int = 5  # dynamic steps T
+    steps: int = 1  # dynamic steps T; the paper's five earned nothing measurable (docs/results.md)
     rates: str = "rmi"  # the rule that gives layers their own rates: rmi, depth, uniform, owl, dlp or error; see rates.py
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
     delta: float | None = None  # how far a rate may leave the mean; what the rule's paper uses when None; 0 is uniform
@@ -260,14 +260,14 @@ class LosaConfig:
             part.length = min(longest, max_length) if part.length is None else part.length
             require(part.length <= max_length, f"{name}.length", part.length, f"at most the model's {max_length} tokens")
         if config.calibration.sequences is None:
-            # The literature's 128 x 2048 tokens would take a third of a run, and no pruner needs them (docs/LOG.md).
-            tokens = get_pruner(config.pruner).calibration_tokens
+            # The literature's 128 x 2048 tokens would take a third of a small model's run, and it does not need them (LOG.md).
+            tokens = get_pruner(config.pruner).calibration_tokens(hidden_size)
             config.calibration.sequences = min(128, max(1, tokens // (config.calibration.length or 1)))
         config.reconstruct.sequences = min(config.reconstruct.sequences, config.calibration.sequences)
         # The released 2e-4 was set for adapters and a hidden size of 4096. Adam's steps scale with 1 / width (muP,
         # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweeps that agree. Capped for toy widths.
         if config.train.lr is None:
-            peak, most = (WHOLE_RATE, 1e-3) if config.train.whole else (2e-4 * 4096, 5e-3)
+            peak, most = (WHOLE_RATE, 3e-3) if config.train.whole else (2e-4 * 4096, 5e-3)
             config.train.lr = min(most, round(peak / hidden_size, 8))
         if config.reconstruct.lr is None:
             config.reconstruct.lr = min(1e-3, round(RECONSTRUCTION_RATE / hidden_size, 8))

@@ -68,7 +68,7 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
     """The steps 1..T of `run`, as phases: pieces that are done whole, and resumed after."""
     phases = []
     for step, trained in enumerate(config.train.shares(config.steps), 1):
-        alike = {stage: 1 / config.steps for stage in ("importance", "pruning")}
+        alike = dict.fromkeys(("importance", "pruning"), 1 / config.steps)
         phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step), alike))
         if step == config.steps and config.reconstruct.epochs:
             phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0}))

@@ -36,7 +36,6 @@ class Pruner:
         summary: one line for `--help` and tables.
         updates_weights: whether surviving weights change too; where adapters are trained, the dense original is then kept.
         from_training: whether the statistic is each layer's own score from the training before, not of its inputs.
-        calibration_tokens: how many tokens its statistic wants; more were not worth their time (docs/LOG.md).
         matrix: whether the statistic is `(I, I)`, not `(I,)`.
         square_copies: float32 matrices `(I, I)` alive at once while it solves.
         weight_bytes: bytes a weight of the layers that share an input, alive while it solves.
@@ -48,10 +47,14 @@ class Pruner:
     summary: str
     updates_weights: bool = False
     from_training: bool = False
-    calibration_tokens: int = 2**16
     matrix: bool = False
     square_copies: int = 0
     weight_bytes: int = 30  # merged weight, scores, their order, masks
+
+    def calibration_tokens(self, hidden_size: int) -> int:
+        """How many tokens its statistic wants; more were not worth their time (docs/LOG.md). A Gram matrix wants 16 for every
+        feature of its widest layer, which may be four times the hidden size; at 4096 these are the literature's 128 x 2048."""
+        return min(2**18, max(2**14, 64 * hidden_size)) if self.matrix else 2**16
 
     def statistic_bytes(self, in_features: int) -> int:
         """Bytes of the statistic of one input of this width."""
@@ -133,7 +136,6 @@ def _movement(
 _SECOND_ORDER: dict[str, Any] = {
     "updates_weights": True,
     "matrix": True,
-    "calibration_tokens": 2**16,
     "square_copies": 5,
     "weight_bytes": 32,
 }
