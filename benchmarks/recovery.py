@@ -17,6 +17,7 @@ from pathlib import Path
 from losa.report.content import gap_closed
 
 BASELINE = ["steps=1", "delta=0", "adapter.allocation=uniform", "train.distill=0"]
+LOSA = ["train.weights=adapters", "steps=5", "rates=rmi"]
 TARGETS = {"70": ["sparsity=0.7"], "50": ["sparsity=0.5"], "60": ["sparsity=0.6"], "2:4": ["pattern=2:4"]}
 PRUNERS = ("wanda", "sparsegpt")
 
@@ -26,7 +27,7 @@ def rows() -> dict[str, list[str]]:
     table = {}
     for name, target in TARGETS.items():
         for pruner in PRUNERS:
-            sets = [f"pruner={pruner}", *target]
+            sets = [*LOSA, f"pruner={pruner}", *target]
             table[f"LoSA {pruner} {name}"] = sets
             if name == "70":
                 table[f"uniform one-shot {pruner} {name}"] = [*sets, *BASELINE]
@@ -58,6 +59,7 @@ def ceiling(args: argparse.Namespace, output: Path) -> float:
 
         keep_freed_memory()
         overrides = {"model": args.model, "train.data": args.data, "eval.data": args.eval_data, "train.distill": 0}
+        overrides |= {"train.weights": "adapters"}
         config = LosaConfig.load(overrides=overrides | parse_set(args.set))
         model, tokenizer = load(config)
         model.to(resolve_device(config.device))

@@ -40,7 +40,7 @@ def main() -> None:
             LlamaConfig(**COMMON, **shape).save_pretrained(Path(folder, name))
             for processes in args.processes:
                 for shard in (False, True) if processes > 1 else (False,):
-                    train = {"gradient_checkpointing": True, "batch_size": 8}
+                    train = {"weights": "adapters", "gradient_checkpointing": True, "batch_size": 8}
                     values = {"model": str(Path(folder, name)), "shard": shard, "train": train}
                     made = plan(LosaConfig.from_dict(values), processes, int(args.memory * 2**30), args.tflops * 1e12)
                     way = "whole" if not shard else "spread (`--shard`)"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from losa.cli import main
 from losa.allocation import BANDS
+from losa.cli import main
 from losa.config import AdapterConfig, CalibrationConfig, EvalConfig, LosaConfig, TrainConfig, differences, parse_set
 
 

@@ -166,7 +166,13 @@ def plan_table(plan: Plan) -> Group:
         if plan.probed
         else "Times are a lower bound: large products over the speed of one of them, without solvers."
     )
-    return Group(table, how, "it fits" if plan.fits else "[bold red]it does not fit[/]; lower train.batch_size or train.length")
+    return Group(
+        table,
+        how,
+        "it fits"
+        if plan.fits
+        else "[bold red]it does not fit[/]; take --train adapters, or lower train.batch_size or train.length",
+    )
 
 
 def bench_table(result: dict[str, Any]) -> Group:
