@@ -21,6 +21,7 @@ from pathlib import Path
 PAPER = {"train.weights": "adapters", "pruner": "wanda", "rates": "rmi"}  # LoSA's own parts, at this project's loss and schedule
 ONE_SHOT = {"steps": 1, "delta": 0}
 BASELINE = PAPER | ONE_SHOT | {"adapter.allocation": "uniform", "train.distill": 0}
+RATES = {"pruner": "alps", "rates": "dlp", "delta": 0.15}
 RELEASED = {"train.distill": 0, "train.last_share": 0.6, "train.lr": 2e-4}
 
 # name -> (command, keys)
@@ -29,7 +30,8 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "Wanda": ("prune", {"pruner": "wanda"}),
     "SparseGPT": ("prune", {"pruner": "sparsegpt"}),
     "ALPS": ("prune", {"pruner": "alps"}),
-    "ALPS + reconstruction": ("prune", {"pruner": "alps", "reconstruct.epochs": 2}),
+    "ALPS + rates": ("prune", RATES),
+    "ALPS + rates + reconstruction": ("prune", RATES | {"reconstruct.epochs": 4}),
     "Wanda + masked LoRA, one shot": ("run", BASELINE),
     "LoSA as in the paper": ("run", PAPER | RELEASED),
     "losa, before": ("before", {}),
@@ -41,7 +43,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, object]]] = {
     "losa": ("run", {}),
     "SparseGPT instead of ALPS": ("run", {"pruner": "sparsegpt"}),
     "Wanda instead of ALPS": ("run", {"pruner": "wanda"}),
-    "uniform rates": ("run", {"rates": "uniform"}),
+    "rates by median score": ("run", {"rates": "dlp"}),
     "rates by mutual information": ("run", {"rates": "rmi"}),
     "five dynamic steps": ("run", {"steps": 5}),
     "adapters instead of all weights": ("run", {"train.weights": "adapters"}),
@@ -53,12 +55,17 @@ ABLATIONS: dict[str, tuple[str, dict[str, object]]] = {
 TABLES = {"main": METHODS, "ablations": ABLATIONS}
 
 
+def tokens_of(args: argparse.Namespace, kind: str) -> int:
+    """Trained on; an earlier version that calibrates longer gets fewer, so that both take equally long."""
+    return {"prune": 0, "before": args.tokens_before or args.tokens}.get(kind, args.tokens)
+
+
 def command(args: argparse.Namespace, kind: str, keys: dict[str, object], target: str, seed: int, output: Path) -> list[str]:
     """What a user would type."""
     sets = {"calibration.length": args.window, "eval.length": args.window, "eval.windows": args.windows, "seed": seed}
     sets |= {"pattern": target} if ":" in target else {"sparsity": target}
     if kind != "prune":
-        sets |= {"train.tokens": args.tokens, "train.length": 512} | keys
+        sets |= {"train.tokens": tokens_of(args, kind), "train.length": 512} | keys
     else:
         sets |= keys
     if ":" in target:  # the pattern fixes all rates
@@ -91,7 +98,7 @@ def make(args: argparse.Namespace, name: str, kind: str, keys: dict[str, object]
     record = json.loads((output / "losa.json").read_text())
     row = {"method": name, "target": target, "seed": seed, "seconds": round(seconds), "peak_mib": round(memory)}
     row |= {"perplexity": record["perplexity"], "stages": record["seconds"], "zeros": record["sparsity"]["achieved"]}
-    row["tokens"] = args.tokens if record["kind"] == "run" else 0
+    row["tokens"] = tokens_of(args, kind)
     if args.tasks:
         row["tasks"] = tasks(args, output)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("--targets", default="0.7", help="such as 0.5,0.6,0.7,2:4")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--tokens-before", type=int, help="of the earlier version; those of the others when not given")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tasks", action="store_true", help="zero-shot accuracy too")

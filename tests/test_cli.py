@@ -313,7 +313,10 @@ BAD = [
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--set", "train.batchsize=1"], "did you mean train.batch_size?"),
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--set", "train.lr"], "--set is 'train.lr', expected key=value"),
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--set", "train.lr=[1"], "--set"),
-    (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--preset", "fast"], "preset is 'fast', expected one of one-shot, paper"),
+    (
+        ["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--preset", "fast"],
+        "preset is 'fast', expected one of one-shot, paper, quick",
+    ),
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "-c", "none.yaml"], "cannot read the config none.yaml"),
     (
         ["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--pruner", "wonda"],

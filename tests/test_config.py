@@ -219,7 +219,7 @@ def test_missing_file_is_named():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="preset is 'papers', expected one of one-shot, paper"):
+    with pytest.raises(ValueError, match="preset is 'papers', expected one of one-shot, paper, quick"):
         LosaConfig.load(preset="papers")
 
 

@@ -143,7 +143,7 @@ def prune(
 ) -> None:
     """Prune MODEL once, at one rate for all layers, without training: the baselines to compare with.
 
-    `--set delta=0.03` gives layers their own rates by importance. Perplexity is over the first 16 windows, which takes less time
+    `--set rates=dlp` gives layers their own rates. Perplexity is over the first 16 windows, which takes less time
     than pruning does; `losa eval OUTPUT --data TEXT` measures over all.
     """
     from losa.method import prune as prune_once
