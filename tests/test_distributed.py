@@ -14,8 +14,10 @@ def run_in(folder, output, count, *options):
     """`losa run` on the toy in `count` processes; the output directory."""
     values = toy_values(folder)
     sets = [f"calibration.{key}={value}" for key, value in values["calibration"].items()]
-    sets += [f"train.{key}={value}" for key, value in values["train"].items() if key != "data"]
+    sets += [f"train.{key}={value}" for key, value in values["train"].items() if key not in ("data", "weights")]
+    options = options if "--train" in options else ("--train", values["train"]["weights"], *options)
     sets += ["eval.length=32", "eval.windows=16", "steps=3", "calibration.error_sequences=5", "device=cpu"]
+    sets += ["pruner=wanda", "rates=rmi"]
     arguments = ["run", values["model"], "--output", str(folder / output), "--data", values["train"]["data"], "--sparsity", "0.6"]
     arguments += [item for pair in sets for item in ("--set", pair)] + list(options)
     statuses = processes.ranks(folder / output, count, processes.losa, arguments)
@@ -66,6 +68,20 @@ def test_everything_at_once(folder, options):
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=5e-3)
     different = [(a == 0) != (b == 0) for a, b in zip(*(tensors(run).values() for run in runs), strict=True)]
     assert sum(int(d.sum()) for d in different) / sum(d.numel() for d in different) < 2e-3
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+def test_all_weights_and_reconstruction(folder, options):
+    sets = ["reconstruct.epochs=2", "reconstruct.sequences=7", "reconstruct.batch_size=2", "train.lr=0.001", "steps=1"]
+    chosen = ["--train", "all", *(item for pair in sets for item in ("--set", pair))]
+    runs = [
+        run_in(folder, f"whole-{count}{''.join(options)}", count, *chosen, *(options if count > 1 else []))[0]
+        for count in (1, 2)
+    ]
+    one, two = (record_of(run) for run in runs)
+    assert two["steps"][0]["reconstructed"] == pytest.approx(one["steps"][0]["reconstructed"], rel=1e-3)
+    assert all(new < old for new, old in zip(one["steps"][0]["reconstructed"], one["steps"][0]["errors"], strict=True))
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
 
 
 def train_from_host(model_directory, folder, on_host):

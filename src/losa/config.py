@@ -115,7 +115,7 @@ class ReconstructConfig:
 
     epochs: int = 0  # over the sequences; 0: no reconstruction
     sequences: int = 64  # of the calibration sequences
-    batch_size: int = 1  # sequences of one update, in each process
+    batch_size: int = 1  # sequences of one update, of all processes together
     lr: float | None = None  # peak; 0.17 / hidden size, at most 1e-3, when None
 
     def __post_init__(self) -> None:

@@ -62,6 +62,11 @@ def part(rows: Tensor) -> Tensor:
     return rows[rank() :: world_size()]
 
 
+def own(indices: Tensor) -> Tensor:
+    """Of indices into all rows, those of this process's share, as indices into that share (`part`)."""
+    return indices[indices % world_size() == rank()] // world_size()
+
+
 def sum_(tensor: Tensor) -> Tensor:
     """Sums over processes, in place."""
     if world_size() > 1:

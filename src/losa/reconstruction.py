@@ -34,28 +34,28 @@ def reconstruction_visit(config: ReconstructConfig, seed: int) -> Visit:
     peak = config.lr
 
     def visit(stop: Stop) -> None:
-        count = sum(len(batch) for batch in stop.dense.hidden)
-        inputs_STH = torch.cat(stop.sparse.hidden)[:count]
-        targets_STH = torch.cat(stop.dense.hidden)
-        energy_H = distributed.sum_(targets_STH.double().square().sum((0, 1))).float()
-        weight_H = torch.where(energy_H > 0, 1 / energy_H, 0.0) * count * targets_STH.shape[1] * distributed.world_size()
-        rows = config.batch_size
-        generator = torch.Generator().manual_seed(seed + stop.index)
-        batches = -(-count // rows)
-        updates, update = config.epochs * batches, 0
+        mine = sum(len(batch) for batch in stop.dense.hidden)
+        total = int(distributed.sum_(torch.tensor(mine, device=stop.dense.hidden[0].device)))
+        inputs_STH, targets_STH = torch.cat(stop.sparse.hidden)[:mine], torch.cat(stop.dense.hidden)
+        energy_H = distributed.sum_(targets_STH.double().square().sum((0, 1))) / (total * targets_STH.shape[1])
         device = next(stop.block.parameters()).device
+        weight_H = torch.where(energy_H > 0, 1 / energy_H, 0.0).float().to(device)
+        generator = torch.Generator().manual_seed(seed + stop.index)
+        updates, update = config.epochs * -(-total // config.batch_size), 0
         with torch.enable_grad(), whole_weights(stop.block) as parameters:
             optimizer = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.95), fused=True)
             for _ in range(config.epochs):
-                for batch in torch.randperm(count, generator=generator).split(rows):
+                for batch in torch.randperm(total, generator=generator).split(config.batch_size):
                     update += 1
                     for group in optimizer.param_groups:
                         group["lr"] = peak * min(update / max(1, WARMUP * updates), 1 - (update - 1) / updates)
-                    error = _error(stop, inputs_STH[batch].to(device), targets_STH[batch].to(device), weight_H.to(device))
-                    error.backward()
-                    _check(error, stop)
+                    rows = distributed.own(batch)
+                    if len(rows):
+                        error = _error(stop, inputs_STH[rows].to(device), targets_STH[rows].to(device), weight_H)
+                        _check(error, stop)
+                        (error * (len(rows) / len(batch))).backward()
                     for parameter in parameters:
-                        assert parameter.grad is not None
+                        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                         distributed.sum_(parameter.grad)
                     optimizer.step()
                     optimizer.zero_grad()
