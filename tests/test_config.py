@@ -192,7 +192,7 @@ def test_defaults_then_preset_then_file_then_overrides(tmp_path):
 
 def test_delta_follows_the_dial_of_the_last_layer(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("sparsity: 0.7\n")
+    file.write_text("sparsity: 0.7\nrates: rmi\n")
     assert LosaConfig.load(str(file), overrides={"sparsity": 0.5}).delta == 0.01
 
 
@@ -245,8 +245,8 @@ def test_parse_set_refuses(item):
 
 
 def test_differences_are_lines_of_leaves():
-    old = LosaConfig(sparsity=0.7, train=TrainConfig(lr=1e-3)).to_dict()
-    new = LosaConfig(sparsity=0.5, train=TrainConfig(lr=2e-3)).to_dict()
+    old = LosaConfig(sparsity=0.7, rates="rmi", train=TrainConfig(lr=1e-3)).to_dict()
+    new = LosaConfig(sparsity=0.5, rates="rmi", train=TrainConfig(lr=2e-3)).to_dict()
     assert differences(old, new) == ["delta: 0.03 -> 0.01", "sparsity: 0.7 -> 0.5", "train.lr: 0.001 -> 0.002"]
     assert differences(old, old) == []
     assert differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]

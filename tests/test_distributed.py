@@ -17,7 +17,8 @@ def run_in(folder, output, count, *options):
     sets += [f"train.{key}={value}" for key, value in values["train"].items() if key not in ("data", "weights")]
     options = options if "--train" in options else ("--train", values["train"]["weights"], *options)
     sets += ["eval.length=32", "eval.windows=16", "steps=3", "calibration.error_sequences=5", "device=cpu"]
-    sets += ["pruner=wanda", "rates=rmi"]
+    sets += ["rates=rmi"]
+    options = options if "--pruner" in options else ("--pruner", "wanda", *options)
     arguments = ["run", values["model"], "--output", str(folder / output), "--data", values["train"]["data"], "--sparsity", "0.6"]
     arguments += [item for pair in sets for item in ("--set", pair)] + list(options)
     statuses = processes.ranks(folder / output, count, processes.losa, arguments)
@@ -73,10 +74,9 @@ def test_everything_at_once(folder, options):
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
 def test_all_weights_and_reconstruction(folder, options):
     sets = ["reconstruct.epochs=2", "reconstruct.sequences=7", "reconstruct.batch_size=2", "train.lr=0.001", "steps=1"]
-    chosen = ["--train", "all", *(item for pair in sets for item in ("--set", pair))]
+    chosen = ["--pruner", "wanda", "--train", "all", *(item for pair in sets for item in ("--set", pair))]
     runs = [
-        run_in(folder, f"whole-{count}{''.join(options)}", count, *chosen, *(options if count > 1 else []))[0]
-        for count in (1, 2)
+        run_in(folder, f"whole-{count}{''.join(options)}", count, *chosen, *(options if count > 1 else []))[0] for count in (1, 2)
     ]
     one, two = (record_of(run) for run in runs)
     assert two["steps"][0]["reconstructed"] == pytest.approx(one["steps"][0]["reconstructed"], rel=1e-3)

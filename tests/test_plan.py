@@ -153,7 +153,7 @@ def test_reconstruction_costs_memory_and_time(model):
     without, with_it = (planned(model, calibration=calibration, reconstruct={"epochs": epochs}) for epochs in (0, 3))
     assert with_it.calibration > without.calibration
     assert without.stages["reconstruction"] == 0 < with_it.stages["reconstruction"]
-    assert with_it.stages["pruning"] > without.stages["pruning"]  # more sequences go through the dense model
+    assert with_it.stages["pruning"] == without.stages["pruning"]  # it is a walk of its own
 
 
 @pytest.fixture
@@ -165,6 +165,7 @@ def quick(monkeypatch):
     "changes",
     [
         {},
+        {"steps": 5, "rates": "rmi"},
         {"train": {"weights": "adapters", "gradient_checkpointing": True}, "reconstruct": {"epochs": 1}, "pruner": "sparsegpt"},
         {"pruner": "alps", "rates": "owl"},
         {"pruner": "movement", "rates": "depth"},
@@ -175,8 +176,9 @@ def test_a_probe_times_every_stage(model, quick, changes):
     state = torch.random.get_rng_state()
     made = plan(LosaConfig.from_dict({"model": model, "device": "cpu", "train": {"tokens": 10_000}, **changes}))
     assert torch.equal(torch.random.get_rng_state(), state)
-    measured_importance = "pattern" not in changes and changes.get("rates") != "depth"
+    measured_importance = changes.get("rates") in ("rmi", "owl")
     absent = {"reconstruction"} if "reconstruct" not in changes else set()
+    absent |= {"baseline"} if "steps" not in changes else set()
     absent |= set() if measured_importance else {"importance"}
     assert {stage for stage, seconds in made.stages.items() if seconds == 0} == absent
     assert made.seconds == sum(made.stages.values())

@@ -364,7 +364,7 @@ def test_a_run_leaves_its_report(folder):
     text, record = (output / "report.html").read_text("utf-8"), record_of(output)
     assert [step["achieved"] for step in record["steps"]] == pytest.approx([step["target"] for step in record["steps"]], abs=1e-3)
     assert record["steps"][-1]["achieved"] == record["sparsity"]["achieved"]
-    assert figures_of(text) == ["targets", "rates", "importance", "errors", "loss"]
+    assert figures_of(text) == ["targets", "rates", "importance", "errors", "ranks", "loss"]
     assert str(folder) not in text
     assert Page(text).text["h1"] == "sparse"
     AutoModelForCausalLM.from_pretrained(output)
@@ -372,6 +372,15 @@ def test_a_run_leaves_its_report(folder):
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
     assert "(report.html)" in card
     assert not list(output.glob(".*"))
+
+
+def test_the_report_of_a_run_that_trained_all_weights(folder, tmp_path):
+    output = tmp_path / "whole"
+    toy_run(folder, output=str(output), steps=1, train={"weights": "all", "lr": 1e-3}, reconstruct={"epochs": 1})
+    text = (output / "report.html").read_text("utf-8")
+    assert figures_of(text) == ["rates", "importance", "errors", "loss"]
+    assert "by training every weight that was left" in text
+    assert "reconstructed" in text
 
 
 def test_prune_leaves_its_report(folder, tmp_path):

@@ -23,7 +23,7 @@ from losa.pruning import Pattern, get_pruner
 
 RENAMED = {"importance": "rates"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-WHOLE_RATE, RECONSTRUCTION_RATE = 0.576, 0.17  # peak learning rates times the hidden size, of all weights
+WHOLE_RATE = 0.576  # peak learning rate times the hidden size, where all weights are trained: 1e-3 at 576 (docs/LOG.md)
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
@@ -116,7 +116,7 @@ class ReconstructConfig:
     epochs: int = 0  # over the sequences; 0: no reconstruction
     sequences: int = 64  # of the calibration sequences
     batch_size: int = 1  # sequences of one update, of all processes together
-    lr: float | None = None  # peak; 0.17 / hidden size, at most 1e-3, when None
+    lr: float | None = None  # peak; that of training all weights when None
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, "reconstruct.epochs", self.epochs, "at least 0")
@@ -138,7 +138,7 @@ class TrainConfig:
     length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
     batch_size: int = 8  # rows of one forward, of all processes together
     accumulation: int = 1  # forwards of one optimizer step
-    lr: float | None = None  # peak; 2e-4 * 4096 / hidden size, at most 5e-3, when None
+    lr: float | None = None  # peak; when None 0.576 / hidden size, at most 3e-3, or of adapters 2e-4 * 4096 / hidden size, 5e-3
     weight_decay: float = 0.001
     warmup: float = 0.3  # ratio of a step's updates
     schedule: str = "linear"
@@ -266,11 +266,11 @@ class LosaConfig:
         config.reconstruct.sequences = min(config.reconstruct.sequences, config.calibration.sequences)
         # The released 2e-4 was set for adapters and a hidden size of 4096. Adam's steps scale with 1 / width (muP,
         # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweeps that agree. Capped for toy widths.
+        whole = min(3e-3, round(WHOLE_RATE / hidden_size, 8))
         if config.train.lr is None:
-            peak, most = (WHOLE_RATE, 3e-3) if config.train.whole else (2e-4 * 4096, 5e-3)
-            config.train.lr = min(most, round(peak / hidden_size, 8))
+            config.train.lr = whole if config.train.whole else min(5e-3, round(2e-4 * 4096 / hidden_size, 8))
         if config.reconstruct.lr is None:
-            config.reconstruct.lr = min(1e-3, round(RECONSTRUCTION_RATE / hidden_size, 8))
+            config.reconstruct.lr = whole
         return config
 
     def to_dict(self) -> dict[str, Any]:
