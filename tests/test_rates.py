@@ -84,9 +84,13 @@ def test_layers_fed_by_one_tensor_share_their_norms():
     assert found["1.mlp.gate_proj"] is found["1.mlp.up_proj"]
 
 
+def alike(model, rate):
+    return {layer.name: rate for layer in decoder_layers(model)}
+
+
 def test_norms_are_of_the_model_as_it_is_now():
     model = attach(lively())
-    prune_blocks(model, IDS, [0.6] * 4, get_pruner("wanda"), Pattern())
+    prune_blocks(model, IDS, alike(model, 0.6), get_pruner("wanda"), Pattern())
     for layer in masked_linears(model).values():
         layer.lora_B.data.normal_(0, 0.1)
     expected = {name: x.double().square().sum(0) for name, x in layer_inputs(model, IDS).items()}
@@ -166,7 +170,7 @@ def test_a_layer_without_energy_costs_nothing():
 
 def test_error_measures_every_layer_and_finds_what_is_gone_free():
     model = attach(lively())
-    prune_blocks(model, IDS, [0.5] * 4, get_pruner("wanda"), Pattern())
+    prune_blocks(model, IDS, alike(model, 0.5), get_pruner("wanda"), Pattern())
     curves = measure(model, IDS, get_rule("error"))
     assert len(curves) == len(decoder_layers(model))
     assert all(curve[98] == 0 and curve[110] > 0 and curve[-1] == pytest.approx(1) for curve in curves)
@@ -248,7 +252,7 @@ def test_steps_stay_above_the_rates_before_while_the_model_changes(name):
         found = rates(model, IDS, rule, target, BANDS[rule.name](0.7), previous)
         assert mean(found, model) == pytest.approx(target, abs=1e-9)
         assert previous is None or all(found[layer] >= rate for layer, rate in previous.items())
-        prune_blocks(model, IDS, [found[f"{block}.mlp.up_proj"] for block in range(4)], get_pruner("wanda"), Pattern())
+        prune_blocks(model, IDS, found, get_pruner("wanda"), Pattern())
         previous = found
 
 

@@ -33,15 +33,17 @@ def test_what_nothing_tells_is_not_told():
     assert remaining(WORK, dict.fromkeys(WORK, 1.0), {}) == 0
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_phases_cover_all_work_once(monkeypatch, steps):
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 0), (1, 2), (3, 0), (3, 1)])
+def test_phases_cover_all_work_once(monkeypatch, steps, epochs):
     seen = []
-    session = SimpleNamespace(config=LosaConfig(steps=steps), go_through=seen.extend, finish=lambda name: None)
+    config = LosaConfig.from_dict({"steps": steps, "reconstruct": {"epochs": epochs}})
+    session = SimpleNamespace(config=config, go_through=seen.extend, finish=lambda name: None)
     monkeypatch.setattr(Session, "start", lambda *args, **kwargs: session)
     run(None, None, session.config)
     assert [phase.name for phase in seen[1:]] == [phase.name for phase in dynamic_steps(session.config)]
     total = {stage: sum(phase.share.get(stage, 0.0) for phase in seen) for stage in WORK}
-    assert total == pytest.approx(dict.fromkeys(WORK, 1.0) | {"evaluation": 2 / 3})  # the last one comes after all phases
+    expected = dict.fromkeys(WORK, 1.0) | {"evaluation": 2 / 3, "reconstruction": float(epochs > 0)}
+    assert total == pytest.approx(expected)  # the last evaluation comes after all phases
 
 
 def test_flops_follow_the_configuration():
@@ -52,11 +54,13 @@ def test_flops_follow_the_configuration():
         config = LosaConfig.from_dict(changes).resolve(text_config.hidden_size, 64)
         return stage_flops(config, decoder, text_config)
 
-    base = flops()
+    base = flops(steps=3, rates="rmi")
+    assert flops(rates="rmi")["baseline"] == 0  # a single step's own pruning is the baseline
     assert base.keys() == WORK.keys()
     assert base["reconstruction"] == 0 < flops(reconstruct={"epochs": 1})["reconstruction"]
-    assert flops(delta=0.0)["importance"] == flops(rates="depth")["importance"] == 0 < base["importance"]
-    assert flops(pruner="magnitude")["baseline"] == base["baseline"] / 2  # no statistic
+    assert flops(rates="rmi", delta=0.0)["importance"] == flops(rates="depth")["importance"] == 0 < base["importance"]
+    magnitude, wanda = (flops(steps=3, pruner=pruner)["baseline"] for pruner in ("magnitude", "wanda"))
+    assert magnitude == wanda / 2  # no statistic
     assert flops(train={"distill": 0.0})["training"] < base["training"]
     assert flops(eval={"windows": 10})["evaluation"] * 2 == pytest.approx(flops(eval={"windows": 20})["evaluation"])
 
@@ -74,8 +78,9 @@ def test_a_run_says_how_far_it_is(tmp_path, caplog, weights):
         toy_run(tmp_path, steps=1, reconstruct={"epochs": 1}, train={"weights": weights})
     lines = [record.getMessage() for record in caplog.records if " done (phase " in record.getMessage()]
     assert [line.split(",")[0] for line in lines] == [
-        "baselines done (phase 1 of 3)",
-        "pruned-1 done (phase 2 of 3)",
-        "trained-1 done (phase 3 of 3)",
+        "00-baselines done (phase 1 of 4)",
+        "01-pruned done (phase 2 of 4)",
+        "01-reconstructed done (phase 3 of 4)",
+        "01-trained done (phase 4 of 4)",
     ]
-    assert [line.endswith(" left") for line in lines] == [True, True, False]
+    assert [line.endswith(" left") for line in lines] == [True, True, True, False]
