@@ -373,7 +373,7 @@ def curves_of(values):
         (([1.0], [1], 1.0, 0.1), "target is 1.0"),
         (([1.0], [1], -0.1, 0.1), "target is -0.1"),
         (([1.0, 2.0], [1, 1], 0.5, 0.1, [0.6, 0.6]), "sparsity only grows"),
-        (([1.0, 2.0], [1, 1], 0.5, 0.1, None, [0]), r"less than 0.5000, the share of the weights outside \[0\]"),
+        (([1.0, 2.0], [1, 1], 0.5, 0.1, None, [0]), r"less than 0.5000, what entries outside \[0\]"),
         (([1.0, float("nan")], [1, 1], 0.5, 0.1), "finite"),
         (([1.0, float("inf")], [1, 1], 0.5, 0.1), "finite"),
     ],

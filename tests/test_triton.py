@@ -171,7 +171,7 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone(tokens):
     after = multiply(packed, x)
     others = [token for token in range(tokens) if token != 1]
     if tokens > 32 and not torch.equal((x @ torch.ones(70, 24).bfloat16())[others], dense[others]):
-        # Panels go through torch's own product, which on CPUs with AMX reads over the end of rows whose width is odd to its tiles.
+        # Panels go through torch's own product, which on CPUs with AMX reads over the end of rows that do not fill its tiles.
         pytest.skip("torch's own bfloat16 product lets one token's NaN into another here")
     assert torch.equal(after[others], before[others])
     assert after[1].isnan().all()

@@ -74,32 +74,15 @@ def layer_rates(
         ValueError: lengths differ, a block without weights, a negative `delta`, a NaN, `target` outside [0, 1) or below the
             weighted mean of `previous`, or more than the blocks that are not protected hold.
     """
-    count = len(importance)
-    previous = [0.0] * count if previous is None else list(previous)
-    if not count or len(sizes) != count or len(previous) != count:
-        raise ValueError(f"got {count} importances, {len(sizes)} sizes and {len(previous)} previous rates; expected as many")
-    if min(sizes) < 1 or delta < 0 or any(value != value for value in importance):
-        raise ValueError(f"expected sizes >= 1, delta >= 0 and no NaN; found {list(sizes)}, {delta} and {list(importance)}")
-    if not 0 <= target < 1:
-        raise ValueError(f"target is {target}, expected a ratio in [0, 1)")
-    total = sum(sizes)
-    share = [size / total for size in sizes]
-    open_share = sum(share[block] for block in range(count) if block not in protected)
-    if target >= open_share:
-        raise ValueError(f"target is {target}, expected less than {open_share:.4f}, what blocks outside {list(protected)} hold")
-    mean = target / open_share if protected else target  # of the blocks that are not protected
-    # The band is cut symmetrically at its open end, so that the mean stays reachable.
-    width = min(delta, (1 - mean) / 2)
-    lower = [0.0 if block in protected else max(mean - width, 0.0, past) for block, past in enumerate(previous)]
-    upper = [0.0 if block in protected else max(mean + width, past) for block, past in enumerate(previous)]
-    room = target - sum(w * low for w, low in zip(share, lower, strict=True))
-    if room < -1e-9:
-        raise ValueError(f"target {target} is below what is already pruned ({target - room:.6f}); sparsity only grows")
-    rates = list(lower)
-    for block in sorted(range(count), key=lambda i: (importance[i], i)):
-        step = min(upper[block] - lower[block], max(room, 0.0) / share[block])
+    band = _band(len(importance), "importances", sizes, target, delta, previous, protected, unit="blocks")
+    if any(value != value for value in importance):
+        raise ValueError(f"expected no NaN among importances; found {list(importance)}")
+    rates = list(band.lower)
+    room = target - band.mean(rates)
+    for block in sorted(range(len(rates)), key=lambda i: (importance[i], i)):
+        step = min(band.upper[block] - rates[block], max(room, 0.0) / band.share[block])
         rates[block] += step
-        room -= step * share[block]
+        room -= step * band.share[block]
     return rates
 
 
@@ -131,11 +114,12 @@ def _band(
     delta: float,
     previous: Sequence[float] | None,
     protected: Collection[int],
+    unit: str = "entries",
 ) -> _Band:
-    """The band of `layer_rates`, with its errors, for `count` entries called `what`.
+    """The band of rates of `count` entries with `what`, and the errors of the functions below and above.
 
-    Differs from it: where the band's lower end would ask for more than `target`, because the previous rates did not come from
-    such a band, the previous rates alone are the lower bounds. So any target that does not shrink is feasible.
+    Where the band's lower end would ask for more than `target`, because the previous rates did not come from such a band, the
+    previous rates alone are the lower bounds. So any target that does not shrink is feasible.
     """
     past = [0.0] * count if previous is None else list(previous)
     if not count or len(sizes) != count or len(past) != count:
@@ -147,7 +131,7 @@ def _band(
     total, free = sum(sizes), [entry not in protected for entry in range(count)]
     open_size = sum(size for size, is_free in zip(sizes, free, strict=True) if is_free)
     if target * total >= open_size:
-        found = f"{open_size / total:.4f}, the share of the weights outside {sorted(protected)}"
+        found = f"{open_size / total:.4f}, what {unit} outside {sorted(protected)} hold"
         raise ValueError(f"target is {target}, expected less than {found}")
     share = [size / total for size in sizes]
     mean = target * total / open_size if protected else target  # of the entries that are not protected

@@ -101,6 +101,15 @@ def adapter_gradients(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, sc
     return dA_RI, dB_OR.mul_(scale)
 
 
+def _weight_gradient(dy: Tensor, x: Tensor, W_eff_OI: Tensor | None, score_OI: Tensor | None) -> Tensor:
+    """`G = dy^T x`, `(O, I)`, not masked yet; and adds to the movement scores (`pruning/movement.py`) where these are wanted."""
+    G_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    if score_OI is not None:
+        assert W_eff_OI is not None
+        score_OI.addcmul_(W_eff_OI, G_OI, value=-1)
+    return G_OI
+
+
 class MaskedLowRankLinear(torch.autograd.Function):
     """The fused function. Base weight, mask and bias are frozen; gradients go to `x`, `A` and `B`."""
 
@@ -136,9 +145,7 @@ class MaskedLowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ W_eff_OI
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            G_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            if ctx.score_OI is not None:
-                ctx.score_OI.addcmul_(W_eff_OI, G_OI, value=-1)  # pruning/movement.py
+            G_OI = _weight_gradient(dy, x, W_eff_OI, ctx.score_OI)
             dA_RI, dB_OR = adapter_gradients(G_OI, bits, A_RI, B_OR, ctx.scale)
         return dx, None, None, None, dA_RI, dB_OR, None, None, None, None
 
@@ -173,9 +180,7 @@ class MaskedWholeLinear(torch.autograd.Function):
         dx = dy @ W_eff_OI if ctx.needs_input_grad[0] else None
         dD_OI = None
         if ctx.needs_input_grad[4]:
-            G_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            if ctx.score_OI is not None:
-                ctx.score_OI.addcmul_(W_eff_OI, G_OI, value=-1)  # pruning/movement.py
+            G_OI = _weight_gradient(dy, x, W_eff_OI, ctx.score_OI)
             table = byte_table(G_OI.device)
             for rows in panels(G_OI.shape, G_OI.device):
                 mask_(G_OI[rows], bits, rows, table)
