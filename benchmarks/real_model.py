@@ -65,9 +65,8 @@ def command(args: argparse.Namespace, kind: str, keys: dict[str, object], target
     sets = {"calibration.length": args.window, "eval.length": args.window, "eval.windows": args.windows, "seed": seed}
     sets |= {"pattern": target} if ":" in target else {"sparsity": target}
     if kind != "prune":
-        sets |= {"train.tokens": tokens_of(args, kind), "train.length": 512} | keys
-    else:
-        sets |= keys
+        sets |= {"train.tokens": tokens_of(args, kind), "train.length": 512}
+    sets |= keys
     if ":" in target:  # the pattern fixes all rates
         sets |= {"delta": 0}
     line = [sys.executable, "-m", "losa", "run" if kind == "before" else kind, args.model, "--output", str(output)]

@@ -200,7 +200,7 @@ class LosaConfig:
     sparsity: float | None = None  # ratio of zeros in the decoder's linear layers; .7, or what an n:m pattern implies, when None
     pruner: str = "alps"  # or sparsegpt, wanda, magnitude, movement; see pruning/
     pattern: str = "unstructured"  # or n:m, such as 2:4
-    steps: int = 1  # dynamic steps T; the paper's five earned nothing measurable (docs/results.md)
+    steps: int = 1  # dynamic steps T; the paper's five earned nothing measurable (docs/experiments.md)
     rates: str = "uniform"  # or the rule that gives layers rates of their own: rmi, depth, owl, dlp or error; see rates.py
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
     delta: float | None = None  # how far a rate may leave the mean; what the rule's paper uses when None; 0 is uniform

@@ -27,13 +27,12 @@ class Solution:
 
 @dataclass(frozen=True)
 class Pruner:
-    """A named solver, and what it needs; nothing else in the package asks for a solver by its name.
+    """A named solver, and what it needs; nothing else in the package decides anything by its name.
 
     Attributes:
         collect: `(statistic or None, X_NI) -> statistic`; None when the solver looks at weights only.
         solve: `(weights, masks, statistic, rates, pattern, share) -> solutions`, for layers that are fed by one tensor and so
             share its statistic: q, k and v, or gate and up. Each layer is pruned to its own rate.
-        summary: one line for `--help` and tables.
         updates_weights: whether surviving weights change too; where adapters are trained, the dense original is then kept.
         from_training: whether the statistic is each layer's own score from the training before, not of its inputs.
         matrix: whether the statistic is `(I, I)`, not `(I,)`.
@@ -44,7 +43,6 @@ class Pruner:
     name: str
     collect: Callable[[Tensor | None, Tensor], Tensor] | None
     solve: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None, Sequence[float], Pattern, float], list[Solution]]
-    summary: str
     updates_weights: bool = False
     from_training: bool = False
     matrix: bool = False
@@ -142,11 +140,11 @@ _SECOND_ORDER: dict[str, Any] = {
 PRUNERS: dict[str, Pruner] = {
     pruner.name: pruner
     for pruner in (
-        Pruner("alps", sparsegpt.collect, _alps, "mask and weights solved together", **_SECOND_ORDER),
-        Pruner("sparsegpt", sparsegpt.collect, _sparsegpt, "column by column, later columns make up", **_SECOND_ORDER),
-        Pruner("wanda", wanda.collect, _wanda, "size of a weight times size of its input"),
-        Pruner("magnitude", None, _magnitude, "size of a weight"),
-        Pruner("movement", None, _movement, "scores collected in training; for comparison", from_training=True),
+        Pruner("alps", sparsegpt.collect, _alps, **_SECOND_ORDER),
+        Pruner("sparsegpt", sparsegpt.collect, _sparsegpt, **_SECOND_ORDER),
+        Pruner("wanda", wanda.collect, _wanda),
+        Pruner("magnitude", None, _magnitude),
+        Pruner("movement", None, _movement, from_training=True),
     )
 }
 

@@ -26,7 +26,7 @@ RHO = 0.1  # the first penalty; the paper's value
 PATIENCE = 3  # turns between looks at how much of the mask has changed, after which the penalty grows
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # change of the mask above this ratio: the penalty times that
 TURNS = 300  # at most; 30 to 40 are usual
-REFINE = 10  # turns of conjugate gradients; within 1 % of the least-squares floor on a real model (docs/LOG.md)
+REFINE = 10  # turns of conjugate gradients; within 4 % of the least-squares floor on a real model (docs/LOG.md)
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 
