@@ -281,10 +281,10 @@ class _Probe:
         found["reconstruction"] = 0.0
         if reconstruct.epochs:
             line, update = self.backward(True, reconstruct.batch_size, window), self.update(whole=True)
-            count = reconstruct.epochs * -(-reconstruct.sequences // P)
-            updates = -(-count // reconstruct.batch_size)
-            seen = -(-reconstruct.sequences // P)  # by both streams, once more
-            found["reconstruction"] = L * (line(updates, count * window) + 2 * forward(-(-seen // BATCH), seen * window))
+            seen = -(-reconstruct.sequences // P)  # by both streams once more, and in every epoch
+            updates = reconstruct.epochs * -(-reconstruct.sequences // reconstruct.batch_size)  # a batch is of all processes
+            trained = line(updates, reconstruct.epochs * seen * window)
+            found["reconstruction"] = L * (trained + 2 * forward(-(-seen // BATCH), seen * window))
             found["reconstruction"] += updates * update
         found["training"] = self._training(forward, P)
         windows, shown = -(-evaluation_windows(config) // P), config.eval.length or 1
