@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from losa.environment import machine, resolve_device
 from losa.models import load, max_length, one_line
 from losa.progress import progress
-from losa.runtime.header import VALUES, SparseConfig
+from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
+from losa.runtime.values import TYPES
 
 GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waiting would count
 
@@ -83,7 +84,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrainedModel, int]]:
     """The models to compare, all of one checkpoint, on `device`, with the memory that each added.
 
-    A packed directory is compared with itself unpacked; any other is packed in memory, with both kinds of values.
+    A packed directory is compared with itself unpacked; any other is packed in memory, with every kind of values.
     """
     before = memory(device)
     first = load(directory)[0].to(device)
@@ -92,7 +93,7 @@ def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrained
         settle(first)  # packed models are settled when they are opened
         found["dense"] = (first, memory(device) - before)
         makers: dict[str, Callable[[], PreTrainedModel]] = {
-            f"sparse {values}": partial(_packed, directory, values, device) for values in VALUES
+            f"sparse {values}": partial(_packed, directory, values, device) for values in TYPES
         }
     else:
         found[f"sparse {first.config.quantization_config.values}"] = (first, memory(device) - before)

@@ -14,7 +14,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 
 from losa.models import find_decoder
-from losa.runtime.header import METHOD, SparseConfig, check_files, swap_in
+from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import settle
 
@@ -68,16 +68,21 @@ class SparseQuantizer(HfQuantizer):
 
 
 def pack_model(model: PreTrainedModel, config: SparseConfig) -> dict[str, int]:
-    """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next.
+    """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next. So
+    is the head, where the configuration says so; an embedding that it was tied to stays dense, and is tied no more.
 
     Returns:
         The number of stored values of each layer.
     """
-    layers = {}
-    for name, linear in find_decoder(model).linears().items():
-        packed = SparseLinear.from_linear(linear, config.dtype)
+    linears, head, layers = dict(find_decoder(model).linears()), head_of(model), {}
+    if config.head != KEEP and head is not None:
+        linears[head] = model.get_submodule(head)
+        config.tied = linears[head].weight is getattr(model.get_input_embeddings(), "weight", None)
+        model.config.tie_word_embeddings = False
+    for name, linear in linears.items():
+        packed = SparseLinear.from_linear(linear, config.type_of(name, head))
         model.set_submodule(name, packed)
-        layers[name] = packed.weight.numel()
+        layers[name] = packed.packed.stored
     return layers
 
 

@@ -1,0 +1,68 @@
+// The words of a strip of int8 or int4 values, some at a time, their values as int8: what comes next in memory where that will do,
+// else a copy. Bounds are checked once for all of those words.
+#pragma once
+
+#include "kernels.h"
+
+namespace losa {
+
+constexpr int64_t kFeed = 64;  // words at a time, at most: 256 columns, as in a tile
+
+class Feed {
+ public:
+  Feed(const Packed& p, int64_t value) : value(value), p_(p) {}
+
+  const uint8_t* mask = nullptr;   // of the words
+  const int8_t* values = nullptr;  // of the words; 64 more bytes may be read
+  int64_t value;                   // the one after those of the words
+  bool ok = true;                  // false once the masks asked for more values than there are
+
+  // Moves on to the next `words`. `unpack(nibbles, n, out)` makes int8 of n bytes of nibbles, and may read and write up to 64 of
+  // each too many.
+  template <ValueType V, typename Unpack>
+  inline void next(const uint8_t* from, int64_t words, Unpack unpack) {
+    if (p_.count - value < words * kWordBits8 + 2 * 128) return copy<V>(from, words);
+    int64_t n = 0;
+    for (int64_t i = 0; i < words; ++i) n += __builtin_popcountll(word_of(from, i));
+    mask = from;
+    if constexpr (V == ValueType::kInt8) {
+      values = static_cast<const int8_t*>(p_.values) + value;
+    } else {
+      unpack(static_cast<const uint8_t*>(p_.values) + value / 2, (n + value % 2 + 1) / 2, copied_);
+      values = copied_ + value % 2;
+    }
+    value += n;
+  }
+
+ private:
+  static inline uint64_t word_of(const uint8_t* from, int64_t i) {
+    uint64_t m;
+    std::memcpy(&m, from + 8 * i, 8);
+    return m;
+  }
+  // Near the end of the values: one by one. A word that they do not suffice for counts as empty.
+  template <ValueType V>
+  void copy(const uint8_t* from, int64_t words) {
+    int8_t* out = copied_;
+    for (int64_t i = 0; i < words; ++i) {
+      uint64_t m = word_of(from, i);
+      int64_t n = __builtin_popcountll(m);
+      if (p_.count - value < n) {
+        ok = false;
+        m = 0;
+        n = 0;
+      }
+      std::memcpy(masks_ + 8 * i, &m, 8);
+      for (int64_t j = 0; j < n; ++j, ++value)
+        *out++ = V == ValueType::kInt8 ? static_cast<const int8_t*>(p_.values)[value] : number4(static_cast<const uint8_t*>(p_.values), value);
+    }
+    mask = masks_;
+    values = copied_;
+  }
+
+  const Packed& p_;
+  alignas(64) uint8_t masks_[8 * kFeed];
+  alignas(64) int8_t copied_[kWordBits8 * kFeed + 256];
+};
+
+}  // namespace losa
