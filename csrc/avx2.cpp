@@ -5,6 +5,7 @@
 // register that repeats the word's activations, and every byte of a word has sums of its own; the columns of a row are added up
 // once a strip. A byte costs a population count, two loads, a shuffle and, for each token, a multiply-add: 7 cycles for a word of
 // 32 bfloat16 weights on Zen 4. An int8 is also shifted and converted, 15 cycles for a word of 64.
+#include "block.h"
 #include "feed.h"
 
 #if defined(__x86_64__)
@@ -358,11 +359,17 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   for (int r = 0; r < kStrip; ++r) y[r] = to_bf16(sum[r] * scale[r] + shift[r]);
 }
 
+void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
+
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
+}
+
 }  // namespace
 
 // Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted weights besides.
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, false, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, false, stream, decode, multiply, round, gate, attend};
   return kernels;
 }
 

@@ -3,6 +3,7 @@
 //
 // Cost of a word of 32 bfloat16 weights and one token: mask load, population count, value load, expand, broadcast, dot product,
 // about 4 cycles, while memory delivers the word's 23 bytes (70 % zeros) in 4 to 8. Integers: avx512_integer.cpp.
+#include "block.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -171,10 +172,16 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
+
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
+}
+
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens}, 1 << 30, true, true, false, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens}, 1 << 30, true, true, false, stream, decode, multiply, round, gate, attend};
   return kernels;
 }
 

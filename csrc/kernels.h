@@ -121,6 +121,9 @@ struct Kernels {
   void (*multiply)(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum_TS);
   // y of 16 rows: sum * scale + shift, rounded to nearest, ties to even.
   void (*round)(const float* sum, const float* scale, const float* shift, bf16* y);
+  // What else a decoder block computes, for one token: see block.h.
+  void (*gate)(const bf16* gate, const bf16* up, int64_t n, bf16* out);
+  void (*attend)(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out);
 };
 
 const Kernels& portable_kernels();

@@ -2,6 +2,7 @@
 // the 16 rows into whatever vectors the baseline has (SSE2, NEON).
 #include <cstring>
 
+#include "block.h"
 #include "kernels.h"
 
 namespace losa {
@@ -90,10 +91,16 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   for (int r = 0; r < kStrip; ++r) y[r] = to_bf16(sum[r] * scale[r] + shift[r]);
 }
 
+void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
+
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
+}
+
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, false, true, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, false, true, stream, decode, multiply, round, gate, attend};
   return kernels;
 }
 

@@ -14,6 +14,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 
 from losa.models import find_decoder
+from losa.runtime import decode
 from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import settle
@@ -51,6 +52,7 @@ class SparseQuantizer(HfQuantizer):
         else:
             self.quantization_config.layers = pack_model(model, self.quantization_config)
         settle(model)
+        decode.attach(model)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a packed checkpoint."""
