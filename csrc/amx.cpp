@@ -107,7 +107,7 @@ void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16*
 
 // ---- int8 and int4 values, a few tokens ---------------------------------------------------------------------------------
 
-constexpr int64_t kFew = 4;  // tokens up to which multiplying in registers is faster than filling the unit
+constexpr int64_t kFew = 3;  // tokens up to which multiplying in registers is faster than filling the unit
 
 // 0 to 2 are sums, one for each digit of the activations; 3 to 5 are those digits, tokens x 64 columns; 6 is 16 words.
 void configure_bytes(int64_t tokens) {
@@ -172,6 +172,7 @@ const Kernels& amx_kernels() {
     k.name = "amx";
     k.tile_tokens = kTileTokens;  // past that, torch's own GEMM uses the same unit, and reads each decoded weight once
     k.stream = stream;
+    k.stream_tokens[int64_t(ValueType::kBFloat16)] = 5;  // past that, tiles and the matrix unit are faster (docs/LOG.md)
     k.multiply = multiply;
     return k;
   }();

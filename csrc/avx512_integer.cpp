@@ -22,13 +22,21 @@ inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out) {
   }
 }
 
+// Asks for the values that come after those of the words at hand, a line or less with every word.
+struct Ahead {
+  const char* next;
+  int64_t step;
+  inline void word() {
+    _mm_prefetch(next, _MM_HINT_T0);
+    next += step;
+  }
+};
+
 template <ValueType V>
-inline void advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words) {
-  const char* ahead = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8 + kAhead;
-  const int64_t bytes = words * kWordBits8 * row_of(V).bits / 16;  // half of the weights are expected to be zero
-  for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(ahead + b, _MM_HINT_T0);
+inline Ahead advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words) {
   for (int64_t b = 0; b < 8 * words; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + b, _MM_HINT_T0);
-  feed.next<V>(mask, words, unpack4);
+  const char* values = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8;
+  return {values + kAhead, feed.next<V>(mask, words, unpack4) * row_of(V).bits / 8 / words + 1};
 }
 
 // Words between two conversions of integer sums to floats: a group of int4 values, all that was fed of int8.
@@ -71,7 +79,7 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
   for (int64_t first = 0; first < p.words; first += kFeed) {
     const int64_t fed = std::min(kFeed, p.words - first);
-    advance<V>(p, feed, p.mask_of(strip, first), fed);
+    Ahead ahead = advance<V>(p, feed, p.mask_of(strip, first), fed);
     const uint8_t* mask = feed.mask;
     const int8_t* v = feed.values;
     for (int64_t w = first; w < first + fed; w += kDrain<V>) {
@@ -83,6 +91,7 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
           if constexpr (kChains == 2) a[t][1][d] = _mm512_setzero_si512();
         }
       const auto one = [&](const int8_t* x, int chain) __attribute__((always_inline)) {
+        ahead.word();
         const uint64_t m = load64(mask);
         const __m512i weights = _mm512_xor_si512(expand8(m, _mm512_loadu_si512(v)), flip);
         v += __builtin_popcountll(m);
@@ -121,9 +130,10 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
 
 template <ValueType V>
 inline void expand(const Packed& p, Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
-  advance<V>(p, feed, from, words);
+  Ahead ahead = advance<V>(p, feed, from, words);
   const int8_t* v = feed.values;
   for (int64_t i = 0; i < words; ++i) {
+    ahead.word();
     const uint64_t m = load64(feed.mask + 8 * i);
     _mm512_store_si512(bytes + i * kWordBits8, _mm512_xor_si512(expand8(m, _mm512_loadu_si512(v)), flip));
     v += __builtin_popcountll(m);

@@ -17,21 +17,28 @@ class Feed {
   int64_t value;                   // the one after those of the words
   bool ok = true;                  // false once the masks asked for more values than there are
 
-  // Moves on to the next `words`. `unpack(nibbles, n, out)` makes int8 of n bytes of nibbles, and may read and write up to 64 of
-  // each too many.
+  // Moves on to the next `words` and returns how many values they have. `unpack(nibbles, n, out)` makes int8 of n bytes of nibbles,
+  // and may read 64 and write 128 too many.
   template <ValueType V, typename Unpack>
-  inline void next(const uint8_t* from, int64_t words, Unpack unpack) {
-    if (p_.count - value < words * kWordBits8 + 2 * 128) return copy<V>(from, words);
+  inline int64_t next(const uint8_t* from, int64_t words, Unpack unpack) {
     int64_t n = 0;
     for (int64_t i = 0; i < words; ++i) n += __builtin_popcountll(word_of(from, i));
+    const int64_t left = p_.count - value;
+    if (left < n) return copy<V>(from, words);
+    const bool last = left < n + 128;  // others may read further than their own
     mask = from;
     if constexpr (V == ValueType::kInt8) {
       values = static_cast<const int8_t*>(p_.values) + value;
+      if (last) values = static_cast<const int8_t*>(std::memcpy(copied_, values, size_t(n)));
     } else {
-      unpack(static_cast<const uint8_t*>(p_.values) + value / 2, (n + value % 2 + 1) / 2, copied_);
+      const uint8_t* nibbles = static_cast<const uint8_t*>(p_.values) + value / 2;
+      const int64_t bytes = (n + value % 2 + 1) / 2;
+      if (last) nibbles = static_cast<const uint8_t*>(std::memcpy(nibbles_, nibbles, size_t(bytes)));
+      unpack(nibbles, bytes, copied_);
       values = copied_ + value % 2;
     }
     value += n;
+    return n;
   }
 
  private:
@@ -40,9 +47,9 @@ class Feed {
     std::memcpy(&m, from + 8 * i, 8);
     return m;
   }
-  // Near the end of the values: one by one. A word that they do not suffice for counts as empty.
+  // More values than there are: one by one. A word that they do not suffice for counts as empty.
   template <ValueType V>
-  void copy(const uint8_t* from, int64_t words) {
+  int64_t copy(const uint8_t* from, int64_t words) {
     int8_t* out = copied_;
     for (int64_t i = 0; i < words; ++i) {
       uint64_t m = word_of(from, i);
@@ -58,11 +65,13 @@ class Feed {
     }
     mask = masks_;
     values = copied_;
+    return out - copied_;
   }
 
   const Packed& p_;
   alignas(64) uint8_t masks_[8 * kFeed];
   alignas(64) int8_t copied_[kWordBits8 * kFeed + 256];
+  uint8_t nibbles_[kWordBits8 * kFeed / 2 + 128];
 };
 
 }  // namespace losa

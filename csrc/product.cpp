@@ -49,7 +49,7 @@ Road digits_of(const bf16* x, int64_t columns) {
   }
   if (top >= 0x7f80) return kExact;  // not finite
   if (n == 0) return kTwoDigits;
-  if (columns < 128) return kExact;  // too few to tell
+  if (columns < 128 || to_float(bf16(top)) < std::ldexp(1.0f, -100)) return kExact;  // too few to tell; too small for a unit
   std::nth_element(largest, largest + n / 2, largest + n);
   const float ratio = to_float(bf16(top)) / to_float(bf16(largest[n / 2]));
   return ratio <= float(1 << (kTwoBits - 9)) ? kTwoDigits : ratio <= float(1 << (kThreeBits - 9)) ? kThreeDigits : kExact;
@@ -69,7 +69,7 @@ struct FixedPoint {
       for (int64_t i = 0; i < columns; ++i) top = std::max(top, int16_t(x[i] & 0x7fff));
       int exponent = 0;
       std::frexp(to_float(bf16(top)), &exponent);  // |x| < 2^exponent
-      exponent = std::max(exponent, -100);         // keeps the unit and its inverse normal floats
+      exponent = std::max(exponent, -100);         // of zeros: keeps the unit and its inverse normal floats
       const float steps = std::ldexp(1.0f, bits - exponent);
       unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
       for (int64_t b = 0; b * kGroup < columns; ++b) {

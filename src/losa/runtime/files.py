@@ -54,8 +54,8 @@ def pack_checkpoint(
         head: `int8`, `int4`, or `keep`; see `SparseConfig`.
 
     Returns:
-        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values,
-        and `head_bytes`, 0 for a head that stays as it was.
+        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its
+        values, and `head_bytes`, 0 for a head that stays as it was.
 
     Raises:
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.

@@ -36,8 +36,8 @@ class SparseConfig(QuantizationConfigMixin):
         values: `bfloat16`, nothing is lost; `int8`, rounded with a scale per row; or `int4`, with one for 64 columns as well.
         layers: stored values by the name of the layer, in a packed checkpoint; empty to pack a dense one while it is opened.
         version: of the format.
-        head: values of the output head, `int8` or `int4`, or `keep`, which leaves it dense. None: `int8` if values are rounded, else
-            `keep`.
+        head: values of the output head, `int8` or `int4`, or `keep`, which leaves it dense. None: `int8` if values are rounded,
+            else `keep`.
         tied: whether the dense model uses its embedding as its head; only in a packed checkpoint with a packed head.
 
     Raises:
