@@ -126,12 +126,12 @@ bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   const int64_t drain = row_of(p.type).grouped ? kBlock : kFeed, digit = in.tokens * kGroup;
   alignas(64) int8_t bytes[kFeed * kWordBits8];
   alignas(64) int32_t sums[3][kIntegerTokens * kStrip];
-  Feed feed(p, p.offsets[strip]);
+  Cursor cursor{p.offsets[strip], true};
   std::fill(out, out + in.tokens * kStrip, 0.0f);
   configure_bytes(in.tokens);
   for (int64_t first = 0; first < p.words; first += kFeed) {
     const int64_t fed = std::min(kFeed, p.words - first);
-    expand_integers(p, feed, p.mask_of(strip, first), fed, bytes);
+    expand_integers(p, cursor, p.mask_of(strip, first), fed, bytes);
     written(bytes);  // words past the last one meet digits that are zero
     for (int64_t w = 0; w < fed; w += drain) {
       _tile_zero(0);
@@ -157,7 +157,7 @@ bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   }
   _tile_release();
   times_units(in, out);
-  return feed.ok && feed.value == p.offsets[strip + 1];
+  return cursor.ok && cursor.value == p.offsets[strip + 1];
 }
 
 }  // namespace

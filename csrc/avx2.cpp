@@ -5,7 +5,7 @@
 // register that repeats the word's activations, and every byte of a word has sums of its own; the columns of a row are added up
 // once a strip. A byte costs a population count, two loads, a shuffle and, for each token, a multiply-add: 7 cycles for a word of
 // 32 bfloat16 weights on Zen 4. An int8 is also shifted and converted, 15 cycles for a word of 64.
-#include "feed.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,6 +16,7 @@
 
 #include "target.h"
 LOSA_TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
+#include "feed.h"
 
 namespace losa {
 namespace {
@@ -362,7 +363,7 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 
 // Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted weights besides.
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, false, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, stream, decode, multiply, nullptr, round};
   return kernels;
 }
 

@@ -174,7 +174,7 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens}, 1 << 30, true, true, false, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens}, 1 << 30, true, false, stream, decode, multiply, integer_digits, round};
   return kernels;
 }
 

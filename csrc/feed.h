@@ -1,10 +1,14 @@
 // The words of a strip of int8 or int4 values, some at a time, their values as int8: what comes next in memory where that will do,
 // else a copy. Bounds are checked once for all of those words.
+//
+// Include it after LOSA_TARGET_BEGIN, so that it is compiled for that instruction set: without its population counts this takes
+// longer than all the rest. Everything here has internal linkage, so that no other file gets that copy.
 #pragma once
 
 #include "kernels.h"
 
 namespace losa {
+namespace {
 
 constexpr int64_t kFeed = 64;  // words at a time, at most: 256 columns, as in a tile
 
@@ -24,7 +28,7 @@ class Feed {
     int64_t n = 0;
     for (int64_t i = 0; i < words; ++i) n += __builtin_popcountll(word_of(from, i));
     const int64_t left = p_.count - value;
-    if (left < n) return copy<V>(from, words);
+    if (left < n) return copy<V>(from, words, unpack);
     const bool last = left < n + 128;  // others may read further than their own
     mask = from;
     if constexpr (V == ValueType::kInt8) {
@@ -48,8 +52,8 @@ class Feed {
     return m;
   }
   // More values than there are: one by one. A word that they do not suffice for counts as empty.
-  template <ValueType V>
-  int64_t copy(const uint8_t* from, int64_t words) {
+  template <ValueType V, typename Unpack>
+  int64_t copy(const uint8_t* from, int64_t words, Unpack unpack) {
     int8_t* out = copied_;
     for (int64_t i = 0; i < words; ++i) {
       uint64_t m = word_of(from, i);
@@ -61,11 +65,19 @@ class Feed {
       }
       std::memcpy(masks_ + 8 * i, &m, 8);
       for (int64_t j = 0; j < n; ++j, ++value)
-        *out++ = V == ValueType::kInt8 ? static_cast<const int8_t*>(p_.values)[value] : number4(static_cast<const uint8_t*>(p_.values), value);
+        *out++ = V == ValueType::kInt8 ? static_cast<const int8_t*>(p_.values)[value] : one(unpack, value);
     }
     mask = masks_;
     values = copied_;
     return out - copied_;
+  }
+
+  template <typename Unpack>
+  int8_t one(Unpack unpack, int64_t i) {
+    int8_t two[256];
+    nibbles_[0] = static_cast<const uint8_t*>(p_.values)[i / 2];
+    unpack(nibbles_, 1, two);
+    return two[i % 2];
   }
 
   const Packed& p_;
@@ -74,4 +86,5 @@ class Feed {
   uint8_t nibbles_[kWordBits8 * kFeed / 2 + 128];
 };
 
+}  // namespace
 }  // namespace losa

@@ -93,7 +93,7 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, false, true, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, true, stream, decode, multiply, nullptr, round};
   return kernels;
 }
 

@@ -60,37 +60,17 @@ struct FixedPoint {
   std::vector<int32_t> sums;
   std::vector<float> unit;
 
-  FixedPoint(const bf16* x, int64_t tokens, int64_t columns, int64_t digits)
+  FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int64_t digits)
       : bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup)), sums(size_t(divide_up(columns, kGroup) * digits * tokens)), unit(size_t(tokens)) {
     const int bits = digits == 2 ? kTwoBits : kThreeBits;
-    const float most = digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;
     for (int64_t t = 0; t < tokens; ++t, x += columns) {
       int16_t top = 0;
       for (int64_t i = 0; i < columns; ++i) top = std::max(top, int16_t(x[i] & 0x7fff));
       int exponent = 0;
       std::frexp(to_float(bf16(top)), &exponent);  // |x| < 2^exponent
       exponent = std::max(exponent, -100);         // of zeros: keeps the unit and its inverse normal floats
-      const float steps = std::ldexp(1.0f, bits - exponent);
       unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
-      for (int64_t b = 0; b * kGroup < columns; ++b) {
-        const int64_t n = std::min(kGroup, columns - b * kGroup);
-        int32_t q[kGroup] = {};
-        for (int64_t i = 0; i < n; ++i) {
-          const float f = to_float(x[b * kGroup + i]) * steps;
-          q[i] = int32_t(std::min(std::max(f + (f < 0 ? -0.5f : 0.5f), -most), most));
-        }
-        for (int64_t d = 0; d < digits; ++d) {
-          int8_t* out = bytes.data() + ((b * digits + d) * tokens + t) * kGroup;
-          int32_t sum = 0;
-          for (int64_t i = 0; i < kGroup; ++i) {
-            const int8_t digit = int8_t(q[i]);
-            out[i] = digit;
-            sum += digit;
-            q[i] = (q[i] + 128) >> 8;
-          }
-          sums[size_t((b * digits + d) * tokens + t)] = sum;
-        }
-      }
+      k.digits(x, columns, std::ldexp(1.0f, bits - exponent), digits, tokens, bytes.data() + t * kGroup, sums.data() + t);
     }
   }
 };
@@ -131,7 +111,7 @@ struct Job {
   }
 
   void by_digits(const bf16* x, int64_t tokens, int64_t digits, bf16* y) {
-    const FixedPoint fixed(x, tokens, p.columns, digits);
+    const FixedPoint fixed(k, x, tokens, p.columns, digits);
     stream({tokens, nullptr, digits, fixed.bytes.data(), fixed.sums.data(), fixed.unit.data()}, y);
   }
 
@@ -199,7 +179,7 @@ struct Job {
   }
 
   Road road_of(const bf16* x) const {
-    if (p.type != ValueType::kBFloat16 && k.fixed_point) return digits_of(x, p.columns);
+    if (p.type != ValueType::kBFloat16 && k.digits) return digits_of(x, p.columns);
     for (int64_t i = 0; k.skips_zeros && i < p.columns; ++i)
       if ((x[i] & 0x7f80) == 0x7f80) return kExact;
     return kPairs;
@@ -215,7 +195,7 @@ bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, 
     return job.ok;
   }
   std::vector<int64_t> exact, others;  // tokens; one that takes the exact road changes nothing for its neighbours
-  Road road = k.fixed_point && p.type != ValueType::kBFloat16 ? kTwoDigits : kPairs;
+  Road road = k.digits && p.type != ValueType::kBFloat16 ? kTwoDigits : kPairs;
   for (int64_t t = 0; t < tokens; ++t) {
     const Road found = job.road_of(x + t * p.columns);
     (found == kExact ? exact : others).push_back(t);
