@@ -2,6 +2,7 @@
 
     python benchmarks/layers.py --output docs/benchmarks          # everything: about half an hour on two cores
     python benchmarks/layers.py --output OUT --models 7B --sparsity 0.7 --tokens 1 --threads 2
+    python benchmarks/layers.py --output OUT --models heads --sparsity 0 --tokens 1    # output heads: nothing is zero
 
 Every measurement rotates over copies of the weight that together are several times the last-level cache, all in huge pages, and
 dense and packed layers take turns, so that both see the same clock and the same neighbours. Times are medians. One of the turns
@@ -33,6 +34,7 @@ SHAPES = {  # rows x columns of q/o, gate/up and down projections
     "1B": [(2048, 2048), (5632, 2048), (2048, 5632)],
     "7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
     "13B": [(5120, 5120), (13824, 5120), (5120, 13824)],
+    "heads": [(49152, 576), (32000, 2048)],  # of SmolLM2-135M and TinyLlama; ask for them, and for --sparsity 0
 }
 ROTATED = 256 << 20  # bytes of copies of a weight
 COLUMNS = [
@@ -140,7 +142,12 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
                     points.setdefault(int(row["tokens"]), []).append(float(row["speedup"]))
             if points:
                 tokens = sorted(points)
-                style = {"1B": "C0", "7B": "C1", "13B": "C2"}[model] + {"bfloat16": "-", "int8": "--", "int4": ":"}[values]
+                color = {"1B": "C0", "7B": "C1", "13B": "C2", "heads": "C3"}[model]
+                style = color + {
+                    "bfloat16": "-",
+                    "int8": "--",
+                    "int4": ":",
+                }[values]
                 axis.plot(tokens, [sum(points[t]) / len(points[t]) for t in tokens], style, marker=".", label=f"{model} {values}")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", title=f"{level:.0%} zeros", xlabel="tokens")
@@ -158,7 +165,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for layers.csv and layers.svg")
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["1B", "7B", "13B"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

@@ -6,7 +6,7 @@
 #include "kernels.h"
 #include "target.h"
 
-#define LOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma,bmi,bmi2,popcnt"
+#define LOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx512vpopcntdq,avx2,fma,bmi,bmi2,popcnt"
 
 namespace losa {
 
