@@ -107,7 +107,7 @@ void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16*
 
 // ---- int8 and int4 values, a few tokens ---------------------------------------------------------------------------------
 
-constexpr int64_t kFew = 4;  // tokens up to which multiplying in registers is faster than filling the unit
+constexpr int64_t kFew = 3;  // tokens up to which multiplying in registers is faster than filling the unit
 
 // 0 to 2 are sums, one for each digit of the activations; 3 to 5 are those digits, tokens x 64 columns; 6 is 16 words.
 void configure_bytes(int64_t tokens) {
@@ -126,12 +126,12 @@ bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   const int64_t drain = row_of(p.type).grouped ? kBlock : kFeed, digit = in.tokens * kGroup;
   alignas(64) int8_t bytes[kFeed * kWordBits8];
   alignas(64) int32_t sums[3][kIntegerTokens * kStrip];
-  Feed feed(p, p.offsets[strip]);
+  Cursor cursor{p.offsets[strip], true};
   std::fill(out, out + in.tokens * kStrip, 0.0f);
   configure_bytes(in.tokens);
   for (int64_t first = 0; first < p.words; first += kFeed) {
     const int64_t fed = std::min(kFeed, p.words - first);
-    expand_integers(p, feed, p.mask_of(strip, first), fed, bytes);
+    expand_integers(p, cursor, p.mask_of(strip, first), fed, bytes);
     written(bytes);  // words past the last one meet digits that are zero
     for (int64_t w = 0; w < fed; w += drain) {
       _tile_zero(0);
@@ -157,7 +157,7 @@ bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   }
   _tile_release();
   times_units(in, out);
-  return feed.ok && feed.value == p.offsets[strip + 1];
+  return cursor.ok && cursor.value == p.offsets[strip + 1];
 }
 
 }  // namespace
@@ -172,6 +172,7 @@ const Kernels& amx_kernels() {
     k.name = "amx";
     k.tile_tokens = kTileTokens;  // past that, torch's own GEMM uses the same unit, and reads each decoded weight once
     k.stream = stream;
+    k.stream_tokens[int64_t(ValueType::kBFloat16)] = 5;  // past that, tiles and the matrix unit are faster (docs/LOG.md)
     k.multiply = multiply;
     return k;
   }();

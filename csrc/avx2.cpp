@@ -6,7 +6,7 @@
 // once a strip. A byte costs a population count, two loads, a shuffle and, for each token, a multiply-add: 7 cycles for a word of
 // 32 bfloat16 weights on Zen 4. An int8 is also shifted and converted, 15 cycles for a word of 64.
 #include "block.h"
-#include "feed.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,6 +17,7 @@
 
 #include "target.h"
 LOSA_TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
+#include "feed.h"
 
 namespace losa {
 namespace {
@@ -369,7 +370,7 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 
 // Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted weights besides.
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, false, stream, decode, multiply, round, gate, attend};
+  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, stream, decode, multiply, nullptr, round, gate, attend};
   return kernels;
 }
 

@@ -1,5 +1,5 @@
 // AVX-512: VBMI2 expands one word into one register, the bfloat16 (or VNNI byte) dot product multiplies it by a broadcast of the
-// matching activations. Needs F, BW, VL, VBMI, VBMI2, VNNI and BF16: Zen 4 and later, Sapphire Rapids and later.
+// matching activations. Needs F, BW, VL, VBMI, VBMI2, VNNI, VPOPCNTDQ and BF16: Zen 4 and later, Sapphire Rapids and later.
 //
 // Cost of a word of 32 bfloat16 weights and one token: mask load, population count, value load, expand, broadcast, dot product,
 // about 4 cycles, while memory delivers the word's 23 bytes (70 % zeros) in 4 to 8. Integers: avx512_integer.cpp.
@@ -181,7 +181,7 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens}, 1 << 30, true, true, false, stream, decode, multiply, round, gate, attend};
+  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens}, 1 << 30, true, false, stream, decode, multiply, integer_digits, round, gate, attend};
   return kernels;
 }
 

@@ -3,18 +3,19 @@
 
 #include <immintrin.h>
 
-#include "feed.h"
+#include "kernels.h"
 #include "target.h"
 
-#define LOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma,bmi,bmi2,popcnt"
+#define LOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx512vpopcntdq,avx2,fma,bmi,bmi2,popcnt"
 
 namespace losa {
 
 // Values that are integers (avx512_integer.cpp).
 bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out);
 void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
-// The next `words` of a strip as `words` registers of 64 int8 each.
-void expand_integers(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words, int8_t* bytes);
+void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes, int32_t* sums);
+// The next `words` of a strip, at most 64, as as many registers of 64 int8.
+void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes);
 // What a strip's sums of digits add to the outputs, sums [3 digits, 16 tokens, 16 rows] over words from `word` on; and the last step.
 void add_sums(const Packed& p, const Activations& in, int64_t strip, int64_t word, const int32_t* sums, float* out);
 void times_units(const Activations& in, float* out);
@@ -23,6 +24,7 @@ constexpr int64_t kIntegerTokens = 16;  // that are multiplied in fixed point
 }  // namespace losa
 
 LOSA_TARGET_BEGIN(LOSA_AVX512)
+#include "feed.h"
 namespace losa {
 namespace {
 

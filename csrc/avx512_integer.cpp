@@ -12,9 +12,9 @@ LOSA_TARGET_BEGIN(LOSA_AVX512)
 namespace losa {
 namespace {
 
-// The levels of `n` bytes of nibbles, in order.
-inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out) {
-  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels4)));
+// The levels of `n` bytes of nibbles, in order, each xor `flip`.
+inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out, __m512i flip) {
+  const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels4))), flip);
   for (int64_t i = 0; i < n; i += 32) {
     const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + i)));
     const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
@@ -22,13 +22,32 @@ inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out) {
   }
 }
 
+// The next word, expanded, every weight xor `flip`. int4 values were flipped when they were unpacked, so zeros are all that is left.
 template <ValueType V>
-inline void advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words) {
-  const char* ahead = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8 + kAhead;
-  const int64_t bytes = words * kWordBits8 * row_of(V).bits / 16;  // half of the weights are expected to be zero
-  for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(ahead + b, _MM_HINT_T0);
+inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
+  const uint64_t m = load64(mask);
+  const __m512i packed = opaque(_mm512_loadu_si512(v));
+  v += __builtin_popcountll(m);
+  if constexpr (V == ValueType::kInt4) return _mm512_mask_expand_epi8(opaque(flip), m, packed);
+  return _mm512_xor_si512(expand8(m, packed), flip);
+}
+
+// Asks for the values that come after those of the words at hand, a line or less with every word.
+struct Ahead {
+  const char* next;
+  int64_t step;
+  inline void word() {
+    _mm_prefetch(next, _MM_HINT_T0);
+    next += step;
+  }
+};
+
+template <ValueType V>
+inline Ahead advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words, __m512i flip) {
   for (int64_t b = 0; b < 8 * words; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + b, _MM_HINT_T0);
-  feed.next<V>(mask, words, unpack4);
+  const char* values = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8;
+  const int64_t n = feed.next<V>(mask, words, [flip](const uint8_t* from, int64_t bytes, int8_t* to) { unpack4(from, bytes, to, flip); });
+  return {values + kAhead, n * row_of(V).bits / 8 / words + 1};
 }
 
 // Words between two conversions of integer sums to floats: a group of int4 values, all that was fed of int8.
@@ -71,7 +90,7 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
   for (int64_t first = 0; first < p.words; first += kFeed) {
     const int64_t fed = std::min(kFeed, p.words - first);
-    advance<V>(p, feed, p.mask_of(strip, first), fed);
+    Ahead ahead = advance<V>(p, feed, p.mask_of(strip, first), fed, flip);
     const uint8_t* mask = feed.mask;
     const int8_t* v = feed.values;
     for (int64_t w = first; w < first + fed; w += kDrain<V>) {
@@ -83,9 +102,8 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
           if constexpr (kChains == 2) a[t][1][d] = _mm512_setzero_si512();
         }
       const auto one = [&](const int8_t* x, int chain) __attribute__((always_inline)) {
-        const uint64_t m = load64(mask);
-        const __m512i weights = _mm512_xor_si512(expand8(m, _mm512_loadu_si512(v)), flip);
-        v += __builtin_popcountll(m);
+        ahead.word();
+        const __m512i weights = expanded<V>(mask, v, flip);
         mask += 8;
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t)
@@ -121,12 +139,11 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
 
 template <ValueType V>
 inline void expand(const Packed& p, Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
-  advance<V>(p, feed, from, words);
+  Ahead ahead = advance<V>(p, feed, from, words, flip);
   const int8_t* v = feed.values;
   for (int64_t i = 0; i < words; ++i) {
-    const uint64_t m = load64(feed.mask + 8 * i);
-    _mm512_store_si512(bytes + i * kWordBits8, _mm512_xor_si512(expand8(m, _mm512_loadu_si512(v)), flip));
-    v += __builtin_popcountll(m);
+    ahead.word();
+    _mm512_store_si512(bytes + i * kWordBits8, expanded<V>(feed.mask + 8 * i, v, flip));
   }
 }
 
@@ -249,8 +266,33 @@ void times_units(const Activations& in, float* out) {
     _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(_mm512_loadu_ps(out + t * kStrip), _mm512_set1_ps(in.unit[t])));
 }
 
-void expand_integers(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words, int8_t* bytes) {
+void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes, int32_t* sums) {
+  const float most = digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;  // a largest activation may round to a step more
+  const __m512 low = _mm512_set1_ps(-most), high = _mm512_set1_ps(most), times = _mm512_set1_ps(steps);
+  for (int64_t b = 0; b * kGroup < columns; ++b) {
+    __m512i q[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t from = b * kGroup + 16 * i, left = std::max<int64_t>(0, std::min<int64_t>(16, columns - from));
+      const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << left) - 1), x + (left > 0 ? from : 0));
+      const __m512 f = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      q[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(f, times), low), high));
+    }
+    for (int64_t d = 0; d < digits; ++d) {
+      const int64_t place = (b * digits + d) * tokens;
+      for (int64_t i = 0; i < 4; ++i) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i), _mm512_cvtepi32_epi8(q[i]));  // the low bytes
+        q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], _mm512_set1_epi32(128)), 8);
+      }
+      const __m512i digit = _mm512_loadu_si512(bytes + place * kGroup);
+      sums[place] = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digit));
+    }
+  }
+}
+
+void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes) {
+  Feed feed(p, cursor.value);
   (p.type == ValueType::kInt4 ? expand<ValueType::kInt4> : expand<ValueType::kInt8>)(p, feed, mask, words, bytes, _mm512_setzero_si512());
+  cursor = {feed.value, cursor.ok && feed.ok};
 }
 
 }  // namespace losa

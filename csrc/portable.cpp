@@ -100,7 +100,7 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, false, true, stream, decode, multiply, round, gate, attend};
+  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, true, stream, decode, multiply, nullptr, round, gate, attend};
   return kernels;
 }
 

@@ -49,49 +49,34 @@ Road digits_of(const bf16* x, int64_t columns) {
   }
   if (top >= 0x7f80) return kExact;  // not finite
   if (n == 0) return kTwoDigits;
-  if (columns < 128) return kExact;  // too few to tell
+  if (columns < 128 || to_float(bf16(top)) < std::ldexp(1.0f, -100)) return kExact;  // too few to tell; too small for a unit
   std::nth_element(largest, largest + n / 2, largest + n);
   const float ratio = to_float(bf16(top)) / to_float(bf16(largest[n / 2]));
   return ratio <= float(1 << (kTwoBits - 9)) ? kTwoDigits : ratio <= float(1 << (kThreeBits - 9)) ? kThreeDigits : kExact;
 }
+
+// Tokens a thread looks at, at least.
+int64_t token_grain(int64_t columns) { return std::max<int64_t>(1, 8192 / (columns + 1)); }
 
 struct FixedPoint {
   std::vector<int8_t> bytes;
   std::vector<int32_t> sums;
   std::vector<float> unit;
 
-  FixedPoint(const bf16* x, int64_t tokens, int64_t columns, int64_t digits)
+  FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int64_t digits, const Parallel& parallel)
       : bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup)), sums(size_t(divide_up(columns, kGroup) * digits * tokens)), unit(size_t(tokens)) {
     const int bits = digits == 2 ? kTwoBits : kThreeBits;
-    const float most = digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;
-    for (int64_t t = 0; t < tokens; ++t, x += columns) {
-      int16_t top = 0;
-      for (int64_t i = 0; i < columns; ++i) top = std::max(top, int16_t(x[i] & 0x7fff));
-      int exponent = 0;
-      std::frexp(to_float(bf16(top)), &exponent);  // |x| < 2^exponent
-      exponent = std::max(exponent, -100);         // keeps the unit and its inverse normal floats
-      const float steps = std::ldexp(1.0f, bits - exponent);
-      unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
-      for (int64_t b = 0; b * kGroup < columns; ++b) {
-        const int64_t n = std::min(kGroup, columns - b * kGroup);
-        int32_t q[kGroup] = {};
-        for (int64_t i = 0; i < n; ++i) {
-          const float f = to_float(x[b * kGroup + i]) * steps;
-          q[i] = int32_t(std::min(std::max(f + (f < 0 ? -0.5f : 0.5f), -most), most));
-        }
-        for (int64_t d = 0; d < digits; ++d) {
-          int8_t* out = bytes.data() + ((b * digits + d) * tokens + t) * kGroup;
-          int32_t sum = 0;
-          for (int64_t i = 0; i < kGroup; ++i) {
-            const int8_t digit = int8_t(q[i]);
-            out[i] = digit;
-            sum += digit;
-            q[i] = (q[i] + 128) >> 8;
-          }
-          sums[size_t((b * digits + d) * tokens + t)] = sum;
-        }
+    parallel(0, tokens, token_grain(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        int16_t top = 0;
+        for (int64_t i = 0; i < columns; ++i) top = std::max(top, int16_t(x[t * columns + i] & 0x7fff));
+        int exponent = 0;
+        std::frexp(to_float(bf16(top)), &exponent);  // |x| < 2^exponent
+        exponent = std::max(exponent, -100);         // of zeros: keeps the unit and its inverse normal floats
+        unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
+        k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens, bytes.data() + t * kGroup, sums.data() + t);
       }
-    }
+    });
   }
 };
 
@@ -131,7 +116,7 @@ struct Job {
   }
 
   void by_digits(const bf16* x, int64_t tokens, int64_t digits, bf16* y) {
-    const FixedPoint fixed(x, tokens, p.columns, digits);
+    const FixedPoint fixed(k, x, tokens, p.columns, digits, parallel);
     stream({tokens, nullptr, digits, fixed.bytes.data(), fixed.sums.data(), fixed.unit.data()}, y);
   }
 
@@ -199,7 +184,7 @@ struct Job {
   }
 
   Road road_of(const bf16* x) const {
-    if (p.type != ValueType::kBFloat16 && k.fixed_point) return digits_of(x, p.columns);
+    if (p.type != ValueType::kBFloat16 && k.digits) return digits_of(x, p.columns);
     for (int64_t i = 0; k.skips_zeros && i < p.columns; ++i)
       if ((x[i] & 0x7f80) == 0x7f80) return kExact;
     return kPairs;
@@ -215,9 +200,13 @@ bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, 
     return job.ok;
   }
   std::vector<int64_t> exact, others;  // tokens; one that takes the exact road changes nothing for its neighbours
-  Road road = k.fixed_point && p.type != ValueType::kBFloat16 ? kTwoDigits : kPairs;
+  Road road = k.digits && p.type != ValueType::kBFloat16 ? kTwoDigits : kPairs;
+  std::vector<Road> roads(static_cast<size_t>(tokens));
+  parallel(0, tokens, token_grain(p.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) roads[size_t(t)] = job.road_of(x + t * p.columns);
+  });
   for (int64_t t = 0; t < tokens; ++t) {
-    const Road found = job.road_of(x + t * p.columns);
+    const Road found = roads[size_t(t)];
     (found == kExact ? exact : others).push_back(t);
     road = std::max(road, found);
   }

@@ -129,7 +129,7 @@ def test_empty_inputs_and_leading_dimensions(name, values):
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", COMPILED)
 def test_nan_and_infinity_pass_as_they_do_through_torch(name, values):
     """Zeros of the weight times infinity are NaN, wherever the special number stands and however many tokens there are."""
     packed = pack(sparse(40, 200, 0.3), values)
@@ -198,18 +198,17 @@ def test_activations_that_tower_above_the_rest_cost_no_row_its_precision(name, v
     dense, W = unpack(packed), exact(packed)
     for ratio, tokens in itertools.product((10.0, 100.0, 3e3, 4e4, 1e5, 1e8, 1e20), (1, 3, 7)):
         x = torch.randn(tokens, 640, generator=generator)
-        x[-1, torch.randperm(640, generator=generator)[:outliers]] *= ratio
+        towering = torch.randperm(640, generator=generator)[:outliers]
+        x[-1, towering] *= ratio
         x = x.bfloat16()
         want = x.double() @ W.T
         ours = (kernels.linear(x, packed, None, name).double() - want).abs()
         torchs = (torch.nn.functional.linear(x, dense).double() - want).abs()
-        # What rounding to bfloat16 costs, and what sums of float32 lose beside large products in one order and not in another.
-        size = (x.double().abs() @ W.abs().T) * 2.0**-22
-        assert (ours <= 2 * torch.maximum(torchs, want.abs() * 2**-9) + size).all(), (ratio, tokens)
-        without = (W[:, x[-1].abs() > 50] == 0).all(1)  # rows of zeros where the outliers are
-        if without.any():
-            scale = want[-1, without].abs().max()
-            assert ours[-1, without].max() <= 2 * max(torchs[-1, without].max(), scale * 2**-9), (ratio, tokens)
+        without = (W[:, towering] == 0).all(1)
+        assert 0 < without.sum() < 96
+        for token, rows in itertools.product(range(tokens), (without, ~without)):
+            rounding = want[token, rows].abs().max() * 2**-9
+            assert ours[token, rows].max() <= 2 * max(torchs[token, rows].max(), rounding), (ratio, tokens, token)
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -22,7 +22,7 @@ from losa.runtime import kernels
 from losa.runtime.bench import compare
 from losa.runtime.linear import SparseLinear
 from losa.runtime.packed import PackedWeight, chunk_index, pack, unpack
-from losa.runtime.values import INT4, INT8, TYPES
+from losa.runtime.values import INT8, TYPES
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -399,11 +399,13 @@ def test_the_compiler_takes_every_kernel():
 from losa.adapter import fused
 from losa.runtime import cuda
 int8, bf16, int4 = {"values": "*i8"}, {"values": "*bf16"}, {"values": "*u8", "groups": "*u8"}
-build(cuda._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, {"C": 8, "T": 8, "FINISH": True, "GROUP": 2, "BITS": 16, "scale": None, "groups": None}, 8)
-build(cuda._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, {"C": 4, "T": 32, "FINISH": False, "GROUP": 4, "BITS": 8, "bias": None, "groups": None}, 4)
-build(cuda._stream, 90, int4 | {"x": "*bf16", "y": "*bf16"}, {"C": 8, "T": 8, "FINISH": True, "GROUP": 4, "BITS": 4, "bias": None}, 8)
-build(cuda._expand, 80, int8 | {"panel": "*bf16"}, {"C": 4, "GROUP": 4, "BITS": 8, "groups": None}, 4)
-build(cuda._expand, 90, int4 | {"panel": "*bf16"}, {"C": 4, "GROUP": 4, "BITS": 4}, 4)
+of_bf16 = {"GROUP": 2, "BITS": 16, "scale": None, "groups": None}
+of_int8, of_int4 = {"GROUP": 4, "BITS": 8, "groups": None}, {"GROUP": 4, "BITS": 4}
+build(cuda._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, of_bf16 | {"C": 8, "T": 8, "FINISH": True}, 8)
+build(cuda._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, of_int8 | {"C": 4, "T": 32, "FINISH": False, "bias": None}, 4)
+build(cuda._stream, 90, int4 | {"x": "*bf16", "y": "*bf16"}, of_int4 | {"C": 8, "T": 8, "FINISH": True, "bias": None}, 8)
+build(cuda._expand, 80, int8 | {"panel": "*bf16"}, of_int8 | {"C": 4}, 4)
+build(cuda._expand, 90, int4 | {"panel": "*bf16"}, of_int4 | {"C": 4}, 4)
 weights = {"W": "*bf16", "bits": "*u8", "A": "*fp32", "B": "*fp32", "result": "*bf16", "scale": "fp32"}
 build(fused._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 8)
 sums = {"G": "*bf16", "bits": "*u8", "factor": "*fp32", "result": "*fp32"}

@@ -54,7 +54,7 @@ def pack_checkpoint(
         head: `int8`, `int4`, or `keep`; see `SparseConfig`.
 
     Returns:
-        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, with which
+        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its
         values, and `head_bytes`, 0 for a head that stays as it was.
 
     Raises:
@@ -70,19 +70,22 @@ def pack_checkpoint(
     total = sum(linear.weight.numel() for linear in linears.values())
     sizes = {"layers": len(linears), "sparsity": 0.0, "dense_bytes": 2 * total, "packed_bytes": 0, "head_bytes": 0}
     places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
-    if config.head != KEEP:
-        if last is None:
-            raise ValueError(f"{type(model).__name__} has no linear output head to pack; use --head keep")
+    home = _home_of_head(model, last, source)
+    if config.head != KEEP and home is None and head is not None:
+        raise ValueError(f"{type(model).__name__} has no linear output head that losa can pack; use --head keep")
+    if config.head != KEEP and home is not None and last is not None:
         linears[last] = model.get_submodule(last)
-        places[last], config.tied = _home_of_head(model, last, source)
+        places[last], config.tied = home
+    else:
+        config.head = KEEP
     with _appearing(output) as partial, progress(None, "packing", total=len(linears)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             made = {}
             for key, tensor in tensors.items():
                 here = [name for name, place in places.items() if f"{place}.weight" == key]
-                if not here or (config.tied and here == [last]):
-                    made[key] = tensor
+                if (not here and not (config.tied and key == f"{last}.weight")) or (config.tied and here == [last]):
+                    made[key] = tensor  # a file may repeat the embedding as the head
                 for name in here:
                     packed = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name, last))
                     parts = packed.tensors()
@@ -118,13 +121,14 @@ def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> 
     return packed
 
 
-def _home_of_head(model: PreTrainedModel, head: str, source: Path) -> tuple[str, bool]:
-    """Whose weight the head's is in the files, and whether it is the embedding's."""
+def _home_of_head(model: PreTrainedModel, head: str | None, source: Path) -> tuple[str, bool] | None:
+    """Whose weight the head's is in the files, and whether it is the embedding's. None: there is no linear head, or it is tied by
+    a configuration inside the configuration, which would have to be taken apart."""
     embedding = model.get_input_embeddings()
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return head, False
-    if "tie_word_embeddings" in _read_json(source / "config.json").get("text_config", {}):
-        raise ValueError("the head is tied to the embedding by text_config, where losa cannot pack it; use --head keep")
+    if head is None or not getattr(model.config, "tie_word_embeddings", False):
+        return (head, False) if head else None
+    if "text_config" in _read_json(source / "config.json"):
+        return None
     return next(name for name, module in model.named_modules() if module is embedding), True
 
 

@@ -4,7 +4,7 @@
 
 `layers` names every packed linear layer with the number of its stored values. Shapes are the model's; together they fix the
 dtype and shape of every packed tensor, which `check_files` compares with what the safetensors files say before one is read.
-Where the output head is packed as well, `head` says with which values, and `tied` whether the dense model's head is its embedding.
+Where the output head is packed as well, `head` says with which values, and `tied` whether it was the embedding.
 transformers makes `SparseConfig` of this dictionary; so it is also what a user passes to pack a checkpoint while it is opened:
 
     AutoModelForCausalLM.from_pretrained(directory, quantization_config=losa.SparseConfig())
@@ -36,7 +36,7 @@ class SparseConfig(QuantizationConfigMixin):
         values: `bfloat16`, nothing is lost; `int8`, rounded with a scale per row; or `int4`, with one for 64 columns as well.
         layers: stored values by the name of the layer, in a packed checkpoint; empty to pack a dense one while it is opened.
         version: of the format.
-        head: values of the output head, `int8` or `int4`, or `keep`, which leaves it dense. None: `int8` where values are rounded,
+        head: values of the output head, `int8` or `int4`, or `keep`, which leaves it dense. None: `int8` if values are rounded,
             else `keep`.
         tied: whether the dense model uses its embedding as its head; only in a packed checkpoint with a packed head.
 
@@ -110,7 +110,9 @@ def swap_in(model: PreTrainedModel, config: SparseConfig) -> dict[str, SparseLin
         if count > linear.weight.numel():
             raise ValueError(f"{name}: {count} stored values, more than its {linear.weight.numel()} weights")
         with torch.device("meta"):
-            made[name] = SparseLinear(linear.in_features, linear.out_features, count, config.type_of(name, head), linear.bias is not None)
+            made[name] = SparseLinear(
+                linear.in_features, linear.out_features, count, config.type_of(name, head), linear.bias is not None
+            )
         model.set_submodule(name, made[name])
     return made
 

@@ -49,8 +49,8 @@ def _quantize(W_OI: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     W_OGC = torch.nn.functional.pad(W_OI, (0, -columns % group)).view(rows, -1, group)
     largest_OG = W_OGC.abs().amax(2)
     largest_O = largest_OG.amax(1) if columns else W_OI.new_zeros(rows)
-    # A power of two for each row, such that the ratio of the largest group falls into [0.5, 1); 1 for rows of zeros. float32 holds
-    # the smallest bfloat16 divided by 8 as a subnormal: not below 2^-126, then.
+    # A power of two for each row, such that the ratio of the largest group falls into [0.5, 1); 1 for rows of zeros. float32
+    # holds the smallest bfloat16 divided by 8 as a subnormal: not below 2^-126, then.
     exponent_O = torch.frexp(largest_O / LARGEST).exponent.clamp(min=-126)
     scale_O = torch.where(largest_O > 0, torch.ldexp(torch.ones_like(largest_O), exponent_O), 1.0)
     ratio_OGC = W_OGC / scale_O[:, None, None]

@@ -113,7 +113,7 @@ def pack(W_OI: torch.Tensor, values: ValueType = BFLOAT16) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The dense `[O, I]` bfloat16 weight: bitwise the packed one for bfloat16 values, what the scales say, rounded, for others."""
+    """The dense `[O, I]` bfloat16 weight: bitwise the packed one for bfloat16 values, what the scales say for others."""
     kind, strips = packed.type, packed.mask.shape[0]
     keep = unpack_bits(packed.mask.flatten(), (strips, packed.mask.shape[1] // (2 * kind.columns), STRIP * kind.columns))
     stored = to_numbers(packed.values, packed.stored) if kind.bits == 4 else packed.values
@@ -185,7 +185,11 @@ def chunk_index(packed: PackedWeight) -> torch.Tensor:
     counts = torch.nn.functional.pad(counts, (0, -counts.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK)).sum(2)
     ends = counts.cumsum(1)
     lengths = packed.offsets.diff()
-    if not torch.equal(ends[:, -1], lengths) or packed.offsets[0] != 0 or packed.type.elements(packed.stored) != packed.values.numel():
+    if (
+        not torch.equal(ends[:, -1], lengths)
+        or packed.offsets[0] != 0
+        or packed.type.elements(packed.stored) != packed.values.numel()
+    ):
         raise ValueError("the offsets do not count the bits of the masks; the file is damaged, pack the model again")
     return (ends - counts).int()
 

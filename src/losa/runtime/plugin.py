@@ -81,6 +81,8 @@ def pack_model(model: PreTrainedModel, config: SparseConfig) -> dict[str, int]:
         linears[head] = model.get_submodule(head)
         config.tied = linears[head].weight is getattr(model.get_input_embeddings(), "weight", None)
         model.config.tie_word_embeddings = False
+    else:
+        config.head = KEEP
     for name, linear in linears.items():
         packed = SparseLinear.from_linear(linear, config.type_of(name, head))
         model.set_submodule(name, packed)
