@@ -2,15 +2,15 @@
 
     python benchmarks/engines.py --output OUT --llama BUILD [--model smollm2-135m] [--sparsities 0.5,0.6,0.7] [--threads 2]
 
-Without `--model`, a Llama of TinyLlama's shape with random weights. Speed does not depend on what the weights are, so zeros are put
-at random places, and llama.cpp is given the same matrices in its own order of dimensions, without a tokenizer. BUILD is a folder
-with llama.cpp's `llama-bench` and `llama-quantize`; build it for this machine (GGML_NATIVE), or llama.cpp is slower than it is.
+Without `--model`, a Llama of TinyLlama's shape with random weights. Speed does not depend on what the weights are, so zeros are
+put at random places, and llama.cpp is given the same matrices, without a tokenizer. BUILD is a folder with llama.cpp's
+`llama-bench` and `llama-quantize`; build it for this machine (GGML_NATIVE), or llama.cpp is slower than it is.
 
 Every engine runs in a process of its own, all of them once a round; llama.cpp's formats before *and* after losa's, so that a
-machine that slows down meanwhile shows. Medians of the rounds go to engines.csv, engines.md and engines.png: tokens a second after a
-prompt of 32, seconds to the first token of 512, memory that the model adds, bytes that a token reads, and the share of what the
-measured bandwidth allows. What a GGUF file really holds is counted: where a width is not a multiple of 256, llama.cpp takes
-another type than the one asked for, and says so only in its log.
+machine that slows down meanwhile shows. Medians of the rounds go to engines.csv, engines.md and engines.png: tokens a second
+after a prompt of 32, seconds to the first token of 512, memory that the model adds, bytes that a token reads, and the share of
+what the measured bandwidth allows. What a GGUF file really holds is counted: where a width is not a multiple of 256, llama.cpp
+takes another type than the one asked for, and says so only in its log.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def ours(directory: str, threads: int) -> dict:
     import torch
 
     from losa.models import load
-    from losa.runtime.bench import _Clock, bandwidth, weight_bytes
+    from losa.runtime.bench import Clock, bandwidth, greedy, weight_bytes
     from losa.runtime.linear import SparseLinear
     from losa.runtime.memory import resident_bytes, settle
 
@@ -138,10 +138,8 @@ def ours(directory: str, threads: int) -> dict:
     clocks = []
     for prompt, new in ((PROMPT, 8), (PROMPT, NEW), (LONG, 2)):
         ids = torch.randint(1000, (1, prompt), generator=torch.Generator().manual_seed(0))
-        clocks.append(_Clock())
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clocks[-1]
-        )
+        clocks.append(Clock())
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy(new), streamer=clocks[-1])
     return {
         "tokens_per_s": clocks[1].rate, "first_token_s": clocks[2].first, "added_mib": added / 2**20,
         "token_bytes": weight_bytes(model), "bandwidth": bandwidth(torch.device("cpu")),
@@ -177,7 +175,7 @@ def prepare(args: argparse.Namespace) -> dict[str, list[Path | str]]:
             packed = folder / f"{sparsity}-{values}"
             if not packed.exists():
                 zeros(dense, folder / "sparse", float(sparsity))
-                pack_checkpoint(folder / "sparse", packed, values)
+                pack_checkpoint(folder / "sparse", packed, values, head="keep" if values == "bfloat16" else args.head)
                 shutil.rmtree(folder / "sparse")
             engines[f"losa {float(sparsity):.0%} {values}"] = ["ours", packed]
     return engines
@@ -247,9 +245,8 @@ def write(args: argparse.Namespace, rows: list[dict], title: str) -> None:
     ]
     for row in rows:
         name = f"{row['engine']} ({row['holds']})" if row["holds"] else row["engine"]
-        lines.append(
-            f"| {name} | {row['tokens_per_s']} | {row['first_token_s']} | {row['memory_mib']} | {row['token_mb']} | {row['of_limit']:.0%} |"
-        )
+        numbers = [row[key] for key in ("tokens_per_s", "first_token_s", "memory_mib", "token_mb")]
+        lines.append(f"| {name} | " + " | ".join(map(str, numbers)) + f" | {row['of_limit']:.0%} |")
     (args.output / "engines.md").write_text("\n".join(lines) + "\n")
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1), layout="constrained")
     colours = [
@@ -270,7 +267,8 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="folder with llama-bench and llama-quantize; without it, no rows of llama.cpp")
     parser.add_argument("--model", type=Path, help="a Llama checkpoint; random weights of TinyLlama's shape when not given")
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
-    parser.add_argument("--values", default="bfloat16,int8")
+    parser.add_argument("--values", default="bfloat16,int8,int4")
+    parser.add_argument("--head", default="int8", help="of the output head beside rounded values: int8, int4 or keep")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)

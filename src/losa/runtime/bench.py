@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from losa.environment import machine, resolve_device
 from losa.models import load, max_length, one_line
@@ -150,14 +150,13 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
         )
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     graphs = {"cache_implementation": "static"} if place.type == "cuda" else {}
-    clocks: dict[str, list[_Clock]] = {name: [] for name in models}
+    clocks: dict[str, list[Clock]] = {name: [] for name in models}
     turns = [(name, counted) for counted in range(rounds + 1) for name in models]
     for name, counted in progress(turns, "generating"):
-        clock = _Clock()
+        clock = Clock()
         models[name][0].generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock,
-            **graphs,
-        )  # fmt: skip
+            ids, attention_mask=torch.ones_like(ids), generation_config=greedy(new), streamer=clock, **graphs
+        )
         if counted:
             clocks[name].append(clock)
     stream = bandwidth(place)
@@ -175,7 +174,12 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     }
 
 
-class _Clock:
+def greedy(new: int) -> GenerationConfig:
+    """Just so many tokens, the likeliest each: no end of text, for whose sake `min_new_tokens` would look at all logits again."""
+    return GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+class Clock:
     """A streamer that notes when `generate` hands over the prompt and then every token."""
 
     def __init__(self) -> None:
