@@ -143,11 +143,14 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
             if points:
                 tokens = sorted(points)
                 color = {"1B": "C0", "7B": "C1", "13B": "C2", "heads": "C3"}[model]
-                style = color + {
-                    "bfloat16": "-",
-                    "int8": "--",
-                    "int4": ":",
-                }[values]
+                style = (
+                    color
+                    + {
+                        "bfloat16": "-",
+                        "int8": "--",
+                        "int4": ":",
+                    }[values]
+                )
                 axis.plot(tokens, [sum(points[t]) / len(points[t]) for t in tokens], style, marker=".", label=f"{model} {values}")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", title=f"{level:.0%} zeros", xlabel="tokens")
