@@ -109,7 +109,7 @@ def pack_checkpoint(
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
-        changes = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
+        changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
         if config.tied:
             changes["tie_word_embeddings"] = False
         _finish(source, partial, changes, NOTE.format(name=output.name, values=values))
