@@ -199,12 +199,12 @@ def _expand(
 
 
 class Weight(NamedTuple):
-    """A packed weight as the kernels take it: the mask as int32, and the index."""
+    """A packed weight as the kernels take it: the mask as int32, and the index, where each chunk begins."""
 
     mask: Tensor
     values: Tensor
     offsets: Tensor
-    index: Tensor
+    begins: Tensor
     scale: Tensor | None
     groups: Tensor | None
     type: ValueType
@@ -299,7 +299,7 @@ def _choose(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> Config
     """The fastest configuration, timed at the first call of a shape; the likeliest while a graph is captured, and on the CPU."""
     key = (x.device, x.dtype, weight.type, weight.mask.shape, x.shape[1], _padded(x.shape[0]))
     if key not in _fastest:
-        strips, chunks = weight.index.shape
+        strips, chunks = weight.begins.shape
         found = configs(strips, chunks, _processors(x.device), x.shape[0])
         if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return found[0]
@@ -336,7 +336,7 @@ def _padded(tokens: int) -> int:
 def _stream_by(config: Config, x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """Up to `STREAMED` tokens, `[T, I]` contiguous; fills `y`."""
     (warps, splits), (tokens, rows) = config, y.shape
-    scale, (strips, chunks) = weight.scale, weight.index.shape
+    scale, (strips, chunks) = weight.scale, weight.begins.shape
     each = -(-chunks // (splits * warps)) * warps
     sums = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device)
     _stream[strips, splits](
@@ -349,7 +349,7 @@ def _stream_by(config: Config, x: Tensor, weight: Weight, bias: Tensor | None, y
 
 def _by_panels(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """Any number of tokens; fills `y`. The panel goes back to torch's allocator, which hands it to the next layer."""
-    (strips, chunks), (rows, columns) = weight.index.shape, (y.shape[1], x.shape[1])
+    (strips, chunks), (rows, columns) = weight.begins.shape, (y.shape[1], x.shape[1])
     panels = triton.cdiv(rows * columns * x.element_size(), PANEL_BYTES)
     height = triton.cdiv(strips, panels) * 16
     panel = x.new_empty(min(height, rows), columns)

@@ -68,14 +68,21 @@ def pack_checkpoint(
     check_supported(model)
     linears = dict(find_decoder(model).linears())
     total = sum(linear.weight.numel() for linear in linears.values())
-    sizes = {"layers": len(linears), "sparsity": 0.0, "dense_bytes": 2 * total, "packed_bytes": 0, "head_bytes": 0}
+    sizes: dict[str, Any] = {
+        "layers": len(linears),
+        "sparsity": 0.0,
+        "dense_bytes": 2 * total,
+        "packed_bytes": 0,
+        "head_bytes": 0,
+    }
     places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
-    home = _home_of_head(model, last, source)
+    home = _home_of_head(model, source)
     if config.head != KEEP and home is None and head is not None:
         raise ValueError(f"{type(model).__name__} has no linear output head that losa can pack; use --head keep")
-    if config.head != KEEP and home is not None and last is not None:
-        linears[last] = model.get_submodule(last)
-        places[last], config.tied = home
+    if config.head != KEEP and home is not None:
+        linears |= last
+        place, config.tied = home
+        places |= dict.fromkeys(last, place)
     else:
         config.head = KEEP
     with _appearing(output) as partial, progress(None, "packing", total=len(linears)) as bar:
@@ -84,14 +91,15 @@ def pack_checkpoint(
             made = {}
             for key, tensor in tensors.items():
                 here = [name for name, place in places.items() if f"{place}.weight" == key]
-                if (not here and not (config.tied and key == f"{last}.weight")) or (config.tied and here == [last]):
-                    made[key] = tensor  # a file may repeat the embedding as the head
+                repeated = config.tied and key.removesuffix(".weight") in last  # the embedding, once more
+                if (not here and not repeated) or (config.tied and here == list(last)):
+                    made[key] = tensor
                 for name in here:
-                    packed = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name, last))
+                    packed = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
                     parts = packed.tensors()
                     made |= {f"{name}.{part}": found for part, found in parts.items()}
                     config.layers[name] = packed.stored
-                    sizes["head_bytes" if name == last else "packed_bytes"] += sum(found.nbytes for found in parts.values())
+                    sizes["head_bytes" if name in last else "packed_bytes"] += sum(found.nbytes for found in parts.values())
                     bar.update()
             return made
 
@@ -101,11 +109,11 @@ def pack_checkpoint(
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
-        changes = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
+        changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
         if config.tied:
             changes["tie_word_embeddings"] = False
         _finish(source, partial, changes, NOTE.format(name=output.name, values=values))
-    sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name != last) / total
+    sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
 
@@ -121,10 +129,11 @@ def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> 
     return packed
 
 
-def _home_of_head(model: PreTrainedModel, head: str | None, source: Path) -> tuple[str, bool] | None:
+def _home_of_head(model: PreTrainedModel, source: Path) -> tuple[str, bool] | None:
     """Whose weight the head's is in the files, and whether it is the embedding's. None: there is no linear head, or it is tied by
     a configuration inside the configuration, which would have to be taken apart."""
     embedding = model.get_input_embeddings()
+    head = next(iter(head_of(model)), None)
     if head is None or not getattr(model.config, "tie_word_embeddings", False):
         return (head, False) if head else None
     if "text_config" in _read_json(source / "config.json"):
@@ -145,8 +154,8 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
     config = read_header(source)
     model = _skeleton(source, trust_remote_code)
     linears, head = dict(find_decoder(model).linears()), head_of(model)
-    if config.head != KEEP and head is not None:
-        linears[head] = model.get_submodule(head)
+    if config.head != KEEP:
+        linears |= head
     shapes = {name: linear.weight.shape for name, linear in linears.items()}
     wrong = config.layers.keys() - shapes.keys()
     if wrong:
@@ -159,8 +168,8 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
             made = {key: tensor for key, tensor in tensors.items() if key not in packed}
             for name in config.layers:
                 if f"{name}.weight" in tensors:
-                    W_OI = _unpack_layer(name, tensors, shapes[name], config.type_of(name, head))
-                    if not (config.tied and name == head):  # the embedding is its dense weight
+                    W_OI = _unpack_layer(name, tensors, shapes[name], config.type_of(name in head))
+                    if not (config.tied and name in head):  # the embedding is its dense weight
                         made[f"{name}.weight"] = W_OI
                     unpacked.add(name)
                     bar.update()
@@ -200,7 +209,7 @@ def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
     """
     counts, model = read_header(directory).layers, _skeleton(directory, False)
     linears = find_decoder(model).linears()
-    unknown = counts.keys() - linears.keys() - {head_of(model)}
+    unknown = counts.keys() - linears.keys() - head_of(model).keys()
     if unknown:
         raise ValueError(f"the packed header names {min(unknown)}, which is no linear layer of the model")
     return {name: (counts[name], linear.weight.numel()) for name, linear in linears.items() if name in counts}

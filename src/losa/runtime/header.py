@@ -78,9 +78,9 @@ class SparseConfig(QuantizationConfigMixin):
         self.head = head or ("int8" if TYPES[values].rounds and not layers else KEEP)
         self.tied = tied
 
-    def type_of(self, layer: str, head: str | None) -> ValueType:
-        """Of the stored values of a layer; `head` is the name of the model's head."""
-        return TYPES[self.head if layer == head and self.head != KEEP else self.values]
+    def type_of(self, is_head: bool) -> ValueType:
+        """Of the stored values of a packed layer, a block's or the output head."""
+        return TYPES[self.head if is_head and self.head != KEEP else self.values]
 
     def to_dict(self) -> dict[str, Any]:
         """The header; nothing of a head that is not packed."""
@@ -88,10 +88,10 @@ class SparseConfig(QuantizationConfigMixin):
         return {key: value for key, value in found.items() if key not in ("head", "tied") or self.head != KEEP}
 
 
-def head_of(model: PreTrainedModel) -> str | None:
-    """Name of the linear layer that makes logits."""
+def head_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layer that makes logits, by its name; empty where there is none."""
     head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head and isinstance(module, nn.Linear)), None)
+    return {name: module for name, module in model.named_modules() if module is head and isinstance(module, nn.Linear)}
 
 
 def swap_in(model: PreTrainedModel, config: SparseConfig) -> dict[str, SparseLinear]:
@@ -111,7 +111,7 @@ def swap_in(model: PreTrainedModel, config: SparseConfig) -> dict[str, SparseLin
             raise ValueError(f"{name}: {count} stored values, more than its {linear.weight.numel()} weights")
         with torch.device("meta"):
             made[name] = SparseLinear(
-                linear.in_features, linear.out_features, count, config.type_of(name, head), linear.bias is not None
+                linear.in_features, linear.out_features, count, config.type_of(name in head), linear.bias is not None
             )
         model.set_submodule(name, made[name])
     return made

@@ -77,14 +77,14 @@ def pack_model(model: PreTrainedModel, config: SparseConfig) -> dict[str, int]:
         The number of stored values of each layer.
     """
     linears, head, layers = dict(find_decoder(model).linears()), head_of(model), {}
-    if config.head != KEEP and head is not None:
-        linears[head] = model.get_submodule(head)
-        config.tied = linears[head].weight is getattr(model.get_input_embeddings(), "weight", None)
+    if config.head != KEEP and head:
+        linears |= head
+        config.tied = all(linear.weight is getattr(model.get_input_embeddings(), "weight", None) for linear in head.values())
         model.config.tie_word_embeddings = False
     else:
         config.head = KEEP
     for name, linear in linears.items():
-        packed = SparseLinear.from_linear(linear, config.type_of(name, head))
+        packed = SparseLinear.from_linear(linear, config.type_of(name in head))
         model.set_submodule(name, packed)
         layers[name] = packed.packed.stored
     return layers
