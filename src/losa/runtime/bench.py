@@ -23,6 +23,7 @@ from losa.environment import machine, resolve_device
 from losa.models import load, max_length, one_line
 from losa.progress import progress
 from losa.runtime.header import SparseConfig
+from losa.runtime.decode import road
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 from losa.runtime.values import TYPES
@@ -33,9 +34,10 @@ GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waitin
 @dataclass(frozen=True)
 class Row:
     """One model. Bytes are of this process (on a GPU: allocated there) and of the weights that one token reads; the limit is
-    bandwidth / weight bytes."""
+    bandwidth / weight bytes; the road is `decode.road`'s."""
 
     name: str
+    road: str
     tokens_per_second: float
     first_token_seconds: float
     resident_bytes: int
@@ -164,7 +166,7 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     for name, (model, added) in models.items():
         first = median(clock.first for clock in clocks[name])
         rate = median(clock.rate for clock in clocks[name])
-        rows.append(Row(name, rate, first, added, weight_bytes(model), stream / weight_bytes(model)))
+        rows.append(Row(name, road(model), rate, first, added, weight_bytes(model), stream / weight_bytes(model)))
     return {
         "machine": machine(place.type),
         "bandwidth": stream,

@@ -194,3 +194,9 @@ def attach(model: PreTrainedModel) -> bool:
                 decoder.forward = DecodeStep(decoder, plan)
             return plan is not None
     return False
+
+
+def road(model: PreTrainedModel) -> str:
+    """How a model's tokens are decoded: by the "compiled step", once it has proved itself, or by "transformers"."""
+    steps = [found for module in model.modules() if isinstance(found := vars(module).get("forward"), DecodeStep)]
+    return "compiled step" if any(step.verified and step.plan.holds() for step in steps) else "transformers"
