@@ -237,13 +237,14 @@ def test_packed_size_is_that_of_the_format():
     import torch
 
     from losa.runtime.packed import pack
+    from losa.runtime.values import TYPES
 
     W = torch.zeros(64, 64, dtype=torch.bfloat16)
     W.view(-1)[::4] = 1
     record = {"sparsity": {"weights": W.numel(), "achieved": 0.75}}
-    for found, dtype in zip(list(layer_bytes(record).values())[1:], (torch.bfloat16, torch.int8), strict=True):
-        packed = pack(W, dtype)
-        assert found == packed.mask.nbytes + packed.values.nbytes
+    for found, kind in zip(list(layer_bytes(record).values())[1:], TYPES.values(), strict=True):
+        packed = pack(W, kind)
+        assert found == packed.mask.nbytes + packed.values.nbytes + (packed.groups.nbytes if kind.group else 0)
 
 
 def test_names_are_text():

@@ -24,11 +24,11 @@ from losa.checkpoint import BENCH, EVALUATION
 from losa.models import check_supported, find_decoder, one_line
 from losa.progress import progress
 from losa.report.card import CARD, PACKED
-from losa.runtime.header import METHOD, SparseConfig
-from losa.runtime.packed import PackedWeight, check, pack, unpack
+from losa.runtime.header import KEEP, METHOD, SparseConfig, head_of
+from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
+from losa.runtime.values import ValueType
 
 INDEX = "model.safetensors.index.json"
-PARTS = ("weight", "weight_mask", "weight_offsets", "weight_scale")
 NOTE = (
     PACKED + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
     '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
@@ -39,44 +39,68 @@ logger = logging.getLogger(__name__)
 
 
 def pack_checkpoint(
-    source: str | Path, output: str | Path, values: str = "bfloat16", trust_remote_code: bool = False
+    source: str | Path,
+    output: str | Path,
+    values: str = "bfloat16",
+    trust_remote_code: bool = False,
+    head: str | None = None,
 ) -> dict[str, Any]:
-    """Packs the linear layers of the decoder's blocks of a checkpoint.
+    """Packs the linear layers of the decoder's blocks of a checkpoint, and its output head.
 
     Args:
         source: directory of a checkpoint, sparse or not.
         output: a directory that does not exist yet.
-        values: `bfloat16` or `int8`.
+        values: a name of `losa.runtime.values`.
+        head: `int8`, `int4`, or `keep`; see `SparseConfig`.
 
     Returns:
-        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the packed layers, `ratio` of the two.
+        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its
+        values, and `head_bytes`, 0 for a head that stays as it was.
 
     Raises:
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
     """
     source, output = Path(source), Path(output)
-    config = SparseConfig(values)
+    config = SparseConfig(values, head=head)
     if is_packed(source):
         raise ValueError(f"{source} is packed already; losa unpack gives its dense checkpoint back")
     model = _skeleton(source, trust_remote_code)
     check_supported(model)
-    linears = find_decoder(model).linears()
+    linears = dict(find_decoder(model).linears())
     total = sum(linear.weight.numel() for linear in linears.values())
-    sizes = {"layers": len(linears), "sparsity": 0.0, "dense_bytes": 2 * total, "packed_bytes": 0}
+    sizes: dict[str, Any] = {
+        "layers": len(linears),
+        "sparsity": 0.0,
+        "dense_bytes": 2 * total,
+        "packed_bytes": 0,
+        "head_bytes": 0,
+    }
+    places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
+    home = _home_of_head(model, source)
+    if config.head != KEEP and home is None and head is not None:
+        raise ValueError(f"{type(model).__name__} has no linear output head that losa can pack; use --head keep")
+    if config.head != KEEP and home is not None:
+        linears |= last
+        place, config.tied = home
+        places |= dict.fromkeys(last, place)
+    else:
+        config.head = KEEP
     with _appearing(output) as partial, progress(None, "packing", total=len(linears)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             made = {}
             for key, tensor in tensors.items():
-                name = key.removesuffix(".weight")
-                if name not in linears or name == key:
+                here = [name for name, place in places.items() if f"{place}.weight" == key]
+                repeated = config.tied and key.removesuffix(".weight") in last  # the embedding, once more
+                if (not here and not repeated) or (config.tied and here == list(last)):
                     made[key] = tensor
-                    continue
-                parts = _pack_layer(name, tensor, linears[name].weight.shape, config)
-                made |= parts
-                config.layers[name] = parts[f"{name}.weight"].numel()
-                sizes["packed_bytes"] += sum(part.nbytes for part in parts.values())
-                bar.update()
+                for name in here:
+                    packed = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
+                    parts = packed.tensors()
+                    made |= {f"{name}.{part}": found for part, found in parts.items()}
+                    config.layers[name] = packed.stored
+                    sizes["head_bytes" if name in last else "packed_bytes"] += sum(found.nbytes for found in parts.values())
+                    bar.update()
             return made
 
         _convert_files(source, partial, convert)
@@ -85,23 +109,36 @@ def pack_checkpoint(
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
-        changes = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
+        changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
+        if config.tied:
+            changes["tie_word_embeddings"] = False
         _finish(source, partial, changes, NOTE.format(name=output.name, values=values))
-    sizes["sparsity"] = 1 - sum(config.layers.values()) / total
-    return sizes | {"ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
+    sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
+    return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
 
-def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, config: SparseConfig) -> dict[str, Tensor]:
+def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> PackedWeight:
     if W_OI.shape != shape or not W_OI.is_floating_point():
         raise ValueError(f"{name}.weight is {W_OI.dtype} {tuple(W_OI.shape)} in the file, expected floats of {tuple(shape)}")
     if W_OI.dtype != torch.bfloat16:
         logger.info("%s: %s rounded to bfloat16", name, W_OI.dtype)
     rounded = W_OI.bfloat16()
-    packed = pack(rounded, config.dtype)
-    if config.dtype == torch.bfloat16 and not torch.equal(unpack(packed), rounded):
+    packed = pack(rounded, kind)
+    if not kind.rounds and not torch.equal(unpack(packed), rounded):
         raise RuntimeError(f"{name}: what was packed does not unpack to itself; the result is void")
-    parts = dict(zip(PARTS, (packed.values, packed.mask, packed.offsets, packed.scale), strict=True))
-    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    return packed
+
+
+def _home_of_head(model: PreTrainedModel, source: Path) -> tuple[str, bool] | None:
+    """Whose weight the head's is in the files, and whether it is the embedding's. None: there is no linear head, or it is tied by
+    a configuration inside the configuration, which would have to be taken apart."""
+    embedding = model.get_input_embeddings()
+    head = next(iter(head_of(model)), None)
+    if head is None or not getattr(model.config, "tie_word_embeddings", False):
+        return (head, False) if head else None
+    if "text_config" in _read_json(source / "config.json"):
+        return None
+    return next(name for name, module in model.named_modules() if module is embedding), True
 
 
 def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False) -> int:
@@ -115,7 +152,11 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
     """
     source, output = Path(source), Path(output)
     config = read_header(source)
-    shapes = {name: linear.weight.shape for name, linear in find_decoder(_skeleton(source, trust_remote_code)).linears().items()}
+    model = _skeleton(source, trust_remote_code)
+    linears, head = dict(find_decoder(model).linears()), head_of(model)
+    if config.head != KEEP:
+        linears |= head
+    shapes = {name: linear.weight.shape for name, linear in linears.items()}
     wrong = config.layers.keys() - shapes.keys()
     if wrong:
         raise ValueError(f"the packed header names {min(wrong)}, which is no linear layer of the model")
@@ -127,7 +168,9 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
             made = {key: tensor for key, tensor in tensors.items() if key not in packed}
             for name in config.layers:
                 if f"{name}.weight" in tensors:
-                    made[f"{name}.weight"] = _unpack_layer(name, tensors, shapes[name])
+                    W_OI = _unpack_layer(name, tensors, shapes[name], config.type_of(name in head))
+                    if not (config.tied and name in head):  # the embedding is its dense weight
+                        made[f"{name}.weight"] = W_OI
                     unpacked.add(name)
                     bar.update()
             return made
@@ -138,15 +181,15 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
-        _finish(source, partial, {"quantization_config": None}, "")
-    return len(config.layers)
+        _finish(source, partial, {"quantization_config": None} | ({"tie_word_embeddings": True} if config.tied else {}), "")
+    return len(config.layers) - (config.head != KEEP)
 
 
-def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    values, mask, offsets, scale = (tensors.get(f"{name}.{part}") for part in PARTS)
-    if values is None or mask is None or offsets is None:
+def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size, kind: ValueType) -> Tensor:
+    found: dict[str, Any] = {field: tensors.get(f"{name}.{part}") for part, field in PARTS.items()}
+    if any(found[field] is None for field in ("values", "mask", "offsets")):
         raise ValueError(f"the packed checkpoint lacks a part of {name}; it is damaged, pack the model again")
-    packed = PackedWeight(mask=mask, values=values, offsets=offsets, scale=scale, rows=shape[0], columns=shape[1])
+    packed = PackedWeight(**found, rows=shape[0], columns=shape[1], type=kind)
     check(packed, name)
     return unpack(packed)
 
@@ -159,14 +202,14 @@ def is_packed(directory: Path) -> bool:
 
 
 def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
-    """Stored values and weights of every packed layer, in the model's order, from the header alone.
+    """Stored values and weights of every packed layer of the blocks, in the model's order, from the header alone.
 
     Raises:
         ValueError: a header that does not fit the model.
     """
-    counts = read_header(directory).layers
-    linears = find_decoder(_skeleton(directory, False)).linears()
-    unknown = counts.keys() - linears.keys()
+    counts, model = read_header(directory).layers, _skeleton(directory, False)
+    linears = find_decoder(model).linears()
+    unknown = counts.keys() - linears.keys() - head_of(model).keys()
     if unknown:
         raise ValueError(f"the packed header names {min(unknown)}, which is no linear layer of the model")
     return {name: (counts[name], linear.weight.numel()) for name, linear in linears.items() if name in counts}
