@@ -120,19 +120,30 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         (("before", "00-baselines"), []),  # nothing to go on from but a half-written stage
         (("after", "01-trained"), ["01-pruned", "01-trained"]),  # the older stage was to be removed next
         (("before", "02-pruned"), ["01-trained"]),
-        (("before", "model.safetensors"), ["03-trained"]),  # the result is whole, but not in place
-        (("before", "losa.json"), ["03-trained"]),  # all but the record is in place
+        (("before", "sparse"), ["03-trained"]),  # the result is whole, but not in place
     ],
 )
 def test_sigkill_where_files_change_places(folder, uninterrupted, tmp_path, kill, left):
     output = tmp_path / "sparse"
     assert call(tmp_path / "log", losa, command(folder, output), kill) == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert [name for name in stages(output) if not name.startswith("tmp-")] == left
-    if kill[1] != "losa.json":
-        assert_not_loadable(output)
+    assert_not_loadable(output)
     assert call(tmp_path / "log", losa, command(folder, output, "--resume")) == 0, (tmp_path / "log").read_text()
     assert_same_result(output, uninterrupted("wanda"))
     assert not (output / ".losa").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "log", "sparse"]
+
+
+def test_sigkill_when_the_result_is_in_place(folder, uninterrupted, tmp_path):
+    """The result is whole; the next command removes what is left of the stages beside it."""
+    output = tmp_path / "sparse"
+    assert call(tmp_path / "log", losa, command(folder, output), ("after", "sparse")) == -signal.SIGKILL
+    assert_same_result(output, uninterrupted("wanda"))
+    assert (tmp_path / ".sparse.losa" / "new" / ".losa").is_dir()
+    assert call(tmp_path / "log", losa, command(folder, output, "--resume")) == 2
+    assert "is complete; there is nothing to resume" in (tmp_path / "log").read_text()
+    assert_same_result(output, uninterrupted("wanda"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "log", "sparse"]
 
 
 def test_sigkill_from_outside(folder, uninterrupted, tmp_path):
@@ -238,8 +249,10 @@ def test_run_without_resume_leaves_an_interrupted_one_alone(folder, uninterrupte
 
 def test_new_run_killed_over_an_old_result_leaves_the_old_one_whole(folder, uninterrupted, tmp_path):
     output = shutil.copytree(uninterrupted("wanda"), tmp_path / "sparse")
+    with pytest.raises(ValueError, match="holds a finished result; add --overwrite to replace it"):
+        toy_run(folder, output=str(output), seed=5)
     with pytest.raises(Stop):
-        toy_run(folder, output=str(output), callbacks=(StopAtStep(2),), seed=5)
+        toy_run(folder, output=str(output), callbacks=(StopAtStep(2),), seed=5, overwrite=True)
     assert stages(output) == ["02-pruned"]
     for path in uninterrupted("wanda").iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes()

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from losa import distributed
 from losa.baselines import lift_masks, mask_again
-from losa.checkpoint import replace
+from losa.checkpoint import replace, to_json
 from losa.config import LosaConfig, build, merge, nested, read_config, require
 from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, reconstruct, sparsify
 from losa.models import load
+from losa.output import claim
 from losa.progress import progress
 from losa.report.content import public
 from losa.session import Session, check_request
@@ -158,7 +159,15 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
     Returns:
         One dict a row: `method`, `target`, `seed`, and what `measure` found.
+
+    Raises:
+        ValueError: another command writes to the output.
     """
+    with claim(config.output):
+        return _compare(config)
+
+
+def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     from losa.report.comparison import write_plots, write_tables
 
     folder = Path(config.output, "rows")
@@ -170,7 +179,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             result = measure(row)
             logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
             if distributed.is_main():
-                replace(file, json.dumps(result, indent=1) + "\n")
+                replace(file, to_json(result, file.name))
             distributed.wait()
         entry = {"method": row.name, "target": row.target, "seed": row.seed}
         found.append(entry | json.loads(file.read_text("utf-8")))

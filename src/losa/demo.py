@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
-from losa.method import prune, run
+from losa.method import prune, run_claimed
 from losa.models import load
+from losa.output import claim
 from losa.session import check_request
 
 PROMPT = "The old man looked at her and said"
@@ -54,14 +55,19 @@ def demo(output: str | None = None) -> DemoResult:
         output: directory to leave the sparse checkpoint in; nothing is written when None.
     """
     config = demo_config(output)
-    check_request(config, training=True)  # before the first half, which writes nothing
+    with claim(output):
+        check_request(config, training=True)  # before the first half, which writes nothing
+        return _demo(config)
+
+
+def _demo(config: LosaConfig) -> DemoResult:
     samples = {}
     model, tokenizer = load(config)
     samples["dense"] = sample(model, tokenizer)
     uniform = LosaConfig.from_dict(config.to_dict() | {"output": None, "delta": 0.0})
     samples["pruned only"] = sample(prune(model, tokenizer, uniform), tokenizer)
     model, tokenizer = load(config)
-    model = run(model, tokenizer, config)
+    model = run_claimed(model, tokenizer, config)
     samples["LoSA"] = sample(model, tokenizer)
     return DemoResult(model.losa_record, samples)
 

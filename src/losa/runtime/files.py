@@ -7,10 +7,7 @@ embeddings to tokenizer, is as it was. The directory appears under its name only
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from losa.checkpoint import BENCH, EVALUATION
+from losa.checkpoint import writing
 from losa.models import check_supported, find_decoder, one_line
+from losa.output import BENCH, EVALUATION, LIST, check_free, claim, fresh, place, publish
 from losa.progress import progress
 from losa.report.card import CARD, PACKED
 from losa.runtime.header import METHOD, SparseConfig
@@ -39,7 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 def pack_checkpoint(
-    source: str | Path, output: str | Path, values: str = "bfloat16", trust_remote_code: bool = False
+    source: str | Path,
+    output: str | Path,
+    values: str = "bfloat16",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Packs the linear layers of the decoder's blocks of a checkpoint.
 
@@ -47,6 +49,7 @@ def pack_checkpoint(
         source: directory of a checkpoint, sparse or not.
         output: a directory that does not exist yet.
         values: `bfloat16` or `int8`.
+        overwrite: the output may be what losa wrote earlier; it is replaced.
 
     Returns:
         `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the packed layers, `ratio` of the two.
@@ -55,7 +58,12 @@ def pack_checkpoint(
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
     """
     source, output = Path(source), Path(output)
-    config = SparseConfig(values)
+    with claim(output):
+        return _pack_claimed(source, output, SparseConfig(values), trust_remote_code, overwrite)
+
+
+def _pack_claimed(source: Path, output: Path, config: SparseConfig, trust_remote_code: bool, overwrite: bool) -> dict[str, Any]:
+    _check(source, output, overwrite)
     if is_packed(source):
         raise ValueError(f"{source} is packed already; losa unpack gives its dense checkpoint back")
     model = _skeleton(source, trust_remote_code)
@@ -63,7 +71,8 @@ def pack_checkpoint(
     linears = find_decoder(model).linears()
     total = sum(linear.weight.numel() for linear in linears.values())
     sizes = {"layers": len(linears), "sparsity": 0.0, "dense_bytes": 2 * total, "packed_bytes": 0}
-    with _appearing(output) as partial, progress(None, "packing", total=len(linears)) as bar:
+    partial = fresh(output)
+    with writing(output), progress(None, "packing", total=len(linears)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             made = {}
@@ -86,7 +95,8 @@ def pack_checkpoint(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
         changes = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
-        _finish(source, partial, changes, NOTE.format(name=output.name, values=values))
+        _finish(source, partial, changes, NOTE.format(name=output.name, values=config.values))
+        publish(output)
     sizes["sparsity"] = 1 - sum(config.layers.values()) / total
     return sizes | {"ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
@@ -104,7 +114,7 @@ def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, config: SparseConfig
     return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
-def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False) -> int:
+def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False, overwrite: bool = False) -> int:
     """Writes the dense checkpoint, with its zeros, that any software opens: bitwise the packed one for bfloat16 values.
 
     Returns:
@@ -114,13 +124,20 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
         ValueError: `source` is not a packed checkpoint, is damaged, or the output exists.
     """
     source, output = Path(source), Path(output)
+    with claim(output):
+        return _unpack_claimed(source, output, trust_remote_code, overwrite)
+
+
+def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwrite: bool) -> int:
+    _check(source, output, overwrite)
     config = read_header(source)
     shapes = {name: linear.weight.shape for name, linear in find_decoder(_skeleton(source, trust_remote_code)).linears().items()}
     wrong = config.layers.keys() - shapes.keys()
     if wrong:
         raise ValueError(f"the packed header names {min(wrong)}, which is no linear layer of the model")
     unpacked = set()
-    with _appearing(output) as partial, progress(None, "unpacking", total=len(config.layers)) as bar:
+    partial = fresh(output)
+    with writing(output), progress(None, "unpacking", total=len(config.layers)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             packed = {f"{name}.{part}" for name in config.layers for part in PARTS}
@@ -139,6 +156,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
         _finish(source, partial, {"quantization_config": None}, "")
+        publish(output)
     return len(config.layers)
 
 
@@ -195,19 +213,15 @@ def _skeleton(source: Path, trust_remote_code: bool) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A directory to fill, renamed to `output` at the end; gone if that is not reached."""
-    if output.exists():
-        raise ValueError(f"{output} exists; choose another directory, or remove it first")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _check(source: Path, output: Path, overwrite: bool) -> None:
+    """Refuses an output that is there, unless losa wrote it and `overwrite` is set; and the source itself."""
+    final = place(output)
+    if final == place(source):
+        raise ValueError(f"{output} is what would be read and exists; choose another directory")
+    if final.exists() and not overwrite:
+        more = ", or add --overwrite to replace it" if (final / LIST).exists() else ""
+        raise ValueError(f"{output} exists; choose another directory, or remove it first{more}")
+    check_free(output, overwrite)
 
 
 def _convert_files(source: Path, output: Path, convert: Any) -> None:
@@ -234,7 +248,7 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
 
 def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> None:
     """Copies what is neither weights nor measured on them, the card with a new `note`, config.json with `changes` (None removes a
-    key). Flushes it all."""
+    key)."""
     for file in source.iterdir():
         if (
             file.is_file()
@@ -246,10 +260,6 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
     config = _read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
     _note_on_card(output, note)
-    for file in [*output.iterdir(), output]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _note_on_card(directory: Path, note: str) -> None:

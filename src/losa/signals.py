@@ -1,0 +1,67 @@
+"""SIGTERM and SIGINT: what a scheduler sends before it kills, and what Ctrl-C sends."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end. Not an Exception, so that nothing on the way takes it for an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Has `handler` called for both signals while it lasts. Nothing outside of the main thread, which alone gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Has both signals raise `Interrupted` while it lasts."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    with handled(interrupt):
+        yield
+
+
+class Noted:
+    """Has the first signal noted and not obeyed while it lasts, so that work can be saved; a second one is obeyed at once.
+
+    Attributes:
+        number: of the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @contextmanager
+    def listening(self) -> Iterator["Noted"]:
+        """At the end, the signal that came is sent again, to whoever handled it before, unless an exception is under way."""
+
+        def note(number: int, frame: Any) -> None:
+            if self.number:
+                raise Interrupted(number)
+            self.number = int(number)
+
+        with handled(note):
+            yield self
+        if self.number:
+            signal.raise_signal(self.number)
