@@ -354,7 +354,7 @@ def test_a_second_run_replaces_the_first_whole(tmp_path):
     toy_run(folder, steps=1)
     assert len(list((folder / "sparse").glob("*.safetensors"))) > 1
     save_toy(tmp_path / "other")
-    toy_run(folder, steps=1, model=str(tmp_path / "other"))
+    toy_run(folder, steps=1, model=str(tmp_path / "other"), overwrite=True)
     assert [path.name for path in (folder / "sparse").glob("*.safetensors*")] == ["model.safetensors"]
     assert record_of(folder / "sparse")["config"]["model"] == str(tmp_path / "other")
 
