@@ -161,7 +161,8 @@ def test_the_command_ends_with_a_sentence(folder, uninterrupted, tmp_path, numbe
 
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
 def test_two_processes_go_on_bit_for_bit(folder, tmp_path, options):
-    whole, output = tmp_path / "whole", tmp_path / "sparse"
+    whole, output = tmp_path / "whole" / "sparse", tmp_path / "sparse"
+    whole.parent.mkdir()
     batch = ["--set", "train.batch_size=4", *options]
     assert ranks(tmp_path / "a", 2, losa, command(folder, whole, *batch)) == [0, 0]
     stopped = ranks(tmp_path / "b", 2, killed_at, 4, signal.SIGTERM, command(folder, output, *batch))

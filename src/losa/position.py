@@ -131,7 +131,11 @@ def put_optimizer(position: Position, trainer: Trainer) -> None:
 
 def put_own(position: Position, trainer: Trainer, losses: Tensor) -> None:
     """Random numbers, scores and, into `losses`, their sum: what this process had of its own."""
-    mine = {key.partition(".")[2]: value[distributed.rank()] for key, value in position.tensors.items() if key.startswith("own.")}
+    mine = {
+        key.partition(".")[2]: value[distributed.rank()].clone()
+        for key, value in position.tensors.items()
+        if key.startswith("own.")
+    }
     torch.set_rng_state(mine["torch"])
     if "cuda" in mine and torch.cuda.is_available():
         torch.cuda.set_rng_state(mine["cuda"])
