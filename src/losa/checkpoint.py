@@ -13,6 +13,7 @@ takes its place (`output.py`).
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -227,8 +228,8 @@ def latest_stage(output: Path, config: LosaConfig) -> dict[str, Any] | None:
         if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
             where = f"{stage} has format {manifest['format']}, expected {FORMAT}"
             raise ValueError(f"{where}; delete {work_dir(output)} to start anew")
-    for stage, _ in sorted(found, key=lambda pair: _done(pair[0]), reverse=True):
-        manifest = _load_manifest(stage) or {}
+    counts = {stage: math.inf if (count := _done(stage)) < 0 else count for stage, _ in found}  # what says nothing is damaged
+    for stage, manifest in sorted(found, key=lambda pair: (pair[0].parent.name == PREVIOUS, -counts[pair[0]])):
         sound = _sound_manifest(stage)
         if (sound or "sha256" not in manifest) and manifest.get("fingerprint") not in (None, config.fingerprint()):
             old = manifest["config"]

@@ -24,7 +24,7 @@ try:
 except ImportError:  # no flock on this system
     fcntl = None  # type: ignore[assignment]
 
-LIST = ".losa-files.json"  # names of what losa wrote into a directory
+LIST = "losa-files.json"  # names of what losa wrote into a directory
 RECORD, EVALUATION, BENCH = "losa.json", "eval.json", "bench.json"  # the last two are added to a result after it is published
 WORK, PREVIOUS = ".losa", "previous"  # stages of a run, inside of its output; in it, the stage before the newest
 MANIFEST = "stage.json"

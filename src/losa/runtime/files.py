@@ -254,7 +254,7 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
             file.is_file()
             and not file.name.startswith(".")
             and file.suffix != ".safetensors"
-            and file.name not in (INDEX, EVALUATION, BENCH, "config.json")
+            and file.name not in (INDEX, EVALUATION, BENCH, LIST, "config.json")
         ):
             shutil.copy2(file, output / file.name)
     config = _read_json(source / "config.json") | changes
