@@ -213,7 +213,7 @@ def _sound_manifest(stage: Path) -> dict[str, Any] | None:
         if seal != _seal(manifest) or manifest["name"] != stage.name:
             return None
         return manifest if all(_digest(stage / name) == digest for name, digest in manifest["files"].items()) else None
-    except (OSError, KeyError):
+    except (OSError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -231,9 +231,10 @@ def latest_stage(output: Path, config: LosaConfig) -> dict[str, Any] | None:
     counts = {stage: math.inf if (count := _done(stage)) < 0 else count for stage, _ in found}  # what says nothing is damaged
     for stage, manifest in sorted(found, key=lambda pair: (pair[0].parent.name == PREVIOUS, -counts[pair[0]])):
         sound = _sound_manifest(stage)
-        if (sound or "sha256" not in manifest) and manifest.get("fingerprint") not in (None, config.fingerprint()):
-            old = manifest["config"]
-            lines = "\n  ".join(differences(old, config.to_dict() | {"output": old["output"]}))
+        old = manifest.get("config")
+        other = isinstance(old, dict) and manifest.get("fingerprint") != config.fingerprint()
+        if isinstance(old, dict) and other and (sound or "sha256" not in manifest):
+            lines = "\n  ".join(differences(old, config.to_dict() | {"output": old.get("output")}))
             way_out = f"restore it, or delete {work_dir(output)} to start anew"
             raise ValueError(f"cannot resume {output}: the configuration changed\n  {lines}\n{way_out}")
         if sound:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from losa.signals import Interrupted, raised
+from losa.signals import Interrupted, end_quietly, raised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -516,6 +516,7 @@ def _quiet(level: int = logging.INFO) -> None:
 def main() -> None:
     """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback; a signal is one line and
     128 plus its number."""
+    end_quietly()
     try:
         with raised():
             app()

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: what a scheduler sends before it kills, and what Ctrl-C sends."""
 
+import atexit
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,12 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+def end_quietly() -> None:
+    """Has both signals end the process without a word once Python is on its way out, where no exception can be caught."""
+    for number in SIGNALS:
+        atexit.register(signal.signal, number, signal.SIG_DFL)
 
 
 @contextmanager
