@@ -113,8 +113,11 @@ def whole(value: Tensor) -> Tensor:
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, spread over them and placed as `like` is; the inverse of `whole`."""
-    if isinstance(like, DTensor) and value.shape == like.shape:
+    """A whole tensor, the same on every process, spread over them and placed as `like` is: the inverse of `whole`. One of another
+    shape, such as a count of steps, is left as it is."""
+    if value.shape != like.shape:
+        return value
+    if isinstance(like, DTensor):
         mesh = like.device_mesh
         value = distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
     return value.to(like.device)

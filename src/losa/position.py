@@ -102,20 +102,18 @@ def _own(model: nn.Module, losses: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_parameters(position: Position, model: nn.Module) -> None:
-    """What was trained, into a whole model."""
+    """What was trained, out of the position into a whole model."""
     for name, parameter in _parameters(model).items():
-        parameter.copy_(position.tensors[f"parameter.{name}"])
+        parameter.copy_(position.tensors.pop(f"parameter.{name}"))
 
 
 def put_optimizer(position: Position, trainer: Trainer) -> None:
-    """Moments and schedule, into what the trainer has just made."""
+    """Moments and schedule, out of the position into what the trainer has just made."""
     names = {parameter: name for name, parameter in _parameters(trainer.model).items()}
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in position.tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            name, _, part = rest.rpartition(".")
-            moments.setdefault(name, {})[part] = value
+    for key in [key for key in position.tensors if key.startswith("optimizer.")]:
+        name, _, part = key.removeprefix("optimizer.").rpartition(".")
+        moments.setdefault(name, {})[part] = position.tensors.pop(key).clone()  # the file they are mapped from may go
     state = trainer.optimizer.state_dict()
     ordered = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     state["state"] = {

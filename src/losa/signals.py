@@ -40,13 +40,21 @@ def end_quietly() -> None:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Has both signals raise `Interrupted` while it lasts."""
+    """Has both signals raise `Interrupted` while it lasts; also where a library makes another exception of it on the way."""
+    came = 0
 
     def interrupt(number: int, frame: Any) -> None:
+        nonlocal came
+        came = number
         raise Interrupted(number)
 
     with handled(interrupt):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if came:
+                raise Interrupted(came) from error
+            raise
 
 
 class Noted:

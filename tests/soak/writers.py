@@ -32,14 +32,12 @@ class Writers:
         self.counts: Counter[str] = Counter()
         self.alone: dict[tuple[str, int], Any] = {}
         (folder / "c.yaml").write_text(json.dumps(self.values))
-        self.sparse = folder / "sparse"
-        assert processes.call(folder / "log", processes.losa, self.arguments("run", 0, self.sparse)) == 0
 
     def arguments(self, kind: str, version: int, output: Path) -> list[str]:
         """Of `losa`; the versions differ in what they make."""
         model, text = self.values["model"], self.values["train"]["data"]
         if kind == "pack":
-            return ["pack", str(self.sparse), str(output), "--values", ("bfloat16", "int8")[version]]
+            return ["pack", str(self.sparse()), str(output), "--values", ("bfloat16", "int8")[version]]
         seed = ["--set", f"seed={version}"]
         if kind == "compare":
             shared = {key: self.values[key] for key in ("model", "device", "calibration", "train", "eval")}
@@ -50,6 +48,13 @@ class Writers:
             short = [f"calibration.{key}" for key in ("sequences=4", "rmi_sequences=4", "length=32")] + ["eval.length=32"]
             return ["prune", model, "-o", str(output), "--calibration", text, *seed, *(f"--set={key}" for key in short)]
         return ["run", model, "-o", str(output), "-c", str(self.folder / "c.yaml"), *seed]
+
+    def sparse(self) -> Path:
+        """A checkpoint to pack, made once."""
+        output = self.folder / "sparse"
+        if not output.exists():
+            assert processes.call(self.folder / "log", processes.losa, self.arguments("run", 0, output)) == 0
+        return output
 
     def look(self, kind: str, output: Path) -> Any:
         """What there is."""
