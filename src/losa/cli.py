@@ -448,6 +448,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the sparse checkpoint here.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """A small real Llama pruned to 70 % and recovered, offline, in two or three minutes on two CPU cores."""
     from losa.demo import PROMPT
@@ -455,7 +456,7 @@ def demo(
     from losa.report.table import pairs, summary
 
     _heavy(logging.WARNING)
-    result = run_demo(str(output) if output else None)
+    result = run_demo(str(output) if output else None, overwrite)
     out.print(summary(result.record))
     out.print(pairs(f'samples, prompt: "{PROMPT}"', result.samples))
     if output:
@@ -522,7 +523,8 @@ def main() -> None:
             app()
     except Interrupted as stopped:
         name = signal.Signals(stopped.number).name
-        _say(f"stopped by {name}; nothing half-written is left, and losa run goes on with --resume", err)
+        if not _others:
+            _say(f"stopped by {name}; nothing half-written is left, and losa run goes on with --resume", err)
         sys.exit(128 + stopped.number)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         expected = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"

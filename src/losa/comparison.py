@@ -175,18 +175,35 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
-        if not file.exists():
+        result = _read_row(file)
+        if result is None:
             result = measure(row)
             logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
+            text = to_json(result, file.name)
             if distributed.is_main():
-                replace(file, to_json(result, file.name))
+                replace(file, text)
+            result = json.loads(text)
             distributed.wait()
         entry = {"method": row.name, "target": row.target, "seed": row.seed}
-        found.append(entry | json.loads(file.read_text("utf-8")))
+        found.append(entry | result)
         if distributed.is_main():
             write_tables(Path(config.output, config.name), found)
     if distributed.is_main():
         write_plots(Path(config.output, config.name), found)
+    return found
+
+
+def _read_row(file: Path) -> dict[str, Any] | None:
+    """What was found before, or None; of a file that cannot be read, with a warning."""
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        logger.warning("%s is damaged; the row is made again", file)
+        return None
     return found
 
 

@@ -48,26 +48,27 @@ def demo_config(output: str | None) -> LosaConfig:
     return LosaConfig.from_dict(values)
 
 
-def demo(output: str | None = None) -> DemoResult:
+def demo(output: str | None = None, overwrite: bool = False) -> DemoResult:
     """Runs it: dense, pruned only, LoSA.
 
     Args:
         output: directory to leave the sparse checkpoint in; nothing is written when None.
+        overwrite: replace what an earlier command left there.
     """
     config = demo_config(output)
     with claim(output):
-        check_request(config, training=True)  # before the first half, which writes nothing
-        return _demo(config)
+        check_request(config, training=True, overwrite=overwrite)  # before the first half, which writes nothing
+        return _demo(config, overwrite)
 
 
-def _demo(config: LosaConfig) -> DemoResult:
+def _demo(config: LosaConfig, overwrite: bool) -> DemoResult:
     samples = {}
     model, tokenizer = load(config)
     samples["dense"] = sample(model, tokenizer)
     uniform = LosaConfig.from_dict(config.to_dict() | {"output": None, "delta": 0.0})
     samples["pruned only"] = sample(prune(model, tokenizer, uniform), tokenizer)
     model, tokenizer = load(config)
-    model = run_claimed(model, tokenizer, config)
+    model = run_claimed(model, tokenizer, config, overwrite=overwrite)
     samples["LoSA"] = sample(model, tokenizer)
     return DemoResult(model.losa_record, samples)
 
