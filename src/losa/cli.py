@@ -111,7 +111,7 @@ def run(
 
     Several GPUs: `torchrun --nproc-per-node 8 -m losa run ...`, or `accelerate launch -m losa run ...`; the same result, sooner.
     """
-    from losa.method import run_claimed
+    from losa.method import run as run_losa
     from losa.models import load
     from losa.output import claim
     from losa.report.table import summary
@@ -127,7 +127,7 @@ def run(
     with claim(resolved.output):
         check_request(resolved, training=True, resume=resume, overwrite=overwrite)
         _heavy()
-        sparse = run_claimed(*load(resolved), resolved, resume=resume, overwrite=overwrite)
+        sparse = run_losa(*load(resolved), resolved, resume=resume, overwrite=overwrite, claimed=True)
     out.print(summary(sparse.losa_record))
     _say(f"saved and verified: {output}")
 
@@ -155,7 +155,7 @@ def prune(
     `--set rates=dlp` gives layers their own rates. Perplexity is over the first 16 windows, which takes less time
     than pruning does; `losa eval OUTPUT --data TEXT` measures over all.
     """
-    from losa.method import prune_claimed
+    from losa.method import prune as prune_once
     from losa.models import load
     from losa.output import claim
     from losa.report.table import summary
@@ -170,7 +170,7 @@ def prune(
     with claim(resolved.output):
         check_request(resolved, training=False, overwrite=overwrite)
         _heavy()
-        pruned = prune_claimed(*load(resolved), resolved, overwrite=overwrite)
+        pruned = prune_once(*load(resolved), resolved, overwrite=overwrite, claimed=True)
     out.print(summary(pruned.losa_record))
     _say(f"saved and verified: {output}")
 

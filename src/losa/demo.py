@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
-from losa.method import prune, run_claimed
+from losa.method import prune, run
 from losa.models import load
 from losa.output import claim
 from losa.session import check_request
@@ -68,7 +68,7 @@ def _demo(config: LosaConfig, overwrite: bool) -> DemoResult:
     uniform = LosaConfig.from_dict(config.to_dict() | {"output": None, "delta": 0.0})
     samples["pruned only"] = sample(prune(model, tokenizer, uniform), tokenizer)
     model, tokenizer = load(config)
-    model = run_claimed(model, tokenizer, config, overwrite=overwrite)
+    model = run(model, tokenizer, config, overwrite=overwrite, claimed=True)
     samples["LoSA"] = sample(model, tokenizer)
     return DemoResult(model.losa_record, samples)
 

@@ -40,6 +40,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    claimed: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
     """Prunes `model` to `config.sparsity` and recovers its quality, in `config.steps` dynamic steps.
@@ -50,6 +51,7 @@ def run(
         config: with `train.data`; without `output`, nothing is written.
         resume: go on from the last complete stage in `config.output`, or from the last position inside the training after it.
         overwrite: replace a finished result or an interrupted run in `config.output`.
+        claimed: the caller has `config.output` to itself already (`output.claim`).
         callbacks: `transformers.TrainerCallback`s, passed to every training.
 
     Returns:
@@ -62,24 +64,11 @@ def run(
         OSError: a stage or the result cannot be written; what was saved before is as it was.
         RuntimeError: a pruned weight of the saved file is not zero.
     """
-    with claim(config.output):
-        return run_claimed(model, tokenizer, config, resume=resume, overwrite=overwrite, callbacks=callbacks)
-
-
-def run_claimed(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LosaConfig,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> PreTrainedModel:
-    """`run`, for who has claimed the output already (`output.claim`)."""
-    session = Session.start(model, tokenizer, config, kind="run", resume=resume, overwrite=overwrite, callbacks=callbacks)
-    first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
-    session.go_through([first, *dynamic_steps(session.config)])
-    return session.finish("losa")
+    with claim(None if claimed else config.output):
+        session = Session.start(model, tokenizer, config, kind="run", resume=resume, overwrite=overwrite, callbacks=callbacks)
+        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
+        session.go_through([first, *dynamic_steps(session.config)])
+        return session.finish("losa")
 
 
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
@@ -95,26 +84,24 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
 
 
 def prune(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig, *, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LosaConfig,
+    *,
+    overwrite: bool = False,
+    claimed: bool = False,
 ) -> PreTrainedModel:
     """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `delta: 0`).
 
-    Returns and raises as `run`.
+    Takes, returns and raises what `run` does.
     """
-    with claim(config.output):
-        return prune_claimed(model, tokenizer, config, overwrite=overwrite)
-
-
-def prune_claimed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig, *, overwrite: bool = False
-) -> PreTrainedModel:
-    """`prune`, for who has claimed the output already (`output.claim`)."""
-    session = Session.start(model, tokenizer, config, kind="prune", overwrite=overwrite)
-    session.measure("dense")
-    sparsify(session, session.config.steps)
-    if config.reconstruct.epochs:
-        reconstruct(session)
-    return session.finish("pruned")
+    with claim(None if claimed else config.output):
+        session = Session.start(model, tokenizer, config, kind="prune", overwrite=overwrite)
+        session.measure("dense")
+        sparsify(session, session.config.steps)
+        if config.reconstruct.epochs:
+            reconstruct(session)
+        return session.finish("pruned")
 
 
 def measure_baselines(session: Session) -> None:

@@ -291,6 +291,36 @@ def _block_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def _arguments(config: TrainConfig, device: torch.device, name: str, seed: int, work_dir: Path) -> TrainingArguments:
+    assert config.lr is not None, "resolve the configuration first"
+    args = TrainingArguments(
+        output_dir=str(work_dir),
+        num_train_epochs=1,
+        per_device_train_batch_size=config.batch_size // distributed.world_size(),
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup,  # below 1, a ratio
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        logging_steps=10,
+        logging_first_step=True,
+        disable_tqdm=True,
+        report_to=config.report_to,
+        run_name=name,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_backend="gloo" if device.type == "cpu" and distributed.world_size() > 1 else None,
+        ddp_broadcast_buffers=False,  # masks are the same everywhere
+        ddp_find_unused_parameters=False,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # one device: DataParallel would copy the model to every visible GPU
+    return args
+
+
 def train(
     model: PreTrainedModel,
     rows: Tensor | Samples,
@@ -329,31 +359,7 @@ def train(
     if eos is not None and not separates_documents(model):
         logger.warning("%s attends across the documents packed in one row; it is trained that way", type(model).__name__)
         eos = None
-    args = TrainingArguments(
-        output_dir=str(work_dir),
-        num_train_epochs=1,
-        per_device_train_batch_size=config.batch_size // distributed.world_size(),
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup,  # below 1, a ratio
-        lr_scheduler_type=config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        save_strategy="no",
-        logging_steps=10,
-        logging_first_step=True,
-        disable_tqdm=True,
-        report_to=config.report_to,
-        run_name=name,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        ddp_backend="gloo" if device.type == "cpu" and distributed.world_size() > 1 else None,
-        ddp_broadcast_buffers=False,  # masks are the same everywhere
-        ddp_find_unused_parameters=False,
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # one device: DataParallel would copy the model to every visible GPU
+    args = _arguments(config, device, name, seed, work_dir)
     guard, curve, noted = _Guard(name, config.lr), _Curve(device), Noted()
     keepers = [_Keeper(keeping, noted)] if keeping else []
     use_cache = model.config.use_cache  # the Trainer sets it to False when it is made
