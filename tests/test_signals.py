@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import pytest
 
@@ -25,6 +26,17 @@ def test_a_library_that_makes_another_exception_of_it_hides_nothing():
             raise ValueError("could not determine the shape") from None
     with pytest.raises(ValueError, match="nothing to do with it"), raised():
         raise ValueError("nothing to do with it")
+
+
+def test_a_destructor_hides_nothing():
+    class Group:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+            len(())  # the handler runs here, and what it raises goes nowhere
+
+    with pytest.raises(Interrupted), raised():
+        Group()
+        time.sleep(5)
 
 
 def test_a_noted_signal_waits_and_a_second_does_not():

@@ -1,7 +1,9 @@
 """SIGTERM and SIGINT: what a scheduler sends before it kills, and what Ctrl-C sends."""
 
 import atexit
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +42,8 @@ def end_quietly() -> None:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Has both signals raise `Interrupted` while it lasts; also where a library makes another exception of it on the way."""
+    """Has both signals raise `Interrupted` while it lasts; also where a library makes another exception of it on the way, or where
+    it is raised in a destructor, which Python does not let it leave: it is then raised again a moment later."""
     came = 0
 
     def interrupt(number: int, frame: Any) -> None:
@@ -48,13 +51,22 @@ def raised() -> Iterator[None]:
         came = number
         raise Interrupted(number)
 
-    with handled(interrupt):
-        try:
+    def again(lost: Any) -> None:
+        if isinstance(lost.exc_value, Interrupted):
+            threading.Timer(0.05, os.kill, (os.getpid(), lost.exc_value.number)).start()
+        else:
+            before(lost)
+
+    before, sys.unraisablehook = sys.unraisablehook, again
+    try:
+        with handled(interrupt):
             yield
-        except Exception as error:
-            if came:
-                raise Interrupted(came) from error
-            raise
+    except Exception as error:
+        if came:
+            raise Interrupted(came) from error
+        raise
+    finally:
+        sys.unraisablehook = before
 
 
 class Noted:
