@@ -42,8 +42,8 @@ def end_quietly() -> None:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Has both signals raise `Interrupted` while it lasts; also where a library makes another exception of it on the way, or where
-    it is raised in a destructor, which Python does not let it leave: it is then raised again a moment later."""
+    """Has both signals raise `Interrupted` while it lasts. Also where a library makes another exception of it on the way, and
+    where it is raised in a destructor, which Python lets no exception leave: it is then raised again a moment later."""
     came = 0
 
     def interrupt(number: int, frame: Any) -> None:
