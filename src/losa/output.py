@@ -43,7 +43,7 @@ def place(output: str | Path) -> Path:
     path = Path(output)
     try:
         final = path.resolve()
-        lost = path.is_symlink() and not final.exists()
+        lost = path.is_symlink() and not final.exists() and not (_beside(final) / "old").exists()  # which `claim` puts back
     except (OSError, RuntimeError) as error:
         raise ValueError(f"cannot use output {output}: {error}") from error
     if lost:
