@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "typer"])
+PRELOADED = ["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "typer"]
+_context.set_forkserver_preload(PRELOADED)
 
 
 def start(log: Path, function: Callable[..., None], *args: Any) -> ForkServerProcess:
@@ -23,6 +24,11 @@ def start(log: Path, function: Callable[..., None], *args: Any) -> ForkServerPro
     process = _context.Process(target=_child, args=(str(log), function, args))
     process.start()
     return process
+
+
+def preload_losa() -> None:
+    """Has later processes start with losa imported, where hundreds of them are started and nothing else needs it absent."""
+    _context.set_forkserver_preload([*PRELOADED, "losa.cli", "losa.comparison", "losa.runtime.files", "helpers"])
 
 
 def call(log: Path, function: Callable[..., None], *args: Any) -> int:

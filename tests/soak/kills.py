@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--work", type=Path, help="folder to work in, kept; a temporary one by default")
     args = parser.parse_args()
+    processes.preload_losa()
     with tempfile.TemporaryDirectory() as temporary:
         deadline = time.monotonic() + args.seconds
         soak = Soak(args.work or Path(temporary), args.seed)

@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    processes.preload_losa()
     with tempfile.TemporaryDirectory() as temporary:
         writers = Writers(Path(temporary), args.seed)
         writers.go(args.pairs)
