@@ -2,6 +2,7 @@
 stopped, and no row that is made twice."""
 
 import csv
+import json
 import statistics
 import xml.etree.ElementTree as ET
 
@@ -205,3 +206,13 @@ def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
     for name, keep in masks.items():
         assert not pruned.get_parameter(name)[~keep].any()
         assert pruned.get_parameter(name)[keep].all()
+
+
+def test_a_damaged_row_is_made_again(folder, tmp_path, caplog):
+    wanted = compare(config(folder, tmp_path, methods=["dense"]))[0]["perplexity"]
+    (row,) = (tmp_path / "rows").iterdir()
+    for damage in ("", row.read_text()[:100], "[1]", "[" * 100_000):
+        row.write_text(damage)
+        assert compare(config(folder, tmp_path, methods=["dense"]))[0]["perplexity"] == wanted
+        assert json.loads(row.read_text())["perplexity"] == wanted
+    assert caplog.text.count("is damaged; the row is made again") == 4

@@ -409,7 +409,7 @@ def test_report_takes_up_what_was_measured_since(folder, tmp_path, monkeypatch):
     assert "GB/s" in text
     assert "| arc_easy | test | 1.0 | 0 | 2376 | 55.12 ± 1.02 | 50.37 ± 1.03 |" in card
     assert card.endswith("\n## Packed\n\nHow it opens.\n")
-    toy_run(folder, steps=1, output=str(output))  # other weights: what was measured of the old ones is gone
+    toy_run(folder, steps=1, output=str(output), overwrite=True)  # other weights: what was measured of the old ones is gone
     assert not {"eval.json", "bench.json"} & {path.name for path in output.iterdir()}
     assert "55.12" not in (output / "report.html").read_text("utf-8")
 

@@ -1,8 +1,8 @@
 """The `losa` command. Thin: every command reads options, calls one function of the package and prints what it returned."""
 
-import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from losa.signals import Interrupted, end_quietly, raised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +75,9 @@ Distill = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.")]
 Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what losa wrote there earlier; files of others beside it stay.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -97,7 +102,8 @@ def run(
     shard: Shard = None,
     seed: Seed = None,
     trust_remote_code: Trust = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete stage in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a stopped or killed run left in --output.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune MODEL, train what is left under the mask, save a sparse checkpoint that transformers opens as it is.
 
@@ -107,6 +113,7 @@ def run(
     """
     from losa.method import run as run_losa
     from losa.models import load
+    from losa.output import claim
     from losa.report.table import summary
     from losa.session import check_request
 
@@ -117,9 +124,10 @@ def run(
         **{"train.data": data, "train.weights": train, "train.distill": distill},
         **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
-    check_request(resolved, training=True, resume=resume)
-    _heavy()
-    sparse = run_losa(*load(resolved), resolved, resume=resume)
+    with claim(resolved.output):
+        check_request(resolved, training=True, resume=resume, overwrite=overwrite)
+        _heavy()
+        sparse = run_losa(*load(resolved), resolved, resume=resume, overwrite=overwrite, claimed=True)
     out.print(summary(sparse.losa_record))
     _say(f"saved and verified: {output}")
 
@@ -140,6 +148,7 @@ def prune(
     offload: Offload = None,
     seed: Seed = None,
     trust_remote_code: Trust = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune MODEL once, at one rate for all layers, without training: the baselines to compare with.
 
@@ -148,6 +157,7 @@ def prune(
     """
     from losa.method import prune as prune_once
     from losa.models import load
+    from losa.output import claim
     from losa.report.table import summary
     from losa.session import check_request
 
@@ -157,9 +167,10 @@ def prune(
         offload=offload, seed=seed, trust_remote_code=trust_remote_code,
         **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
-    check_request(resolved, training=False)
-    _heavy()
-    pruned = prune_once(*load(resolved), resolved)
+    with claim(resolved.output):
+        check_request(resolved, training=False, overwrite=overwrite)
+        _heavy()
+        pruned = prune_once(*load(resolved), resolved, overwrite=overwrite, claimed=True)
     out.print(summary(pruned.losa_record))
     _say(f"saved and verified: {output}")
 
@@ -241,17 +252,19 @@ def evaluate(
     """
     from losa.evaluation.checkpoint import check_savable, evaluate_checkpoint, recorded_text, save_results
     from losa.evaluation.zeroshot import task_names
+    from losa.output import claim
     from losa.report.table import evaluation_tables
 
     config = _config(None, None, None, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     names = task_names(tasks) if tasks is not None else []
     if save:
         check_savable(model)
-    if data is None and not names:
-        data = recorded_text(model)
-    _heavy()
-    result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
-    kept = save_results(model, result) if save else None
+    with claim(model if save else None):
+        if data is None and not names:
+            data = recorded_text(model)
+        _heavy()
+        result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
+        kept = save_results(model, result) if save else None
     out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
     if kept:
         _say(f"kept in {kept}", err)
@@ -315,7 +328,7 @@ def plan(
 @app.command()
 def pack(
     directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.")],
-    packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
     values: Annotated[
         str, typer.Option(help="`bfloat16` keeps every weight; `int8` and `int4` round them, with scales of rows or groups.")
     ] = "bfloat16",
@@ -324,6 +337,7 @@ def pack(
         typer.Option(help="The output head: `int8`, `int4`, or `keep` it dense. By default int8 where values are rounded."),
     ] = None,
     trust_remote_code: Trust = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Store a sparse checkpoint small: one bit for every weight, one number for every weight that is not zero.
 
@@ -334,7 +348,7 @@ def pack(
     from losa.runtime.files import pack_checkpoint
 
     _quiet()
-    done = pack_checkpoint(directory, packed, values, bool(trust_remote_code), head)
+    done = pack_checkpoint(directory, packed, values, bool(trust_remote_code), head, overwrite)
     _say(
         f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: "
         f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense"
@@ -347,14 +361,15 @@ def pack(
 @app.command()
 def unpack(
     packed: Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.")],
-    directory: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    directory: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
     trust_remote_code: Trust = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The dense checkpoint of a packed one, with its zeros; bit for bit what was packed, for bfloat16 values."""
     from losa.runtime.files import unpack_checkpoint
 
     _quiet()
-    _say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code))} layers: {directory}")
+    _say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code), overwrite)} layers: {directory}")
 
 
 @app.command()
@@ -398,15 +413,17 @@ def bench(
 
     Beside each speed stands the physical limit: one token reads every weight once, so memory bandwidth over bytes of weights.
     """
-    from losa.checkpoint import BENCH, replace
+    from losa.checkpoint import BENCH, replace, to_json
+    from losa.output import claim
     from losa.report.table import bench_table
     from losa.runtime.bench import compare
 
     _huge_pages()
     _quiet(logging.WARNING)
-    result = compare(directory, prompt, new, rounds, device or "auto")
-    if save:
-        replace(directory / BENCH, json.dumps(result, indent=2) + "\n")
+    with claim(directory if save and directory.is_dir() else None):
+        result = compare(directory, prompt, new, rounds, device or "auto")
+        if save:
+            replace(directory / BENCH, to_json(result, BENCH))
     out.print_json(data=result) if as_json else out.print(bench_table(result))
 
 
@@ -416,9 +433,11 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a finish
 
     Every `losa run` and `losa prune` leaves both; the page opens offline, in any browser.
     """
+    from losa.output import claim
     from losa.report.page import refresh
 
-    _say(f"report: {refresh(directory)}")
+    with claim(directory if directory.is_dir() else None):
+        _say(f"report: {refresh(directory)}")
 
 
 @app.command()
@@ -435,6 +454,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the sparse checkpoint here.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """A small real Llama pruned to 70 % and recovered, offline, in two or three minutes on two CPU cores."""
     from losa.demo import PROMPT
@@ -442,7 +462,7 @@ def demo(
     from losa.report.table import pairs, summary
 
     _heavy(logging.WARNING)
-    result = run_demo(str(output) if output else None)
+    result = run_demo(str(output) if output else None, overwrite)
     out.print(summary(result.record))
     out.print(pairs(f'samples, prompt: "{PROMPT}"', result.samples))
     if output:
@@ -501,9 +521,17 @@ def _quiet(level: int = logging.INFO) -> None:
 
 
 def main() -> None:
-    """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback."""
+    """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback; a signal is one line and
+    128 plus its number."""
+    end_quietly()
     try:
-        app()
+        with raised():
+            app()
+    except Interrupted as stopped:
+        name = signal.Signals(stopped.number).name
+        if not _others:
+            _say(f"stopped by {name}; nothing half-written is left, and losa run goes on with --resume", err)
+        sys.exit(128 + stopped.number)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         expected = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
         if not expected or os.environ.get("LOSA_DEBUG"):

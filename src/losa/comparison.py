@@ -19,11 +19,12 @@ from torch import Tensor
 
 from losa import distributed
 from losa.baselines import lift_masks, mask_again
-from losa.checkpoint import replace
+from losa.checkpoint import replace, to_json
 from losa.config import LosaConfig, build, merge, nested, read_config, require
 from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, reconstruct, sparsify
 from losa.models import load
+from losa.output import claim
 from losa.progress import progress
 from losa.report.content import public
 from losa.session import Session, check_request
@@ -158,7 +159,15 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
     Returns:
         One dict a row: `method`, `target`, `seed`, and what `measure` found.
+
+    Raises:
+        ValueError: another command writes to the output.
     """
+    with claim(config.output):
+        return _compare(config)
+
+
+def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     from losa.report.comparison import write_plots, write_tables
 
     folder = Path(config.output, "rows")
@@ -166,18 +175,35 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
-        if not file.exists():
+        result = _read_row(file)
+        if result is None:
             result = measure(row)
             logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
+            text = to_json(result, file.name)
             if distributed.is_main():
-                replace(file, json.dumps(result, indent=1) + "\n")
+                replace(file, text)
+            result = json.loads(text)
             distributed.wait()
         entry = {"method": row.name, "target": row.target, "seed": row.seed}
-        found.append(entry | json.loads(file.read_text("utf-8")))
+        found.append(entry | result)
         if distributed.is_main():
             write_tables(Path(config.output, config.name), found)
     if distributed.is_main():
         write_plots(Path(config.output, config.name), found)
+    return found
+
+
+def _read_row(file: Path) -> dict[str, Any] | None:
+    """What was found before, or None; of a file that cannot be read, with a warning."""
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        logger.warning("%s is damaged; the row is made again", file)
+        return None
     return found
 
 

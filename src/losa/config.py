@@ -148,6 +148,7 @@ class TrainConfig:
     distill: float = 0.5  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
     distill_blocks: float = 0.0  # weight, added, of the relative error of every block's output against the dense model's
+    save_minutes: float = 15.0  # between two savings of a training under way; the result does not depend on it
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
     def __post_init__(self) -> None:
@@ -164,6 +165,7 @@ class TrainConfig:
         require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
         require(self.distill_blocks >= 0, "train.distill_blocks", self.distill_blocks, "at least 0")
         require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
+        require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "a positive number")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 
     @property
@@ -308,8 +310,9 @@ class LosaConfig:
         return cls.from_dict(values)
 
     def fingerprint(self) -> str:
-        """SHA-256 of every field but the output directory, to recognise a changed configuration on resume."""
+        """SHA-256 of every field that decides the result, to recognise a changed configuration on resume."""
         values = self.to_dict() | {"output": None}
+        del values["train"]["save_minutes"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -23,6 +23,7 @@ from losa.adapter import collect_scores, masked_linears, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
 from losa.calibration import prune_blocks, walk_blocks
 from losa.config import LosaConfig
+from losa.output import claim
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.sparsegpt import DAMPING
 from losa.rates import allot, block_means, get_rule, measure
@@ -38,6 +39,8 @@ def run(
     config: LosaConfig,
     *,
     resume: bool = False,
+    overwrite: bool = False,
+    claimed: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
     """Prunes `model` to `config.sparsity` and recovers its quality, in `config.steps` dynamic steps.
@@ -46,7 +49,9 @@ def run(
         model: a dense causal language model; changed in place.
         tokenizer: its tokenizer.
         config: with `train.data`; without `output`, nothing is written.
-        resume: go on from the last complete stage in `config.output`.
+        resume: go on from the last complete stage in `config.output`, or from the last position inside the training after it.
+        overwrite: replace a finished result or an interrupted run in `config.output`.
+        claimed: the caller has `config.output` to itself already (`output.claim`).
         callbacks: `transformers.TrainerCallback`s, passed to every training.
 
     Returns:
@@ -56,12 +61,14 @@ def run(
     Raises:
         ValueError: something in the request is wrong; raised before the first pruning.
         FloatingPointError: training met a loss or gradient that is not finite.
+        OSError: a stage or the result cannot be written; what was saved before is as it was.
         RuntimeError: a pruned weight of the saved file is not zero.
     """
-    session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
-    first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
-    session.go_through([first, *dynamic_steps(session.config)])
-    return session.finish("losa")
+    with claim(None if claimed else config.output):
+        session = Session.start(model, tokenizer, config, kind="run", resume=resume, overwrite=overwrite, callbacks=callbacks)
+        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
+        session.go_through([first, *dynamic_steps(session.config)])
+        return session.finish("losa")
 
 
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
@@ -76,17 +83,25 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
     return phases
 
 
-def prune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LosaConfig,
+    *,
+    overwrite: bool = False,
+    claimed: bool = False,
+) -> PreTrainedModel:
     """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `delta: 0`).
 
-    Returns and raises as `run`.
+    Takes, returns and raises what `run` does.
     """
-    session = Session.start(model, tokenizer, config, kind="prune")
-    session.measure("dense")
-    sparsify(session, session.config.steps)
-    if config.reconstruct.epochs:
-        reconstruct(session)
-    return session.finish("pruned")
+    with claim(None if claimed else config.output):
+        session = Session.start(model, tokenizer, config, kind="prune", overwrite=overwrite)
+        session.measure("dense")
+        sparsify(session, session.config.steps)
+        if config.reconstruct.epochs:
+            reconstruct(session)
+        return session.finish("pruned")
 
 
 def measure_baselines(session: Session) -> None:
@@ -195,4 +210,5 @@ def adapt(session: Session, step: int) -> None:
             eos=session.tokenizer.eos_token_id,
             dense_on_host=config.blocks_on_host,
             callbacks=session.callbacks,
+            keeping=session.keeping(),
         )

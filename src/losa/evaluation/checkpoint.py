@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from losa.checkpoint import EVALUATION, RECORD, read_record, replace
+from losa.checkpoint import EVALUATION, RECORD, read_record, replace, to_json
 from losa.config import LosaConfig
 from losa.data import evaluation_documents, evaluation_text, is_wikitext, named_text, windows
 from losa.environment import resolve_device
@@ -125,7 +125,7 @@ def save_results(directory: str, result: dict[str, Any]) -> Path:
         old = json.loads(path.read_text("utf-8"))
         rows = {(row["data"], row["definition"], row["window"]): row for row in old["perplexity"] + result["perplexity"]}
         result = _result([*rows.values()], old["tasks"] | result["tasks"], result["lm_eval"] or old["lm_eval"])
-    replace(path, json.dumps(result, indent=2) + "\n")
+    replace(path, to_json(result, EVALUATION))
     return path
 
 

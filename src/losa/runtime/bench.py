@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from losa.environment import machine, resolve_device
 from losa.models import load, max_length, one_line
 from losa.progress import progress
-from losa.runtime.header import SparseConfig
 from losa.runtime.decode import road
+from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 from losa.runtime.values import TYPES

@@ -7,10 +7,7 @@ embeddings to tokenizer, is as it was. The directory appears under its name only
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from losa.checkpoint import BENCH, EVALUATION
+from losa.checkpoint import writing
 from losa.models import check_supported, find_decoder, one_line
+from losa.output import BENCH, EVALUATION, LIST, check_free, claim, fresh, place, publish
 from losa.progress import progress
 from losa.report.card import CARD, PACKED
 from losa.runtime.header import KEEP, METHOD, SparseConfig, head_of
@@ -44,6 +42,7 @@ def pack_checkpoint(
     values: str = "bfloat16",
     trust_remote_code: bool = False,
     head: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Packs the linear layers of the decoder's blocks of a checkpoint, and its output head.
 
@@ -52,6 +51,7 @@ def pack_checkpoint(
         output: a directory that does not exist yet.
         values: a name of `losa.runtime.values`.
         head: `int8`, `int4`, or `keep`; see `SparseConfig`.
+        overwrite: the output may be what losa wrote earlier; it is replaced.
 
     Returns:
         `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its
@@ -62,6 +62,14 @@ def pack_checkpoint(
     """
     source, output = Path(source), Path(output)
     config = SparseConfig(values, head=head)
+    with claim(output):
+        return _pack_claimed(source, output, config, trust_remote_code, overwrite, needs_head=head is not None)
+
+
+def _pack_claimed(
+    source: Path, output: Path, config: SparseConfig, trust_remote_code: bool, overwrite: bool, needs_head: bool
+) -> dict[str, Any]:
+    _check(source, output, overwrite)
     if is_packed(source):
         raise ValueError(f"{source} is packed already; losa unpack gives its dense checkpoint back")
     model = _skeleton(source, trust_remote_code)
@@ -77,15 +85,16 @@ def pack_checkpoint(
     }
     places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
     home = _home_of_head(model, source)
-    if config.head != KEEP and home is None and head is not None:
+    if config.head != KEEP and home is None and needs_head:
         raise ValueError(f"{type(model).__name__} has no linear output head that losa can pack; use --head keep")
     if config.head != KEEP and home is not None:
         linears |= last
-        place, config.tied = home
-        places |= dict.fromkeys(last, place)
+        home_name, config.tied = home
+        places |= dict.fromkeys(last, home_name)
     else:
         config.head = KEEP
-    with _appearing(output) as partial, progress(None, "packing", total=len(linears)) as bar:
+    partial = fresh(output)
+    with writing(output), progress(None, "packing", total=len(linears)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             made = {}
@@ -112,7 +121,8 @@ def pack_checkpoint(
         changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
         if config.tied:
             changes["tie_word_embeddings"] = False
-        _finish(source, partial, changes, NOTE.format(name=output.name, values=values))
+        _finish(source, partial, changes, NOTE.format(name=output.name, values=config.values))
+        publish(output)
     sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
@@ -141,7 +151,7 @@ def _home_of_head(model: PreTrainedModel, source: Path) -> tuple[str, bool] | No
     return next(name for name, module in model.named_modules() if module is embedding), True
 
 
-def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False) -> int:
+def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False, overwrite: bool = False) -> int:
     """Writes the dense checkpoint, with its zeros, that any software opens: bitwise the packed one for bfloat16 values.
 
     Returns:
@@ -151,6 +161,12 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
         ValueError: `source` is not a packed checkpoint, is damaged, or the output exists.
     """
     source, output = Path(source), Path(output)
+    with claim(output):
+        return _unpack_claimed(source, output, trust_remote_code, overwrite)
+
+
+def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwrite: bool) -> int:
+    _check(source, output, overwrite)
     config = read_header(source)
     model = _skeleton(source, trust_remote_code)
     linears, head = dict(find_decoder(model).linears()), head_of(model)
@@ -161,7 +177,8 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
     if wrong:
         raise ValueError(f"the packed header names {min(wrong)}, which is no linear layer of the model")
     unpacked = set()
-    with _appearing(output) as partial, progress(None, "unpacking", total=len(config.layers)) as bar:
+    partial = fresh(output)
+    with writing(output), progress(None, "unpacking", total=len(config.layers)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             packed = {f"{name}.{part}" for name in config.layers for part in PARTS}
@@ -182,6 +199,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
         _finish(source, partial, {"quantization_config": None} | ({"tie_word_embeddings": True} if config.tied else {}), "")
+        publish(output)
     return len(config.layers) - (config.head != KEEP)
 
 
@@ -238,19 +256,15 @@ def _skeleton(source: Path, trust_remote_code: bool) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A directory to fill, renamed to `output` at the end; gone if that is not reached."""
-    if output.exists():
-        raise ValueError(f"{output} exists; choose another directory, or remove it first")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _check(source: Path, output: Path, overwrite: bool) -> None:
+    """Refuses an output that is there, unless losa wrote it and `overwrite` is set; and the source itself."""
+    final = place(output)
+    if final == place(source):
+        raise ValueError(f"{output} is what would be read and exists; choose another directory")
+    if final.exists() and not overwrite:
+        more = ", or add --overwrite to replace it" if (final / LIST).exists() else ""
+        raise ValueError(f"{output} exists; choose another directory, or remove it first{more}")
+    check_free(output, overwrite)
 
 
 def _convert_files(source: Path, output: Path, convert: Any) -> None:
@@ -277,22 +291,18 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
 
 def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> None:
     """Copies what is neither weights nor measured on them, the card with a new `note`, config.json with `changes` (None removes a
-    key). Flushes it all."""
+    key)."""
     for file in source.iterdir():
         if (
             file.is_file()
             and not file.name.startswith(".")
             and file.suffix != ".safetensors"
-            and file.name not in (INDEX, EVALUATION, BENCH, "config.json")
+            and file.name not in (INDEX, EVALUATION, BENCH, LIST, "config.json")
         ):
             shutil.copy2(file, output / file.name)
     config = _read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
     _note_on_card(output, note)
-    for file in [*output.iterdir(), output]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _note_on_card(directory: Path, note: str) -> None:
