@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from losa.allocation import BANDS
+from losa.doors import YAML_BYTES, door, read_text, read_yaml
 from losa.pruning import Pattern, get_pruner
 
 RENAMED = {"importance": "rates"}
@@ -40,8 +41,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+def _read_yaml(text: str, name: str) -> Any:
+    return read_yaml(text, _Loader, name)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -50,10 +51,9 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or is not a mapping.
     """
-    try:
-        loaded = _read_yaml(Path(path).read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the config {path}: {error}") from error
+    with door(f"the config {path}"):
+        text = read_text(Path(path), YAML_BYTES)
+    loaded = _read_yaml(text, f"the config {path}")
     require(isinstance(loaded, dict), f"the config {path}", type(loaded).__name__, "a mapping of keys to values")
     values: dict[str, Any] = loaded
     return values
@@ -301,7 +301,7 @@ class LosaConfig:
         if preset is not None:
             known = sorted(p.name[:-5] for p in resources.files("losa").joinpath("presets").iterdir())
             require(preset in known, "preset", preset, "one of " + ", ".join(known))
-            merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
+            merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8"), preset))
         if path is not None:
             merge(values, read_config(path))
         merge(values, nested(overrides or {}))
@@ -323,10 +323,7 @@ def parse_set(items: list[str]) -> dict[str, Any]:
     for item in items:
         key, equals, value = item.partition("=")
         require(bool(equals and key), "--set", item, "key=value, such as train.lr=1e-3")
-        try:
-            pairs[key] = _read_yaml(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {item} is not YAML: {' '.join(str(error).split())}") from error
+        pairs[key] = _read_yaml(value, f"--set {item}")
     return pairs
 
 

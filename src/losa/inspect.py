@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from losa.doors import read_tensors, weight_files
+
 PATTERNS = ((2, 4), (4, 8))
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # torch compares none
+BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,14 @@ def inspect(directory: str | Path) -> list[LayerSparsity]:
     Raises:
         ValueError: no safetensors there, one that cannot be read, or none with numbered blocks.
     """
+    from losa.opening import check_file  # it and the next need transformers
     from losa.runtime.files import is_packed, packed_layers
 
+    if (Path(directory) / "config.json").is_file():
+        check_file(Path(directory))
     if is_packed(Path(directory)):
         return [_packed_layer(name, count, numel) for name, (count, numel) in packed_layers(Path(directory)).items()]
-    files = sorted(Path(directory).glob("*.safetensors"))
+    files = weight_files(Path(directory))
     if not files:
         raise ValueError(f"no .safetensors file in {directory}; expected the directory of a checkpoint")
     layers = [layer for file in files for layer in _layers(file)]
@@ -48,29 +54,23 @@ def inspect(directory: str | Path) -> list[LayerSparsity]:
 
 
 def _packed_layer(name: str, count: int, numel: int) -> LayerSparsity:
-    """A packed layer, from its header; n:m patterns are not looked for."""
-    block = re.search(r"\.(\d+)\.", name)
+    """A packed layer, from its masks; n:m patterns are not looked for."""
+    block = BLOCK.search(name)
     return LayerSparsity(f"{name}.weight", int(block[1]) if block else 0, numel - count, numel, ())
 
 
 def _layers(file: Path) -> Iterator[LayerSparsity]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                block = re.search(r"\.(\d+)\.", name)
-                if block and len(tensors.get_slice(name).get_shape()) == 2:
-                    tensor = tensors.get_tensor(name)
-                    yield LayerSparsity(name, int(block[1]), int((tensor == 0).sum()), tensor.numel(), _patterns(tensor))
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
-    except Exception as error:
-        raise ValueError(f"{file.name} is not a valid safetensors file: {error}") from error
+    for name, tensor in read_tensors(file, lambda name, shape: len(shape) == 2 and BLOCK.search(name) is not None):
+        block = BLOCK.search(name)
+        assert block is not None
+        kept = (tensor.float() if tensor.dtype in EIGHT_BITS else tensor) != 0
+        yield LayerSparsity(name, int(block[1]), int((~kept).sum()), tensor.numel(), _patterns(kept))
 
 
-def _patterns(tensor: Tensor) -> tuple[str, ...]:
+def _patterns(kept: Tensor) -> tuple[str, ...]:
     """Which n:m patterns hold in every group along the rows."""
     found = []
     for n, m in PATTERNS:
-        if tensor.shape[1] % m == 0 and bool(((tensor.view(tensor.shape[0], -1, m) != 0).sum(2, dtype=torch.int8) <= n).all()):
+        if kept.shape[1] % m == 0 and bool((kept.view(kept.shape[0], -1, m).sum(2, dtype=torch.int8) <= n).all()):
             found.append(f"{n}:{m}")
     return tuple(found)

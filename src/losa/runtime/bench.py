@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from losa.environment import machine, resolve_device
-from losa.models import load, max_length, one_line
+from losa.models import load, max_length
+from losa.opening import open_weights
 from losa.progress import progress
 from losa.runtime.header import VALUES, SparseConfig
 from losa.runtime.linear import SparseLinear
@@ -107,8 +108,7 @@ def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrained
 def _packed(directory: str, values: str, device: torch.device) -> PreTrainedModel:
     where = {"device_map": {"": device}} if device.type == "cuda" else {}  # a GPU packs faster, too
     config = SparseConfig(values)
-    with one_line(directory):
-        return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, use_safetensors=True, **where)
+    return open_weights(directory, quantization_config=config, **where)
 
 
 def _unpacked(directory: str) -> PreTrainedModel:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from losa.doors import tensor_heads
 from losa.runtime.linear import SparseLinear
 
 METHOD = "losa"
@@ -44,21 +44,22 @@ class SparseConfig(QuantizationConfigMixin):
         method = unknown.pop("quant_method", METHOD)
         if method != METHOD:
             raise ValueError(f"quant_method is {method!r}, expected {METHOD!r}: this is no packed LoSA checkpoint")
-        if version != VERSION or isinstance(version, bool):
+        if type(version) is not int or version != VERSION:
             raise ValueError(f"packed format {version!r}, expected {VERSION}; update losa, or pack the model again")
-        if values not in VALUES:
+        if not isinstance(values, str) or values not in VALUES:
             raise ValueError(f"packed values are {values!r}, expected one of {', '.join(VALUES)}")
         if unknown:
             raise ValueError(f"unknown keys in the packed header: {', '.join(sorted(map(str, unknown)))}")
-        if not isinstance(layers or {}, Mapping):
+        layers = {} if layers is None else layers
+        if not isinstance(layers, Mapping):
             raise ValueError(f"layers is a {type(layers).__name__}, expected names and numbers of stored values")
-        for name, count in (layers or {}).items():
+        for name, count in layers.items():
             if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f"layer {name!r} claims {count!r} stored values, expected a number of at least 0")
         self.quant_method = METHOD
         self.version = version
         self.values = values
-        self.layers = dict(layers or {})
+        self.layers = dict(layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,15 +101,11 @@ def check_files(files: Iterable[str | Path], layers: Mapping[str, SparseLinear])
         if key != "bias"
     }
     for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in expected.keys() & set(tensors.keys()):
-                    found = tensors.get_slice(key)
-                    if (found.get_dtype(), found.get_shape()) != expected[key]:
-                        shape = f"{found.get_dtype()} {found.get_shape()}"
-                        raise ValueError(f"{key} is {shape}, expected {expected[key][0]} {expected[key][1]}; the file is damaged")
-                    del expected[key]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {Path(file).name}: {error}; the file is damaged, pack the model again") from error
+        heads = tensor_heads(Path(file))
+        for key in expected.keys() & heads.keys():
+            if heads[key] != expected[key]:
+                found = f"{heads[key][0]} {heads[key][1]}"
+                raise ValueError(f"{key} is {found}, expected {expected[key][0]} {expected[key][1]}; the file is damaged")
+            del expected[key]
     if expected:
         raise ValueError(f"the packed checkpoint lacks {min(expected)} and {len(expected) - 1} more tensors")
