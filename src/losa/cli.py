@@ -251,10 +251,9 @@ def evaluate(
         data = recorded_text(model)
     _heavy()
     result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
-    kept = save_results(model, result) if save else None
     out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
-    if kept:
-        _say(f"kept in {kept}", err)
+    if save:  # after it was printed: what was measured is not lost where this fails
+        _say(f"kept in {save_results(model, result)}", err)
 
 
 @app.command()
@@ -365,8 +364,10 @@ def generate(
 
     Example: `losa generate llama-packed --prompt "The old man looked at her and said"`
     """
+    from losa.runtime.generate import check_wishes
     from losa.runtime.generate import generate as go_on
 
+    check_wishes(prompt, tokens, temperature, seed)
     loaded, tokenizer = _served(model, device, trust_remote_code)
     _say(prompt, end="")
 
@@ -393,15 +394,18 @@ def bench(
     Beside each speed stands the physical limit: one token reads every weight once, so memory bandwidth over bytes of weights.
     """
     from losa.checkpoint import BENCH, replace
+    from losa.evaluation.checkpoint import check_savable
     from losa.report.table import bench_table
     from losa.runtime.bench import compare
 
     _huge_pages()
+    if save:
+        check_savable(directory, BENCH)
     _quiet(logging.WARNING)
     result = compare(directory, prompt, new, rounds, device or "auto")
+    out.print_json(data=result) if as_json else out.print(bench_table(result))
     if save:
         replace(directory / BENCH, json.dumps(result, indent=2) + "\n")
-    out.print_json(data=result) if as_json else out.print(bench_table(result))
 
 
 @app.command()
@@ -498,9 +502,13 @@ def main() -> None:
     """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback."""
     try:
         app()
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        expected = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
-        if not expected or os.environ.get("LOSA_DEBUG"):
+    except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+        from losa.doors import out_of_memory, printable
+
+        said, no_memory = str(error), out_of_memory(error)
+        if os.environ.get("LOSA_DEBUG") or (isinstance(error, RuntimeError) and not no_memory):
             raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if no_memory and type(error).__name__ != "OutOfMemoryError":  # that one names what to lower
+            said = f"this takes more memory than there is ({' '.join(said.split()) or 'MemoryError'}); losa plan shows what a run needs"
+        err.print(f"[bold red]error:[/] {escape(printable(said))}", highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -21,6 +21,7 @@ from losa import distributed
 from losa.baselines import lift_masks, mask_again
 from losa.checkpoint import replace
 from losa.config import LosaConfig, build, merge, nested, read_config, require
+from losa.doors import door, read_json
 from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, reconstruct, sparsify
 from losa.models import load
@@ -163,6 +164,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
+    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see sources.py)
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
@@ -172,13 +174,26 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             if distributed.is_main():
                 replace(file, json.dumps(result, indent=1) + "\n")
             distributed.wait()
-        entry = {"method": row.name, "target": row.target, "seed": row.seed}
-        found.append(entry | json.loads(file.read_text("utf-8")))
+        found.append(_kept(row, file))
         if distributed.is_main():
             write_tables(Path(config.output, config.name), found)
     if distributed.is_main():
         write_plots(Path(config.output, config.name), found)
     return found
+
+
+def _kept(row: Row, file: Path) -> dict[str, Any]:
+    """A row as it was measured, read from its file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from losa.report.comparison import markdown
+
+    kept = {"method": row.name, "target": row.target, "seed": row.seed} | read_json(file)
+    with door(file, "use", "; delete it, and the row is made again"):
+        markdown([kept])
+    return kept
 
 
 def measure(row: Row) -> dict[str, Any]:

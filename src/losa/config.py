@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -160,10 +161,10 @@ class TrainConfig:
         require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
         require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
-        require(self.distill_blocks >= 0, "train.distill_blocks", self.distill_blocks, "at least 0")
-        require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
+        require(0 <= self.distill_blocks < math.inf, "train.distill_blocks", self.distill_blocks, "at least 0")
+        require(1e-3 <= self.temperature <= 1e3, "train.temperature", self.temperature, "a number in [0.001, 1000]")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 
     @property
@@ -396,12 +397,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML reads 1e-3 as a string
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if kind is float and number == number:
             return number
-        if kind is int and number.is_integer():
-            return int(number)
+        if kind is int and number.is_integer() and abs(number) < 2**63:
+            return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # a float has but 53 bits
     elif type(value) is kind:
         return value
     raise ValueError(f"{name} is {value!r}, expected {'a whole number' if kind is int else kind.__name__}")

@@ -5,7 +5,6 @@ one `ValueError` that names the file. The exception it came from stays its cause
 Checks of what a file says, once it can be read, are where its content is used.
 """
 
-import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +19,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 JSON_BYTES = 32 << 20  # of a configuration, record or index; parsed, nested lists take twenty times as much
 YAML_BYTES, YAML_NODES = 1 << 20, 100_000  # a configuration has a few hundred nodes; aliases count as often as they are used
-EXPANSION, FREE_BYTES = 100, 64 << 20  # a .gz may expand to FREE_BYTES, or to so many times its size; text does to 3 or 4
-CHUNK = 1 << 20
+DAMAGED = "; it is damaged, or not a valid safetensors file"
 LONGEST = 400  # characters of somebody else's message
 
 
@@ -59,6 +57,11 @@ def reason(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError) or type(error).__module__.startswith("safetensors"):
         return said[:LONGEST]
     return f"{type(error).__name__}: {said[:LONGEST]}"
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -145,23 +148,6 @@ def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def gunzip(path: Path) -> bytes:
-    """The content of a .gz file that does not expand out of all proportion.
-
-    Raises:
-        ValueError: it is not gzip, is cut short, or is a bomb.
-    """
-    most = max(FREE_BYTES, EXPANSION * regular(path).stat().st_size)
-    pieces, size = [], 0
-    with door(path), gzip.open(path) as file:
-        while piece := file.read(CHUNK):
-            pieces.append(piece)
-            size += len(piece)
-            if size > most:
-                raise ValueError(f"it expands to more than {most:,} bytes, {EXPANSION} times its size; expand it yourself first")
-    return b"".join(pieces)
-
-
 def read_tensors(file: Path, wanted: Callable[[str, list[int]], bool] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a safetensors file by name, one at a time in memory.
 
@@ -171,12 +157,11 @@ def read_tensors(file: Path, wanted: Callable[[str, list[int]], bool] | None = N
     Raises:
         ValueError: it is not safetensors, or was cut short.
     """
-    damaged = "; the file is damaged"
-    with door(file.name, hint=damaged):
+    with door(file.name, hint=DAMAGED):
         opened = safe_open(regular(file), "pt")
         names = list(opened.keys())
     for name in names:
-        with door(f"{name} of {file.name}", hint=damaged):
+        with door(f"{name} of {file.name}", hint=DAMAGED):
             tensor = opened.get_tensor(name) if wanted is None or wanted(name, opened.get_slice(name).get_shape()) else None
         if tensor is not None:
             yield name, tensor
@@ -188,7 +173,7 @@ def tensor_heads(file: Path) -> dict[str, tuple[str, list[int]]]:
     Raises:
         ValueError: it is not safetensors, or was cut short.
     """
-    with door(file.name, hint="; the file is damaged"), safe_open(regular(file), "pt") as opened:
+    with door(file.name, hint=DAMAGED), safe_open(regular(file), "pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
         return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
 

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from losa.environment import machine, resolve_device
 from losa.models import load, max_length
-from losa.opening import open_weights
+from losa.opening import open_config, open_weights
 from losa.progress import progress
 from losa.runtime.header import VALUES, SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 
+MOST_ROUNDS = 1000
 GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waiting would count
 
 
@@ -136,17 +137,17 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     Raises:
         ValueError: fewer than two new tokens, more tokens than the model allows, or nothing that opens.
     """
-    if prompt < 1 or new < 2 or rounds < 1:
-        raise ValueError(f"found a prompt of {prompt}, {new} new tokens and {rounds} rounds; expected at least 1, 2 and 1")
+    if prompt < 1 or new < 2 or not 1 <= rounds <= MOST_ROUNDS:
+        expected = f"at least 1, 2 and 1, and at most {MOST_ROUNDS} rounds"
+        raise ValueError(f"found a prompt of {prompt}, {new} new tokens and {rounds} rounds; expected {expected}")
+    longest = max_length(open_config(str(directory)))
+    if prompt + new > longest:
+        raise ValueError(f"{prompt} tokens of prompt and {new} new ones are more than the model's {longest}; ask for fewer")
     place = resolve_device(device)
     if place.type == "cuda":
         torch._dynamo.reset()  # what an earlier call compiled is neither used again nor kept in memory
     models = open_all(str(directory), place)
     config = next(iter(models.values()))[0].config.get_text_config()
-    if prompt + new > max_length(config):
-        raise ValueError(
-            f"{prompt} tokens of prompt and {new} new ones are more than the model's {max_length(config)}; ask for fewer"
-        )
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     graphs = {"cache_implementation": "static"} if place.type == "cuda" else {}
     clocks: dict[str, list[_Clock]] = {name: [] for name in models}

@@ -5,9 +5,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from losa.models import max_length
+
+COLDEST, HOTTEST = 1e-3, 1e3  # temperatures to draw at; far below, logits over the temperature overflow
+TOP_K = 50  # of transformers, where the model names none
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,44 @@ class _Pieces(TextStreamer):
         self.receive(text)
 
 
+def check_wishes(prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Checks arguments of `generate`, before a model is loaded.
+
+    Raises:
+        ValueError: an empty prompt, or numbers out of range.
+    """
+    if not prompt or tokens < 1:
+        raise ValueError(f"found {len(prompt)} characters of prompt and {tokens} tokens, expected at least 1 of each")
+    if temperature and not COLDEST <= temperature <= HOTTEST:
+        raise ValueError(f"temperature is {temperature:g}, expected 0, or a number in [{COLDEST:g}, {HOTTEST:g}]")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, expected a number in [0, 2^63)")
+
+
+class _Draw(LogitsProcessor):
+    """Draws a token and leaves nothing else to take. With a generator of its own, so that neither a thread beside this one nor
+    anything else that draws changes what comes."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = torch.multinomial(scores.float().softmax(-1), 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _drawing(model: PreTrainedModel, temperature: float, seed: int) -> list[LogitsProcessor]:
+    """What sampling does to the logits: temperature, then the model's own `top_k` and `top_p`, then the draw."""
+    wanted = model.generation_config
+    top_k, top_p = TOP_K if wanted.top_k is None else wanted.top_k, 1.0 if wanted.top_p is None else wanted.top_p
+    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        steps.append(TopPLogitsWarper(top_p))
+    return [*steps, _Draw(seed, model.device)]
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -45,22 +96,18 @@ def generate(
     Args:
         tokens: at most so many new ones, and no more than fit into the model's window.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
-        seed: of the draw.
+        seed: of the draw, which has its own generator: threads that share a model draw what each would draw alone.
 
     Raises:
         ValueError: an empty prompt, one that fills the window, or numbers out of range.
     """
-    if not prompt or tokens < 1 or temperature < 0:
-        raise ValueError(
-            f"found {len(prompt)} characters, {tokens} tokens, temperature {temperature}; expected a prompt, >= 1 and >= 0"
-        )
+    check_wishes(prompt, tokens, temperature, seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     window, given = max_length(model.config), inputs["input_ids"].shape[1]
     if given >= window:
         raise ValueError(f"the prompt has {given} tokens, the model's window {window}; shorten it")
-    torch.manual_seed(seed)
+    draw = LogitsProcessorList(_drawing(model, temperature, seed) if temperature else [])
     start = time.perf_counter()
     pieces: list[str] = []
 
@@ -68,5 +115,11 @@ def generate(
         pieces.append(piece)
         receive(piece)
 
-    ids = model.generate(**inputs, max_new_tokens=min(tokens, window - given), streamer=_Pieces(tokenizer, both), **sampling)
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=min(tokens, window - given),
+        streamer=_Pieces(tokenizer, both),
+        do_sample=False,
+        logits_processor=draw,
+    )
     return Generated("".join(pieces), ids.shape[1] - given, time.perf_counter() - start)
