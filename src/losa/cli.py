@@ -509,6 +509,6 @@ def main() -> None:
         if os.environ.get("LOSA_DEBUG") or (isinstance(error, RuntimeError) and not no_memory):
             raise
         if no_memory and type(error).__name__ != "OutOfMemoryError":  # that one names what to lower
-            said = f"this takes more memory than there is ({' '.join(said.split()) or 'MemoryError'}); losa plan shows what a run needs"
+            said = f"out of memory: {' '.join(said.split()) or 'no more to be had'}; losa plan shows what a run needs"
         err.print(f"[bold red]error:[/] {escape(printable(said))}", highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -87,7 +87,9 @@ class CompareConfig:
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
         require(bool(self.targets), "targets", self.targets, "at least one, such as 0.7 or 2:4")
         require(bool(self.seeds), "seeds", self.seeds, "at least one")
-        held = (self.run.get("eval") or {}).get("data")
+        measured = self.run.get("eval") or {}
+        require(isinstance(measured, dict), "run.eval", measured, "a mapping of keys to values")
+        held = measured.get("data")
         require(len(self.seeds) == 1 or held is not None, "run.eval.data", held, "a text: what is held out depends on the seed")
         for row in self.rows():  # every configuration is built, and so checked, before any model is loaded
             check_request(row.config, training=True)
@@ -130,7 +132,8 @@ class CompareConfig:
 def _variant(name: str, changes: Any) -> Method:
     require(isinstance(changes, dict), f"variants.{name}", changes, "a mapping of keys to values")
     base = changes.get("method", "LoSA")
-    require(base in METHODS | {"LoSA": None}, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
+    known = isinstance(base, str) and (base in METHODS or base == "LoSA")
+    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
     method = METHODS.get(base, Method("losa", PAPER))
     values = copy.deepcopy(method.changes)
     merge(values, {key: value for key, value in changes.items() if key != "method"})

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from losa.allocation import BANDS
-from losa.doors import YAML_BYTES, door, read_text, read_yaml
+from losa.doors import YAML_BYTES, door, read_text, read_yaml, shown
 from losa.pruning import Pattern, get_pruner
 
 RENAMED = {"importance": "rates"}
@@ -63,7 +63,7 @@ def read_config(path: str) -> dict[str, Any]:
 def require(condition: bool, name: str, found: object, expected: str) -> None:
     """Raises the `ValueError` "name is found, expected ..." unless `condition`."""
     if not condition:
-        raise ValueError(f"{name} is {found!r}, expected {expected}")
+        raise ValueError(f"{name} is {shown(found)}, expected {expected}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -405,4 +405,4 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # a float has but 53 bits
     elif type(value) is kind:
         return value
-    raise ValueError(f"{name} is {value!r}, expected {'a whole number' if kind is int else kind.__name__}")
+    raise ValueError(f"{name} is {shown(value)}, expected {'a whole number' if kind is int else kind.__name__}")

@@ -40,7 +40,10 @@ def door(what: str | Path, verb: str = "read", hint: str = "") -> Iterator[None]
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # a panic of Rust code is no Exception
             raise
-        raise ValueError(f"cannot {verb} {what}: {reason(error)}{hint}") from error
+        said = f"cannot {verb} {what}: "
+        if isinstance(error, ValueError) and str(error).startswith(said):  # a door behind this one has said it
+            raise
+        raise ValueError(f"{said}{reason(error)}{hint}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -57,6 +60,12 @@ def reason(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError) or type(error).__module__.startswith("safetensors"):
         return said[:LONGEST]
     return f"{type(error).__name__}: {said[:LONGEST]}"
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it; of a long one, the beginning."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as UnsupportedException
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -94,8 +93,8 @@ def check_content(content: Mapping[str, Any]) -> None:
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"its quantization_config is a {type(found).__name__}, expected an object")
     if found is not None and found.get("quant_method") != METHOD:
-        kind = found.get("quant_method") or "a method that it does not name"
-        raise ValueError(f"it is quantised with {str(kind)[:40]}; LoSA takes bf16, fp16 or fp32 weights, so use the original checkpoint")
+        method = str(found.get("quant_method") or "a method that it does not name")[:40]
+        raise ValueError(f"it is quantised with {method}; LoSA takes bf16, fp16 or fp32 weights, so use the original checkpoint")
     if found is not None:
         SparseConfig(**{str(key): value for key, value in found.items()})
     for key, value in content.items():
@@ -256,12 +255,11 @@ def _at_most(count: int) -> Iterator[None]:
     """Stops a model that is being built of more modules."""
     left = count
 
-    def note(*_: Any) -> nn.Module | None:
+    def note(*_: Any) -> None:
         nonlocal left
         left -= 1
         if left < 0:
             raise ValueError(f"config.json describes a model of more than {count:,} modules")
-        return None
 
     handle = register_module_module_registration_hook(note)
     try:

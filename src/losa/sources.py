@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-EXPANSION, FREE_BYTES = 100, 64 << 20  # a compressed file may expand to FREE_BYTES, or to so many times its size; text does to 3 or 4
+FREE_BYTES = 64 << 20  # a compressed file may expand to this,
+EXPANSION = 100  # or to this many times its size; text does to four
 CHUNK = 1 << 20
 MODEL_FILES = {"config.json", "adapter_config.json", "losa.json"}
 
@@ -14,8 +15,8 @@ def ordinary_files(folder: Path) -> list[Path]:
     """All files at any depth, in order, but for what is no text of the user's: hidden files and folders, and the directories of
     models and results, such as an output that lies inside.
 
-    Links to files are followed, links to folders are not. Pipes, devices and links to nothing are among the files, so that whoever
-    reads one says so.
+    Links to files are followed, links to folders are not. Pipes, devices and links to nothing are among the files, so that
+    whoever reads one says so.
     """
     return sorted(_walk(folder))
 

@@ -22,6 +22,7 @@ def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | N
     config, sparsity = record["config"], record["sparsity"]
     base, name = public(config["model"]), plain(name)
     hub = f"base_model: {_scalar(base)}\n" if base and base == config["model"] else ""
+    pruner, pattern, seed = (plain(config[key]) for key in ("pruner", "pattern", "seed"))
     origin = f"`{plain(base)}`" if base else "a model"
     method = "LoSA (dynamic low-rank sparse adaptation)" if record["kind"] == "run" else "one-shot pruning"
     found = perplexities(record, evaluation)
@@ -38,7 +39,7 @@ library_name: transformers
 # {name}
 
 A sparse version of {origin}: {sparsity["achieved"]:.2%} of the {sparsity["weights"]:,} weights of its decoder's linear layers are
-exactly zero. Made by {method} with the {plain(config["pruner"])} criterion, pattern {plain(config["pattern"])}, seed {plain(config["seed"])}.
+exactly zero. Made by {method} with the {pruner} criterion, pattern {pattern}, seed {seed}.
 
 ```python
 from transformers import AutoModelForCausalLM

@@ -23,6 +23,7 @@ from losa.environment import machine, resolve_device
 from losa.models import load, max_length
 from losa.opening import open_config, open_weights
 from losa.progress import progress
+from losa.runtime.generate import speaker
 from losa.runtime.header import VALUES, SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
@@ -150,11 +151,12 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     config = next(iter(models.values()))[0].config.get_text_config()
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     graphs = {"cache_implementation": "static"} if place.type == "cuda" else {}
+    speakers = {name: speaker(model) for name, (model, _) in models.items()}
     clocks: dict[str, list[_Clock]] = {name: [] for name in models}
     turns = [(name, counted) for counted in range(rounds + 1) for name in models]
     for name, counted in progress(turns, "generating"):
         clock = _Clock()
-        models[name][0].generate(
+        speakers[name].generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock,
             **graphs,
         )  # fmt: skip

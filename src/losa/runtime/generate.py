@@ -1,5 +1,6 @@
 """`losa generate`: a model goes on with a text, token by token."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -17,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from losa.doors import shown
 from losa.models import max_length
 
 COLDEST, HOTTEST = 1e-3, 1e3  # temperatures to draw at; far below, logits over the temperature overflow
@@ -58,6 +61,36 @@ def check_wishes(prompt: str, tokens: int, temperature: float, seed: int) -> Non
         raise ValueError(f"seed is {seed}, expected a number in [0, 2^63)")
 
 
+def speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with the same weights, as it generates here: with `settings` and nothing else from its files."""
+    twin = copy.copy(model)
+    twin.generation_config = settings(model)
+    return twin
+
+
+def settings(model: PreTrainedModel) -> GenerationConfig:
+    """What is taken from a model's `generation_config.json`: the ends of a text, `top_k`, `top_p` and `repetition_penalty`.
+
+    Raises:
+        ValueError: one of them cannot be used.
+    """
+    found, rows = model.generation_config, model.get_input_embeddings().weight.shape[0]
+    tokens = {name: getattr(found, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in tokens.items():
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and (type(token) is not int or not 0 <= token < rows):
+                raise ValueError(f"{name} in generation_config.json is {shown(value)}, expected token numbers below {rows:,}")
+    bounds = {"top_k": (TOP_K, 0, 2**31), "top_p": (1.0, 1e-6, 1), "repetition_penalty": (1.0, 1e-3, 1e3)}
+    numbers: dict[str, float] = {}
+    for name, (default, least, most) in bounds.items():
+        value = getattr(found, name, None)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or (type(default) is int and type(value) is not int) or not least <= value <= most:
+            raise ValueError(f"{name} in generation_config.json is {shown(value)}, expected a number in [{least:g}, {most:g}]")
+        numbers[name] = value
+    return GenerationConfig(**tokens, **numbers)
+
+
 class _Draw(LogitsProcessor):
     """Draws a token and leaves nothing else to take. With a generator of its own, so that neither a thread beside this one nor
     anything else that draws changes what comes."""
@@ -66,19 +99,21 @@ class _Draw(LogitsProcessor):
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = torch.multinomial(scores.float().softmax(-1), 1, generator=self.generator)
+        chances = scores.float().softmax(-1)
+        if not torch.isfinite(chances).all():
+            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
+        drawn = torch.multinomial(chances, 1, generator=self.generator)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
 def _drawing(model: PreTrainedModel, temperature: float, seed: int) -> list[LogitsProcessor]:
     """What sampling does to the logits: temperature, then the model's own `top_k` and `top_p`, then the draw."""
     wanted = model.generation_config
-    top_k, top_p = TOP_K if wanted.top_k is None else wanted.top_k, 1.0 if wanted.top_p is None else wanted.top_p
     steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
-    if top_k:
-        steps.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        steps.append(TopPLogitsWarper(top_p))
+    if wanted.top_k:
+        steps.append(TopKLogitsWarper(wanted.top_k))
+    if wanted.top_p < 1:
+        steps.append(TopPLogitsWarper(wanted.top_p))
     return [*steps, _Draw(seed, model.device)]
 
 
@@ -107,6 +142,7 @@ def generate(
     window, given = max_length(model.config), inputs["input_ids"].shape[1]
     if given >= window:
         raise ValueError(f"the prompt has {given} tokens, the model's window {window}; shorten it")
+    model = speaker(model)
     draw = LogitsProcessorList(_drawing(model, temperature, seed) if temperature else [])
     start = time.perf_counter()
     pieces: list[str] = []
@@ -119,7 +155,6 @@ def generate(
         **inputs,
         max_new_tokens=min(tokens, window - given),
         streamer=_Pieces(tokenizer, both),
-        do_sample=False,
         logits_processor=draw,
     )
     return Generated("".join(pieces), ids.shape[1] - given, time.perf_counter() - start)

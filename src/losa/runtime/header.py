@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from losa.doors import tensor_heads
+from losa.doors import shown, tensor_heads
 from losa.runtime.linear import SparseLinear
 
 METHOD = "losa"
@@ -43,19 +43,19 @@ class SparseConfig(QuantizationConfigMixin):
     ) -> None:
         method = unknown.pop("quant_method", METHOD)
         if method != METHOD:
-            raise ValueError(f"quant_method is {method!r}, expected {METHOD!r}: this is no packed LoSA checkpoint")
+            raise ValueError(f"quant_method is {shown(method)}, expected {METHOD!r}: this is no packed LoSA checkpoint")
         if type(version) is not int or version != VERSION:
-            raise ValueError(f"packed format {version!r}, expected {VERSION}; update losa, or pack the model again")
+            raise ValueError(f"packed format {shown(version)}, expected {VERSION}; update losa, or pack the model again")
         if not isinstance(values, str) or values not in VALUES:
-            raise ValueError(f"packed values are {values!r}, expected one of {', '.join(VALUES)}")
+            raise ValueError(f"packed values are {shown(values)}, expected one of {', '.join(VALUES)}")
         if unknown:
-            raise ValueError(f"unknown keys in the packed header: {', '.join(sorted(map(str, unknown)))}")
+            raise ValueError(f"unknown keys in the packed header: {', '.join(sorted(map(str, unknown)))[:200]}")
         layers = {} if layers is None else layers
         if not isinstance(layers, Mapping):
             raise ValueError(f"layers is a {type(layers).__name__}, expected names and numbers of stored values")
         for name, count in layers.items():
             if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"layer {name!r} claims {count!r} stored values, expected a number of at least 0")
+                raise ValueError(f"layer {shown(name)} claims {shown(count)} stored values, expected a number of at least 0")
         self.quant_method = METHOD
         self.version = version
         self.values = values
@@ -79,7 +79,7 @@ def swap_in(model: nn.Module, config: SparseConfig) -> dict[str, SparseLinear]:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = f"a {type(linear).__name__}" if linear is not None else "nothing of that name"
-            raise ValueError(f"the packed header names {name}, where {type(model).__name__} has {found}")
+            raise ValueError(f"the packed header names {shown(name)}, where {type(model).__name__} has {found}")
         if count > linear.weight.numel():
             raise ValueError(f"{name}: {count} stored values, more than its {linear.weight.numel()} weights")
         with torch.device("meta"):
