@@ -39,7 +39,10 @@ Panic.__module__ = "pyo3_runtime"
         (TypeError("no\nint"), "TypeError: no int"),
         (RecursionError("maximum"), "it is nested too deeply"),
         (MemoryError(), "it takes more memory than there is"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), "more memory than there is"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+            "more memory than there is",
+        ),
         (Panic("called unwrap on None"), "Panic: called unwrap on None"),
         (FileNotFoundError(2, "No such file or directory", "x"), "cannot read the thing: No such file or directory; do this"),
     ],
@@ -152,7 +155,9 @@ def save_shards(folder, **names: str):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/two.safetensors", "none.safetensors", "one.bin", ""])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/two.safetensors", "none.safetensors", "one.bin", ""]
+)
 def test_an_index_names_files_beside_it(tmp_path, name):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
@@ -189,7 +194,11 @@ def test_links_that_lead_out_are_refused(tmp_path):
     check_links(folder)
     (tmp_path / "linked").symlink_to(folder)
     check_links(tmp_path / "linked")  # the directory itself may be one
-    for target, message in ((secret, "a link out of the directory"), (tmp_path / "none", "a link to nothing"), (tmp_path, "out of")):
+    for target, message in (
+        (secret, "a link out of the directory"),
+        (tmp_path / "none", "a link to nothing"),
+        (tmp_path, "out of"),
+    ):
         link = folder / "additional_chat_templates" / "x.jinja"
         link.symlink_to(target)
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,15 @@ from losa.sources import FREE_BYTES, ordinary_files
 
 
 def test_hidden_folders_models_and_results_are_no_text(tmp_path):
-    for name in ("a.txt", "deep/er/b.txt", ".hidden/c.txt", ".d.txt", "sparse/README.md", "other/notes.md", "compared/rows/e.json"):
+    for name in (
+        "a.txt",
+        "deep/er/b.txt",
+        ".hidden/c.txt",
+        ".d.txt",
+        "sparse/README.md",
+        "other/notes.md",
+        "compared/rows/e.json",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "sparse" / ".losa").mkdir()  # an interrupted run

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
-from losa.doors import regular
+from losa.doors import regular, shown
 from losa.sources import expand, ordinary_files
 
 TEXT_SUFFIXES = {".txt", ".md", ".raw"}
@@ -165,7 +165,7 @@ def _document(record: Any, where: str) -> str:
             input=f"\n\n### Input:\n{extra}" if extra else "",
             output=record["output"],
         )
-    keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+    keys = shown(sorted(record)) if isinstance(record, dict) else type(record).__name__
     raise ValueError(f"a record of {where} has {keys}; expected 'text', or 'instruction' and 'output'")
 
 

@@ -34,7 +34,7 @@ from losa.doors import out_of_memory
 
 SECONDS, BYTES = 10, 1 << 30  # of a mutant
 TURN = 500  # mutants of a worker: what libraries keep of each does not add up
-SENTENCE = 3000  # characters of a message
+SENTENCE = 20_000  # characters of a message; what a user wrote is shown to him
 
 
 class TooLong(BaseException):
@@ -89,6 +89,7 @@ def _work(name: str, seed: int, numbers: range, samples: Path, pipe: int) -> Non
         for number in numbers:
             os.write(pipe, f"{number} \n".encode())
             file, content = mutant(name, target, seed, number, samples)
+            (folder / file).unlink(missing_ok=True)  # what was mapped of the one before stays whole
             (folder / file).write_bytes(content)
             found: str | None = "+"
             signal.alarm(SECONDS)
@@ -99,6 +100,7 @@ def _work(name: str, seed: int, numbers: range, samples: Path, pipe: int) -> Non
                 found = fault(error)
             signal.alarm(0)
             with contextlib.suppress(OSError):
+                (folder / file).unlink(missing_ok=True)
                 shutil.copy(samples / target.sample / file, folder / file)
             if found:
                 os.write(pipe, f"{number} {found}\n".encode())

@@ -202,9 +202,7 @@ TARGETS = {
     **{f"config, {family}": Target(family, {"config.json": mutate_json}, _measure) for family in FAMILIES},
     "tasks": Target(
         "tasks",
-        dict.fromkeys(TASK_FILES, mutate_lines)
-        | dict.fromkeys(ARROW, mutate_json)
-        | {"piqa/validation/data-00000-of-00001.arrow": mutate_bytes},
+        dict.fromkeys(TASK_FILES, mutate_lines) | dict.fromkeys(ARROW, mutate_json),
         _tasks,
     ),
     "row": Target("rows", {"row.json": mutate_json}, _row),

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from losa.checkpoint import BENCH, EVALUATION
-from losa.doors import INDEX, check_links, read_json, read_tensors, read_text, weight_files
+from losa.doors import INDEX, check_links, read_json, read_tensors, read_text, shown, weight_files
 from losa.models import check_supported, find_decoder
 from losa.opening import check_model, open_config
 from losa.progress import progress
@@ -123,7 +123,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
     shapes = {name: linear.weight.shape for name, linear in find_decoder(_skeleton(source, trust_remote_code)).linears().items()}
     wrong = config.layers.keys() - shapes.keys()
     if wrong:
-        raise ValueError(f"the packed header names {min(wrong)}, which is no linear layer of the model")
+        raise ValueError(f"the packed header names {shown(min(wrong))}, which is no linear layer of the model")
     unpacked = set()
     with _appearing(output) as partial, progress(None, "unpacking", total=len(config.layers)) as bar:
 

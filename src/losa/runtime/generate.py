@@ -77,9 +77,11 @@ def settings(model: PreTrainedModel) -> GenerationConfig:
     found, rows = model.generation_config, model.get_input_embeddings().weight.shape[0]
     tokens = {name: getattr(found, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in tokens.items():
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and (type(token) is not int or not 0 <= token < rows):
-                raise ValueError(f"{name} in generation_config.json is {shown(value)}, expected token numbers below {rows:,}")
+        several = value if isinstance(value, list) and value and name == "eos_token_id" else [value]
+        if value is not None and not all(type(token) is int and abs(token) < 2**31 for token in several):
+            raise ValueError(f"{name} in generation_config.json is {shown(value)}, expected a token's number")
+    if tokens["pad_token_id"] is not None and not 0 <= tokens["pad_token_id"] < rows:
+        tokens["pad_token_id"] = None  # as models say that they have none
     bounds = {"top_k": (TOP_K, 0, 2**31), "top_p": (1.0, 1e-6, 1), "repetition_penalty": (1.0, 1e-3, 1e3)}
     numbers: dict[str, float] = {}
     for name, (default, least, most) in bounds.items():
