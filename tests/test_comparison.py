@@ -205,3 +205,20 @@ def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
     for name, keep in masks.items():
         assert not pruned.get_parameter(name)[~keep].any()
         assert pruned.get_parameter(name)[keep].all()
+
+
+def test_a_damaged_row_is_named(folder, tmp_path):
+    config = CompareConfig(output=str(tmp_path), run=shared(folder), methods=["dense"])
+    (row,) = config.rows()
+    file = tmp_path / "rows" / f"{row.key}.json"
+    file.parent.mkdir()
+    for content in ("{", "[]", "{}", '{"perplexity": "low"}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"{row.key}.json"):
+            compare(config)
+
+
+@pytest.mark.parametrize("values", [{"run": {"eval": "text.txt"}}, {"variants": {"mine": {"method": []}}, "run": {}}])
+def test_values_of_another_type_are_refused(tmp_path, values):
+    with pytest.raises(ValueError, match=r"run\.eval is 'text\.txt'|variants\.mine\.method is \[\]"):
+        CompareConfig(output=str(tmp_path), **values)

@@ -138,7 +138,7 @@ def test_aliases_of_reasonable_size_are_read():
 
 @pytest.mark.parametrize("value", [10**400, "1e400", "nan", 2**63, 1e300, [1], "x" * 10_000])
 def test_absurd_numbers_are_refused_in_a_short_sentence(value):
-    with pytest.raises(ValueError, match="train.tokens is .*expected a whole number") as raised:
+    with pytest.raises(ValueError, match=r"train\.tokens is .*expected a whole number") as raised:
         LosaConfig.from_dict({"train": {"tokens": value}})
     assert len(str(raised.value)) < 1000
 

@@ -89,12 +89,12 @@ def test_a_malformed_quantization_config(model, tmp_path, unloaded, found):
 @pytest.mark.parametrize("name", ["num_hidden_layers", "num_attention_heads", "num_labels"])
 def test_numbers_without_end_are_refused_before_lists_are_made(model, tmp_path, unloaded, name):
     change(model, **{name: 2**31})
-    every_command_refuses(model, tmp_path, f"its {name} is 2.15e\\+09, expected at most")
+    every_command_refuses(model, tmp_path, f"its {name} is 2147483648, expected at most")
 
 
 def test_more_blocks_than_the_files_hold(model, unloaded):
     change(model, num_hidden_layers=60_000, layer_types=None)
-    with pytest.raises(ValueError, match="config.json says 60,000 decoder blocks, the files hold 2"):
+    with pytest.raises(ValueError, match=r"config\.json says 60,000 decoder blocks, the files hold 2"):
         losa.load(model)
 
 

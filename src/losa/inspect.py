@@ -1,7 +1,7 @@
 """Sparsity of a checkpoint, read from its safetensors tensor by tensor: no model is built, one tensor is in memory at a time."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,12 @@ def inspect(directory: str | Path) -> list[LayerSparsity]:
 
     if (Path(directory) / "config.json").is_file():
         check_file(Path(directory))
-    if is_packed(Path(directory)):
-        return [_packed_layer(name, count, numel) for name, (count, numel) in packed_layers(Path(directory)).items()]
     files = weight_files(Path(directory))
     if not files:
         raise ValueError(f"no .safetensors file in {directory}; expected the directory of a checkpoint")
-    layers = [layer for file in files for layer in _layers(file)]
+    packed = packed_layers(Path(directory)) if is_packed(Path(directory)) else {}
+    layers = [_packed_layer(name, count, numel) for name, (count, numel) in packed.items()]
+    layers += [layer for file in files for layer in _layers(file, packed)]
     if not layers:
         raise ValueError(f"no weight matrix of a numbered decoder block in {directory}")
     return sorted(layers, key=lambda layer: (layer.block, layer.name))
@@ -59,8 +59,13 @@ def _packed_layer(name: str, count: int, numel: int) -> LayerSparsity:
     return LayerSparsity(f"{name}.weight", int(block[1]) if block else 0, numel - count, numel, ())
 
 
-def _layers(file: Path) -> Iterator[LayerSparsity]:
-    for name, tensor in read_tensors(file, lambda name, shape: len(shape) == 2 and BLOCK.search(name) is not None):
+def _layers(file: Path, packed: Collection[str]) -> Iterator[LayerSparsity]:
+    """The layers of a file, but for packed ones."""
+
+    def wanted(name: str, shape: list[int]) -> bool:
+        return len(shape) == 2 and BLOCK.search(name) is not None and name.removesuffix(".weight_mask") not in packed
+
+    for name, tensor in read_tensors(file, wanted):
         block = BLOCK.search(name)
         assert block is not None
         kept = (tensor.float() if tensor.dtype in EIGHT_BITS else tensor) != 0

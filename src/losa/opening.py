@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.configuration_utils import PreTrainedConfig
 
 from losa.config import LosaConfig
-from losa.doors import check_links, door, read_json, tensor_heads, weight_files
+from losa.doors import check_links, door, read_json, shown, tensor_heads, weight_files
 from losa.models import check_supported, max_length
 
 COUNT = 65_536  # layers, heads, experts or labels: more than any model has, few enough to list
@@ -100,7 +100,7 @@ def check_content(content: Mapping[str, Any]) -> None:
     for key, value in content.items():
         counts = re.match(r"num_|n_layer|n_head|.*_layers$", str(key))
         if counts and isinstance(value, int) and abs(value) > COUNT:
-            raise ValueError(f"its {key} is {value:.3g}, expected at most {COUNT:,}")
+            raise ValueError(f"its {key} is {shown(value)}, expected at most {COUNT:,}")
         if isinstance(value, Mapping) and key != "quantization_config":
             check_content(value)
 

@@ -175,8 +175,10 @@ def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
     check_files(files, swap_in(model, config))
     counts: dict[str, int] = {}
     for file in files:
-        for key, mask in read_tensors(file, lambda key, _: key.removesuffix(".weight_mask") in config.layers):
+        for key, mask in read_tensors(file, lambda key, _: key.endswith(".weight_mask")):
             name = key.removesuffix(".weight_mask")
+            if name not in config.layers:
+                raise ValueError(f"the files hold {shown(name)} packed, which the header does not name; pack the model again")
             counts[name] = int(np.bitwise_count(mask.numpy()).sum(dtype=np.int64))
             if counts[name] != config.layers[name]:
                 raise ValueError(f"{name}: the masks mark {counts[name]:,} weights, the header says {config.layers[name]:,}")
