@@ -220,5 +220,7 @@ def test_a_snapshot_of_the_hubs_cache_is_let_through(tmp_path):
 
 
 def test_what_is_printed_cannot_command_a_terminal():
+    assert printable("👩\N{ZERO WIDTH JOINER}🚀 naïve\t你好\r\n") == "👩\N{ZERO WIDTH JOINER}🚀 naïve\t你好\n"
+    assert printable("\udcff").encode() == "\N{REPLACEMENT CHARACTER}".encode()
     assert printable("a\x1b[31mb\nc\x07") == "a\N{REPLACEMENT CHARACTER}[31mb\nc\N{REPLACEMENT CHARACTER}"
     assert len(shown("x" * 10_000)) < 500

@@ -305,6 +305,9 @@ def plan(
         offload=offload, shard=shard, trust_remote_code=trust_remote_code,
         **{"train.weights": train},
     )  # fmt: skip
+    for name, value in (("--memory", memory), ("--tflops", tflops)):
+        if value is not None and not value < 1e9:  # nor not a number
+            raise ValueError(f"{name} is {value}, expected what a machine could have")
     made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
     if not made.fits:
@@ -448,8 +451,10 @@ def demo(
 
 
 def _say(text: str, console: Console = out, end: str = "\n") -> None:
-    """Prints a text as it is: not wrapped, so that a path can be copied, and with no bracket in it taken for markup."""
-    console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
+    """Prints a text as it is: not wrapped, so that a path can be copied, nothing in it taken for markup or obeyed by the terminal."""
+    from losa.doors import printable
+
+    console.print(printable(text), end=end, highlight=False, markup=False, soft_wrap=True)
 
 
 def _config(preset: str | None, path: Path | None, sets: list[str] | None, **options: Any) -> "LosaConfig":

@@ -6,6 +6,7 @@ Checks of what a file says, once it can be read, are where its content is used.
 """
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,8 +70,9 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal would obey."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    """A text without what a terminal would obey, or could not show: control characters and halves of surrogate pairs."""
+    strange = {sign for sign in set(text) if unicodedata.category(sign) in ("Cc", "Cs")} - set("\n\t")
+    return text.translate({ord(sign): None if sign == "\r" else "\N{REPLACEMENT CHARACTER}" for sign in strange})
 
 
 def out_of_memory(error: BaseException) -> bool:

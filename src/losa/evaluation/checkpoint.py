@@ -17,6 +17,7 @@ from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
 from losa.models import load, max_length
+from losa.opening import open_config
 
 TRIAL_BYTES = 1 << 16  # written before measuring, to see that they can be; a result has fewer
 BY_TOKEN, BY_WORD = "token, windowed", "word, lm-eval"
@@ -68,14 +69,14 @@ def evaluate_checkpoint(
     if (limit is not None or task_data is not None) and not tasks:
         raise ValueError("--limit and --task-data are for tasks; give some with --tasks, such as --tasks paper")
     device = resolve_device(config.device)
+    longest = max_length(open_config(config.model, config.trust_remote_code))
+    lengths = lengths or default_lengths(longest)
+    if max(lengths) > longest:
+        raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
     harness = _harness() if words or tasks else None
     loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
     text = evaluation_text(data) if data is not None else ""
     model, tokenizer = load(config)
-    longest = max_length(model.config)
-    lengths = lengths or default_lengths(longest)
-    if max(lengths) > longest:
-        raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
     model.to(device)
     rows: list[dict[str, Any]] = []
     if data is not None:
