@@ -451,7 +451,7 @@ def demo(
 
 
 def _say(text: str, console: Console = out, end: str = "\n") -> None:
-    """Prints a text as it is: not wrapped, so that a path can be copied, nothing in it taken for markup or obeyed by the terminal."""
+    """Prints a text as it is: not wrapped, so that paths can be copied, and nothing in it is markup or obeyed by the terminal."""
     from losa.doors import printable
 
     console.print(printable(text), end=end, highlight=False, markup=False, soft_wrap=True)
