@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer.main
 from helpers import pruned_names, save_text, set_up, tensors, toy_config, toy_run
 from processes import call, losa
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from losa.cli import app, main
@@ -341,6 +343,10 @@ BAD = [
     (["pack", "nowhere", "OUT"], "nowhere is not a directory"),
     (["unpack", "MODEL", "OUT"], "is not packed"),
     (["generate", "MODEL", "--prompt", ""], "found 0 characters"),
+    (["generate", "/no/such/model", "--prompt", "A", "--temperature", "1e-40"], "temperature is 1e-40, expected 0, or a number"),
+    (["bench", "MODEL", "--rounds", "1000000000000"], "at most 1000 rounds"),
+    (["plan", "MODEL", "--memory", "inf"], "--memory is inf, expected what a machine could have"),
+    (["plan", "MODEL", "--tflops", "nan"], "--tflops is nan, expected what a machine could have"),
     (["generate", "MODEL", "--prompt", "A", "--device", "abacus"], "expected auto, cpu or cuda"),
     (["bench", "MODEL", "--new", "1"], "1 new tokens"),
     (["eval", "MODEL", "--data", "TEXT", "--length", "65"], "window length 65 is beyond the model's 64 tokens"),
@@ -411,3 +417,33 @@ def test_status_two_in_a_process_of_its_own(folder, tmp_path):
     log = (tmp_path / "log").read_text()
     assert "error: " in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")]
+)
+def test_memory_that_runs_out_is_a_sentence(folder, monkeypatch, capsys, error):
+    def eat(*_):
+        raise error
+
+    monkeypatch.setattr("losa.inspect.inspect", eat)
+    result = losa_main(monkeypatch, capsys, "inspect", folder / "model")
+    assert_one_line_error(result, "out of memory: ")
+    assert "losa plan" in result[2]
+
+
+def test_names_in_files_are_neither_markup_nor_commands(tmp_path, monkeypatch, capsys):
+    save_file({"model.0.[/red]\x1b[2J": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    code, out, err = losa_main(monkeypatch, capsys, "inspect", tmp_path, "--layers")
+    assert code == 0, err
+    assert "[/red]" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("command", [["run", "--data", "TEXT"], ["prune", "--calibration", "TEXT"]])
+def test_numbers_that_no_machine_holds_are_refused_before_a_model_is_loaded(folder, tmp_path, monkeypatch, capsys, command):
+    text, (name, *options) = str(folder / "text.txt"), command
+    options = [text if option == "TEXT" else option for option in options]
+    huge = "train.tokens=1e15" if name == "run" else "calibration.sequences=1e15"
+    arguments = [name, tmp_path / "no-model", "-o", tmp_path / "out", *options, "--set", huge]
+    assert_one_line_error(losa_main(monkeypatch, capsys, *arguments), "bytes of memory, this machine has")

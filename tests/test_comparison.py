@@ -211,8 +211,14 @@ def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
 def test_a_damaged_row_is_made_again(folder, tmp_path, caplog):
     wanted = compare(config(folder, tmp_path, methods=["dense"]))[0]["perplexity"]
     (row,) = (tmp_path / "rows").iterdir()
-    for damage in ("", row.read_text()[:100], "[1]", "[" * 100_000):
+    for damage in ("", row.read_text()[:100], "[1]", "[" * 100_000, "{}", '{"perplexity": "low"}'):
         row.write_text(damage)
         assert compare(config(folder, tmp_path, methods=["dense"]))[0]["perplexity"] == wanted
         assert json.loads(row.read_text())["perplexity"] == wanted
-    assert caplog.text.count("is damaged; the row is made again") == 4
+    assert caplog.text.count("; the row is made again") == 6
+
+
+@pytest.mark.parametrize("values", [{"run": {"eval": "text.txt"}}, {"variants": {"mine": {"method": []}}, "run": {}}])
+def test_values_of_another_type_are_refused(tmp_path, values):
+    with pytest.raises(ValueError, match=r"run\.eval is 'text\.txt'|variants\.mine\.method is \[\]"):
+        CompareConfig(output=str(tmp_path), **values)

@@ -1,17 +1,22 @@
 """Perplexity is exactly what its definition says, whatever the batches, and named by its window length."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import save_text, save_toy, toy_model
+from typer.testing import CliRunner
 
+from losa.cli import app
 from losa.config import LosaConfig
 from losa.data import evaluation_text, windows
 from losa.demo import assets
 from losa.doctor import toy_tokenizer
 from losa.evaluation import evaluate_checkpoint, perplexity
-from losa.evaluation.checkpoint import default_lengths
+from losa.evaluation.checkpoint import check_savable, default_lengths, save_results
+from losa.evaluation.perplexity import exp
 from losa.models import load
 
 
@@ -141,3 +146,52 @@ def test_real_model_equals_the_definition():
     expected = reference_perplexity(model, evaluation_text(held)[:20_000], tokenizer, 256, 4)
     assert row["perplexity"] == pytest.approx(expected, rel=1e-6)
     assert row["perplexity"] < 60  # it is a trained model
+
+
+RESULT = {"perplexity": [], "tasks": {}, "mean_acc": None, "lm_eval": None, "date": "2026-11-25"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"perplexity": 7}', '{"perplexity": [{}], "tasks": {}}', "\udcff"])
+def test_a_result_is_kept_beside_a_damaged_one(tmp_path, content):
+    (tmp_path / "eval.json").write_text(content, "utf-8", "surrogateescape")
+    assert save_results(str(tmp_path), RESULT) == tmp_path / "eval-2.json"
+    assert save_results(str(tmp_path), RESULT) == tmp_path / "eval-3.json"
+    assert (tmp_path / "eval.json").read_text("utf-8", "surrogateescape") == content
+    assert json.loads((tmp_path / "eval-2.json").read_text("utf-8")) == RESULT
+
+
+def test_what_cannot_be_saved_is_known_before_measuring(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"is not the directory of a finished checkpoint; --save keeps bench\.json in there"):
+        check_savable(tmp_path, "bench.json")
+    check_savable(checkpoint)
+    assert not [path for path in checkpoint.iterdir() if path.name.startswith(".")]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match=r"cannot write to .*: No space left on device; --save keeps eval\.json in there"):
+        check_savable(checkpoint)
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_results_are_printed_before_they_are_saved(checkpoint, command, monkeypatch):
+    measured = {"eval": RESULT, "bench": {"rows": []}}
+    monkeypatch.setattr("losa.evaluation.checkpoint.evaluate_checkpoint", lambda *_: measured["eval"])
+    monkeypatch.setattr("losa.runtime.bench.compare", lambda *_: measured["bench"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("losa.evaluation.checkpoint.replace", full)
+    monkeypatch.setattr("losa.checkpoint.replace", full)
+    options = ["--data", "x.txt"] if command == "eval" else []
+    result = CliRunner().invoke(app, [command, str(checkpoint), *options, "--save", "--json"])
+    assert isinstance(result.exception, OSError)
+    assert json.loads(result.stdout) == measured[command]
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite():
+    assert exp(0.0) == 1.0
+    assert exp(1e4) == math.inf
+    assert math.isnan(exp(math.nan))

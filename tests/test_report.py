@@ -20,6 +20,7 @@ from losa.cli import app
 from losa.config import LosaConfig
 from losa.method import prune
 from losa.models import load
+from losa.report.card import model_card
 from losa.report.content import command, gap_closed, headline, layer_bytes, public, warning
 from losa.report.figures import plots
 from losa.report.page import documents, page, refresh
@@ -434,4 +435,53 @@ def test_report_of_something_else(tmp_path):
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(ValueError, match=r"eval\.json is not JSON: .*; delete it, or measure again"):
         refresh(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+HOSTILE = "<script>alert(1)</script> ![x](http://a/b.png) [y](javascript:z) a|b `c`\nlicense: evil"
+
+
+def test_a_card_shows_what_comes_from_files_as_text():
+    record, evaluation = made_up(2), json.loads(json.dumps(EVALUATION))
+    record["config"] |= {"pruner": HOSTILE, "model": "org/" + HOSTILE}
+    record["evaluation"]["data"] = HOSTILE
+    evaluation["perplexity"][0]["data"] = evaluation["lm_eval"] = HOSTILE
+    evaluation["tasks"][HOSTILE] = evaluation["tasks"]["arc_easy"]
+    card = model_card(record, f"sparse{HOSTILE}", evaluation)
+    assert "<script" not in card
+    assert "\\[y\\](javascript:z)" in card
+    assert not re.search(r"(?<!\\)!?\[[xy](?<!\\)\]\(", card)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert set(front) <= {"library_name", "base_model", "tags"}
+    assert len(front["tags"]) == 3
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {7, 8}  # the two tables' own columns, and no more
+
+
+def test_an_honest_card_is_as_it_was():
+    card = model_card(made_up(2), "sparse")
+    assert "tags: [sparse, losa, alps]" in card
+    assert "\\" not in card and "&" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("losa.json", lambda found: found.pop("perplexity")),
+        ("losa.json", lambda found: found.update(sparsity={"achieved": "most", "asked": [], "weights": None})),
+        ("losa.json", lambda found: found.update(steps=[{"rates": "x"}])),
+        ("eval.json", lambda found: found.update(tasks=[1])),
+        ("bench.json", lambda found: found.update(rows=[])),
+    ],
+)
+def test_damaged_records_are_named(tmp_path, name, damage):
+    contents = {"losa.json": made_up(2), "eval.json": EVALUATION, "bench.json": BENCH}
+    for file, content in contents.items():
+        copy = json.loads(json.dumps(content))
+        if file == name:
+            damage(copy)
+        (tmp_path / file).write_text(json.dumps(copy))
+    with pytest.raises(ValueError, match=r"cannot report on .*what is damaged has to be measured again") as raised:
+        refresh(tmp_path)
+    assert name in str(raised.value)
     assert not (tmp_path / "report.html").exists()

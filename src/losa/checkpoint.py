@@ -29,6 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from losa.adapter import masked_linears
 from losa.config import LosaConfig, differences
+from losa.doors import read_json
 from losa.output import BENCH as BENCH
 from losa.output import EVALUATION as EVALUATION
 from losa.output import HALF, MANIFEST, PREVIOUS, RECORD, WORK, fresh, stages, sync
@@ -349,10 +350,9 @@ def read_record(directory: Path) -> dict[str, Any]:
     """The `losa.json` of a finished run.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     path = directory / RECORD
     if not path.is_file():
         raise ValueError(f"{directory} has no {RECORD}; it is not a finished LoSA run")
-    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return record
+    return read_json(path)

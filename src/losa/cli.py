@@ -264,10 +264,12 @@ def evaluate(
             data = recorded_text(model)
         _heavy()
         result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
-        kept = save_results(model, result) if save else None
+        out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
+        if save:  # after it was printed: what was measured is not lost where this fails
+            _say(f"kept in {save_results(model, result)}", err)
     out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
-    if kept:
-        _say(f"kept in {kept}", err)
+    if save:  # after it was printed: what was measured is not lost where this fails
+        _say(f"kept in {save_results(model, result)}", err)
 
 
 @app.command()
@@ -319,6 +321,9 @@ def plan(
         offload=offload, shard=shard, trust_remote_code=trust_remote_code,
         **{"train.weights": train},
     )  # fmt: skip
+    for name, value in (("--memory", memory), ("--tflops", tflops)):
+        if value is not None and not value < 1e9:  # nor not a number
+            raise ValueError(f"{name} is {value}, expected what a machine could have")
     made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
     if not made.fits:
@@ -386,8 +391,10 @@ def generate(
 
     Example: `losa generate llama-packed --prompt "The old man looked at her and said"`
     """
+    from losa.runtime.generate import check_wishes
     from losa.runtime.generate import generate as go_on
 
+    check_wishes(prompt, tokens, temperature, seed)
     loaded, tokenizer = _served(model, device, trust_remote_code)
     _say(prompt, end="")
 
@@ -414,17 +421,20 @@ def bench(
     Beside each speed stands the physical limit: one token reads every weight once, so memory bandwidth over bytes of weights.
     """
     from losa.checkpoint import BENCH, replace, to_json
+    from losa.evaluation.checkpoint import check_savable
     from losa.output import claim
     from losa.report.table import bench_table
     from losa.runtime.bench import compare
 
     _huge_pages()
+    if save:
+        check_savable(directory, BENCH)
     _quiet(logging.WARNING)
     with claim(directory if save and directory.is_dir() else None):
         result = compare(directory, prompt, new, rounds, device or "auto")
+        out.print_json(data=result) if as_json else out.print(bench_table(result))
         if save:
             replace(directory / BENCH, to_json(result, BENCH))
-    out.print_json(data=result) if as_json else out.print(bench_table(result))
 
 
 @app.command()
@@ -470,8 +480,10 @@ def demo(
 
 
 def _say(text: str, console: Console = out, end: str = "\n") -> None:
-    """Prints a text as it is: not wrapped, so that a path can be copied, and with no bracket in it taken for markup."""
-    console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
+    """Prints a text as it is: not wrapped, so that paths can be copied, and nothing in it is markup or obeyed by the terminal."""
+    from losa.doors import printable
+
+    console.print(printable(text), end=end, highlight=False, markup=False, soft_wrap=True)
 
 
 def _config(preset: str | None, path: Path | None, sets: list[str] | None, **options: Any) -> "LosaConfig":
@@ -532,9 +544,13 @@ def main() -> None:
         if not _others:
             _say(f"stopped by {name}; nothing half-written is left, and losa run goes on with --resume", err)
         sys.exit(128 + stopped.number)
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        expected = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
-        if not expected or os.environ.get("LOSA_DEBUG"):
+    except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+        from losa.doors import out_of_memory, printable
+
+        said, no_memory = str(error), out_of_memory(error)
+        if os.environ.get("LOSA_DEBUG") or (isinstance(error, RuntimeError) and not no_memory):
             raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if no_memory and type(error).__name__ != "OutOfMemoryError":  # that one names what to lower
+            said = f"out of memory: {' '.join(said.split()) or 'no more to be had'}; losa plan shows what a run needs"
+        err.print(f"[bold red]error:[/] {escape(printable(said))}", highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -21,6 +21,7 @@ from losa import distributed
 from losa.baselines import lift_masks, mask_again
 from losa.checkpoint import replace, to_json
 from losa.config import LosaConfig, build, merge, nested, read_config, require
+from losa.doors import door, read_json
 from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, reconstruct, sparsify
 from losa.models import load
@@ -87,7 +88,9 @@ class CompareConfig:
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
         require(bool(self.targets), "targets", self.targets, "at least one, such as 0.7 or 2:4")
         require(bool(self.seeds), "seeds", self.seeds, "at least one")
-        held = (self.run.get("eval") or {}).get("data")
+        measured = self.run.get("eval") or {}
+        require(isinstance(measured, dict), "run.eval", measured, "a mapping of keys to values")
+        held = measured.get("data")
         require(len(self.seeds) == 1 or held is not None, "run.eval.data", held, "a text: what is held out depends on the seed")
         for row in self.rows():  # every configuration is built, and so checked, before any model is loaded
             check_request(row.config, training=True)
@@ -130,7 +133,8 @@ class CompareConfig:
 def _variant(name: str, changes: Any) -> Method:
     require(isinstance(changes, dict), f"variants.{name}", changes, "a mapping of keys to values")
     base = changes.get("method", "LoSA")
-    require(base in METHODS | {"LoSA": None}, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
+    known = isinstance(base, str) and (base in METHODS or base == "LoSA")
+    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
     method = METHODS.get(base, Method("losa", PAPER))
     values = copy.deepcopy(method.changes)
     merge(values, {key: value for key, value in changes.items() if key != "method"})
@@ -172,10 +176,11 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
 
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
+    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see sources.py)
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
-        result = _read_row(file)
+        result = _read_row(row, file)
         if result is None:
             result = measure(row)
             logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
@@ -193,16 +198,18 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     return found
 
 
-def _read_row(file: Path) -> dict[str, Any] | None:
-    """What was found before, or None; of a file that cannot be read, with a warning."""
+def _read_row(row: Row, file: Path) -> dict[str, Any] | None:
+    """What was found before, or None; of a file that cannot be used, with a warning."""
+    from losa.report.comparison import markdown
+
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        logger.warning("%s is damaged; the row is made again", file)
+        found = read_json(file)
+        with door(file, "use"):
+            markdown([{"method": row.name, "target": row.target, "seed": row.seed} | found])
+    except ValueError as error:
+        logger.warning("%s; the row is made again", error)
         return None
     return found
 

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from losa.allocation import BANDS
+from losa.doors import YAML_BYTES, door, read_text, read_yaml, shown
 from losa.pruning import Pattern, get_pruner
 
 RENAMED = {"importance": "rates"}
@@ -40,8 +42,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+def _read_yaml(text: str, name: str) -> Any:
+    return read_yaml(text, _Loader, name)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -50,10 +52,9 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or is not a mapping.
     """
-    try:
-        loaded = _read_yaml(Path(path).read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the config {path}: {error}") from error
+    with door(f"the config {path}"):
+        text = read_text(Path(path), YAML_BYTES)
+    loaded = _read_yaml(text, f"the config {path}")
     require(isinstance(loaded, dict), f"the config {path}", type(loaded).__name__, "a mapping of keys to values")
     values: dict[str, Any] = loaded
     return values
@@ -62,7 +63,7 @@ def read_config(path: str) -> dict[str, Any]:
 def require(condition: bool, name: str, found: object, expected: str) -> None:
     """Raises the `ValueError` "name is found, expected ..." unless `condition`."""
     if not condition:
-        raise ValueError(f"{name} is {found!r}, expected {expected}")
+        raise ValueError(f"{name} is {shown(found)}, expected {expected}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -161,11 +162,11 @@ class TrainConfig:
         require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
         require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
-        require(self.distill_blocks >= 0, "train.distill_blocks", self.distill_blocks, "at least 0")
-        require(self.temperature > 0, "train.temperature", self.temperature, "a positive number")
-        require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "a positive number")
+        require(0 <= self.distill_blocks < math.inf, "train.distill_blocks", self.distill_blocks, "at least 0")
+        require(1e-3 <= self.temperature <= 1e3, "train.temperature", self.temperature, "a number in [0.001, 1000]")
+        require(0 < self.save_minutes < math.inf, "train.save_minutes", self.save_minutes, "a positive number")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 
     @property
@@ -303,7 +304,7 @@ class LosaConfig:
         if preset is not None:
             known = sorted(p.name[:-5] for p in resources.files("losa").joinpath("presets").iterdir())
             require(preset in known, "preset", preset, "one of " + ", ".join(known))
-            merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8")))
+            merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8"), preset))
         if path is not None:
             merge(values, read_config(path))
         merge(values, nested(overrides or {}))
@@ -326,10 +327,7 @@ def parse_set(items: list[str]) -> dict[str, Any]:
     for item in items:
         key, equals, value = item.partition("=")
         require(bool(equals and key), "--set", item, "key=value, such as train.lr=1e-3")
-        try:
-            pairs[key] = _read_yaml(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {item} is not YAML: {' '.join(str(error).split())}") from error
+        pairs[key] = _read_yaml(value, f"--set {item}")
     return pairs
 
 
@@ -402,12 +400,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML reads 1e-3 as a string
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if kind is float and number == number:
             return number
-        if kind is int and number.is_integer():
-            return int(number)
+        if kind is int and number.is_integer() and abs(number) < 2**63:
+            return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # a float has but 53 bits
     elif type(value) is kind:
         return value
-    raise ValueError(f"{name} is {value!r}, expected {'a whole number' if kind is int else kind.__name__}")
+    raise ValueError(f"{name} is {shown(value)}, expected {'a whole number' if kind is int else kind.__name__}")

@@ -26,6 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
+from losa.doors import regular, shown
+from losa.sources import expand, ordinary_files
 
 TEXT_SUFFIXES = {".txt", ".md", ".raw"}
 RECORD_SUFFIXES = {".json", ".jsonl"}
@@ -101,7 +103,7 @@ def _read(source: str) -> list[str]:
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _suffix(file) in TEXT_SUFFIXES | RECORD_SUFFIXES)
+        files = sorted(file for file in ordinary_files(path) if _suffix(file) in TEXT_SUFFIXES | RECORD_SUFFIXES)
         if not files:
             raise ValueError(f"no .txt, .md, .raw, .json or .jsonl file in {source}")
         return [document for file in files for document in _read_file(file)]
@@ -116,7 +118,11 @@ def _read_file(path: Path) -> list[str]:
     if _suffix(path) not in TEXT_SUFFIXES | RECORD_SUFFIXES:
         raise ValueError(f"cannot read {path.name}; expected .txt, .md, .raw, .json or .jsonl, each also .gz")
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if path.suffix == ".gz":
+            with gzip.open(regular(path)) as stream:
+                raw = expand(stream, path.stat().st_size)
+        else:
+            raw = regular(path).read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path.name} is not a gzip file: {error}") from error
     try:
@@ -127,7 +133,7 @@ def _read_file(path: Path) -> list[str]:
         return [text]
     try:
         records = json_lines(text) if _suffix(path) == ".jsonl" else _json(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not valid JSON: {error}") from error
     return [_document(record, path.name) for record in records]
 
@@ -159,7 +165,7 @@ def _document(record: Any, where: str) -> str:
             input=f"\n\n### Input:\n{extra}" if extra else "",
             output=record["output"],
         )
-    keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+    keys = shown(sorted(record)) if isinstance(record, dict) else type(record).__name__
     raise ValueError(f"a record of {where} has {keys}; expected 'text', or 'instruction' and 'output'")
 
 

@@ -4,10 +4,12 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
@@ -52,6 +54,21 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_memory(wanted: Mapping[str, int]) -> None:
+    """Refuses numbers that this machine could not hold if it did nothing else.
+
+    Args:
+        wanted: bytes that a key of the configuration asks for.
+
+    Raises:
+        ValueError: more than the machine has.
+    """
+    there = psutil.virtual_memory().total
+    for key, count in wanted.items():
+        if count > there:
+            raise ValueError(f"{key} asks for {count:.3g} bytes of memory, this machine has {there:.3g}; lower it")
 
 
 def keep_freed_memory() -> bool:

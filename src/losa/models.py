@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
 
@@ -29,51 +28,9 @@ def load(model: str | Path | LosaConfig) -> tuple[PreTrainedModel, PreTrainedTok
     Raises:
         ValueError: nothing there, or nothing that transformers opens.
     """
-    from losa.runtime import plugin  # noqa: F401 - importing it lets transformers open packed checkpoints; it imports this module
+    from losa.opening import load as open_checkpoint  # it imports this module
 
-    config = model if isinstance(model, LosaConfig) else LosaConfig.from_dict({"model": str(model)})
-    trust = {"trust_remote_code": config.trust_remote_code}
-    with one_line(config.model):
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **trust)
-        loaded = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
-    return loaded, tokenizer
-
-
-def _check_directory(model: Path) -> None:
-    """Says what a local directory lacks, where transformers would guess or look on the hub.
-
-    Raises:
-        ValueError: a path that does not exist, an adapter, an interrupted run, or something else that is no model.
-    """
-    from losa.checkpoint import work_dir  # it imports this module
-
-    if not model.exists():
-        if model.is_absolute() or str(model).startswith((".", "~")):
-            raise ValueError(f"there is no model at {model}")
-        return  # a name on the hub
-    if (model / "config.json").is_file():
-        return
-    if (model / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{model} is an adapter, not a model; merge it into its base first (peft's merge_and_unload) and save that"
-        )
-    if work_dir(model).is_dir():
-        raise ValueError(f"{model} holds an interrupted run, not a model yet; finish it with --resume")
-    raise ValueError(f"{model} is not the directory of a model: it has no config.json")
-
-
-@contextmanager
-def one_line(name: str) -> Iterator[None]:
-    """Turns what transformers says about a model that does not open into one line with its name.
-
-    Raises:
-        ValueError: that line; or, before anything is opened, what a local directory lacks.
-    """
-    _check_directory(Path(name))
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot open the model {name!r}: {' '.join(str(error).split())}") from error
+    return open_checkpoint(model if isinstance(model, LosaConfig) else LosaConfig.from_dict({"model": str(model)}))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from losa import loss
 from losa.adapter import attach, dense_mode
@@ -33,7 +33,8 @@ from losa.calibration import InputStatistics
 from losa.config import LosaConfig
 from losa.environment import resolve_device
 from losa.loss import causal_loss
-from losa.models import Decoder, block_inputs, block_linears, check_supported, find_decoder, max_length, one_line
+from losa.models import Decoder, block_inputs, block_linears, check_supported, find_decoder, max_length
+from losa.opening import check_model, open_config
 from losa.probe import BATCH, EVALUATION_BATCH, probe, probe_bytes
 from losa.pruning import get_pruner
 from losa.session import check_decoder, check_parts
@@ -97,15 +98,13 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     Raises:
         ValueError: the model or the configuration is not supported, or the processes cannot share its batches.
     """
-    with one_line(config.model):
-        model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = open_config(config.model, config.trust_remote_code, packed=False)
+    model = check_model(model_config, config.model, config.trust_remote_code)
     dtype = _dtype(config, model_config)
 
     def build() -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
 
-    with torch.device("meta"):
-        model = build()
     check_supported(model)
     decoder = find_decoder(model)
     check_decoder(decoder, config)

@@ -21,7 +21,7 @@ from losa.adapter import attach, merge
 from losa.allocation import layer_rates
 from losa.config import LosaConfig
 from losa.data import RunData, check_sources, prepare
-from losa.environment import resolve_device, return_freed_memory, versions
+from losa.environment import check_memory, resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
 from losa.origin import changed, origin
@@ -353,6 +353,8 @@ def check_request(config: LosaConfig, *, training: bool, resume: bool = False, o
         raise ValueError(
             f"pruner is {config.pruner!r}, whose scores come from training, but {found}; expected `run` with steps >= 2"
         )
+    calibration = (config.calibration.sequences or 0) * (config.calibration.length or 1)
+    check_memory({"train.tokens": 8 * config.train.tokens * training, "calibration.sequences": 8 * calibration})
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("the accelerate configuration asks for FSDP; leave that out and set shard: true (--shard) instead")
     if config.shard and distributed.launched() == 1:

@@ -1,8 +1,9 @@
 """`losa eval`: a checkpoint, texts and tasks, a result that can be kept beside the checkpoint."""
 
-import json
+import logging
 from collections.abc import Sequence
 from datetime import date
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 from losa.checkpoint import EVALUATION, RECORD, read_record, replace, to_json
 from losa.config import LosaConfig
 from losa.data import evaluation_documents, evaluation_text, is_wikitext, named_text, windows
+from losa.doors import door, read_json
 from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
 from losa.models import load, max_length
+from losa.opening import open_config
 
+TRIAL_BYTES = 1 << 16  # written before measuring, to see that they can be; a result has fewer
 BY_TOKEN, BY_WORD = "token, windowed", "word, lm-eval"
+
+logger = logging.getLogger(__name__)
 
 
 def default_lengths(longest: int) -> list[int]:
@@ -62,14 +68,14 @@ def evaluate_checkpoint(
     if (limit is not None or task_data is not None) and not tasks:
         raise ValueError("--limit and --task-data are for tasks; give some with --tasks, such as --tasks paper")
     device = resolve_device(config.device)
+    longest = max_length(open_config(config.model, config.trust_remote_code))
+    lengths = lengths or default_lengths(longest)
+    if max(lengths) > longest:
+        raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
     harness = _harness() if words or tasks else None
     loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
     text = evaluation_text(data) if data is not None else ""
     model, tokenizer = load(config)
-    longest = max_length(model.config)
-    lengths = lengths or default_lengths(longest)
-    if max(lengths) > longest:
-        raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
     model.to(device)
     rows: list[dict[str, Any]] = []
     if data is not None:
@@ -108,25 +114,49 @@ def _result(rows: list[dict[str, Any]], tasks: dict[str, Any], lm_eval: str | No
     return {"perplexity": rows, "tasks": tasks, "mean_acc": mean_accuracy(tasks), "lm_eval": lm_eval, "date": today}
 
 
-def check_savable(directory: str) -> None:
-    """Before anything is measured.
+def check_savable(directory: str | Path, name: str = EVALUATION) -> None:
+    """Before anything is measured, tries to write where `name` is to be kept.
 
     Raises:
-        ValueError: not the directory of a finished checkpoint.
+        ValueError: not the directory of a finished checkpoint, or one that cannot be written to.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"{directory} is not the directory of a finished checkpoint; --save keeps {EVALUATION} in there")
+        raise ValueError(f"{directory} is not the directory of a finished checkpoint; --save keeps {name} in there")
+    trial = Path(directory) / f".{name}.trial"
+    with door(directory, "write to", f"; --save keeps {name} in there"):
+        try:
+            trial.write_bytes(bytes(TRIAL_BYTES))
+        finally:
+            trial.unlink(missing_ok=True)
 
 
 def save_results(directory: str, result: dict[str, Any]) -> Path:
-    """Adds a result to `eval.json` of a checkpoint: what was measured again is replaced, the rest stays."""
+    """Adds a result to `eval.json` of a checkpoint: what was measured again is replaced, the rest stays.
+
+    Beside an `eval.json` that is damaged the result is kept as `eval-2.json`, or the next number that is free.
+    """
     path = Path(directory) / EVALUATION
-    if path.is_file():
-        old = json.loads(path.read_text("utf-8"))
-        rows = {(row["data"], row["definition"], row["window"]): row for row in old["perplexity"] + result["perplexity"]}
-        result = _result([*rows.values()], old["tasks"] | result["tasks"], result["lm_eval"] or old["lm_eval"])
+    if path.exists() or path.is_symlink():
+        try:
+            result = _merged(path, result)
+        except ValueError as error:
+            names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+            path = next(name for name in names if not name.exists() and not name.is_symlink())
+            logger.warning("%s; the result is kept in %s", error, path.name)
     replace(path, to_json(result, EVALUATION))
     return path
+
+
+def _merged(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """What `path` holds with `result` on top.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    old = read_json(path)
+    with door(path, "add to"):
+        rows = {(row["data"], row["definition"], row["window"]): row for row in old["perplexity"] + result["perplexity"]}
+        return _result([*rows.values()], old["tasks"] | result["tasks"], result["lm_eval"] or old["lm_eval"])
 
 
 def recorded_text(directory: str) -> str:
@@ -136,7 +166,8 @@ def recorded_text(directory: str) -> str:
         ValueError: no record of a run there, or it used a part of its training text.
     """
     record = Path(directory) / RECORD
-    text = read_record(Path(directory))["config"]["eval"]["data"] if record.is_file() else None
+    with door(record, "use", "; give a text with --data"):
+        text = read_record(Path(directory))["config"]["eval"]["data"] if record.is_file() else None
     if text is None:
         raise ValueError(f"{directory} names no evaluation text; give one with --data")
     return str(text)

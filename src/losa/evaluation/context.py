@@ -6,7 +6,6 @@ and a model that can copy predicts the second copy of a passage almost for free.
 Legend: `S` windows, `T` tokens of each, `V` vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from losa.evaluation.perplexity import logits
+from losa.evaluation.perplexity import exp, logits
 
 SHORTEST = 16  # tokens of context that end the first band; every band after it is twice as long as the one before
 
@@ -54,8 +53,8 @@ def context_use(model: PreTrainedModel, ids_ST: Tensor, device: torch.device | N
         nothing announces, is not counted.
     """
     loss_T = loss_by_position(model, ids_ST, device=device)
-    by_context = [[first, last, math.exp(loss_T[first - 1 : last].mean())] for first, last in bands(ids_ST.shape[1])]
+    by_context = [[first, last, exp(float(loss_T[first - 1 : last].mean()))] for first, last in bands(ids_ST.shape[1])]
     half = ids_ST.shape[1] // 2
     twice_T = loss_by_position(model, ids_ST[:, :half].repeat(1, 2), device=device)
     once, again = twice_T[: half - 1].mean(), twice_T[half:].mean()
-    return {"by_context": by_context, "passage": math.exp(once), "passage_again": math.exp(again)}
+    return {"by_context": by_context, "passage": exp(float(once)), "passage_again": exp(float(again))}

@@ -8,6 +8,7 @@ Legend: `S` windows, `T` tokens of each, `V` vocabulary.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,8 @@ from losa import distributed
 from losa.loss import causal_loss
 from losa.models import logits_by_block
 from losa.progress import progress
+
+LARGEST = math.log(sys.float_info.max)
 
 
 @torch.no_grad()
@@ -47,7 +50,12 @@ def perplexity(
     for ids, logits_BTV in progress(batches, label, total=-(-len(mine_ST) // batch_size)):
         total += causal_loss(logits_BTV, ids)
     model.train(was_training)
-    return math.exp(distributed.sum_(total).item() / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
+    return exp(distributed.sum_(total).item() / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
+
+
+def exp(nats: float) -> float:
+    """Perplexity of a mean negative log-likelihood; infinite where a float cannot hold it."""
+    return math.exp(nats) if nats < LARGEST else math.inf if nats == nats else math.nan
 
 
 def logits(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from losa.data import json_lines
+from losa.doors import door, read_text
 
 PAPER = ("hellaswag", "winogrande", "boolq", "openbookqa", "piqa", "arc_easy", "arc_challenge")  # of the LoSA paper's tables
 MORE = ("rte", "lambada_openai")  # of its neighbours'
@@ -61,13 +62,14 @@ def local_rows(task: str, folder: Path) -> list[Row]:
     path = folder / FILES.get(task, f"{task}/validation")
     if not path.exists():
         raise ValueError(f"no data for the task {task!r}: expected {path}; leave --task-data out to read it from the hub")
-    if path.is_file():
-        rows = json_lines(path.read_text("utf-8"))
-    else:
-        from datasets import load_from_disk
+    with door(path, hint="; expected the data of " + task):
+        if path.is_dir():
+            from datasets import load_from_disk
 
-        rows = list(load_from_disk(str(path)))
-    return [FIELDS.get(task, dict)(row) for row in rows]
+            rows = list(load_from_disk(str(path)))
+        else:
+            rows = json_lines(read_text(path))
+        return [FIELDS.get(task, dict)(row) for row in rows]
 
 
 def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 The page holds its styles and figures itself and refers to nothing that a browser would fetch.
 """
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from losa.checkpoint import BENCH, EVALUATION, read_record, replace
+from losa.checkpoint import BENCH, EVALUATION, RECORD, read_record, replace
+from losa.doors import door, read_json, read_text
 from losa.report import content
 from losa.report.card import CARD, PACKED, model_card
 from losa.report.figures import plots
@@ -37,12 +37,15 @@ def refresh(directory: Path) -> Path:
     """Writes the documents of a finished run anew, with what was measured since; returns where the report is.
 
     Raises:
-        ValueError: no record of a run there.
+        ValueError: no record of a run there, or it or what was measured is damaged.
     """
     record, card = read_record(directory), directory / CARD
-    written = documents(record, directory.resolve().name, _measured(directory, EVALUATION), _measured(directory, BENCH))
+    evaluation, bench = _measured(directory, EVALUATION), _measured(directory, BENCH)
+    found = [RECORD, *([EVALUATION] if evaluation else []), *([BENCH] if bench else [])]
+    with door(f"{' and '.join(found)} of {directory}", "report on", "; what is damaged has to be measured again"):
+        written = documents(record, directory.resolve().name, evaluation, bench)
     if card.is_file():
-        written[CARD] += "".join(card.read_text("utf-8").partition(PACKED)[1:])
+        written[CARD] += "".join(read_text(card).partition(PACKED)[1:])
     for file, text in written.items():
         replace(directory / file, text)
     return directory / PAGE
@@ -82,7 +85,6 @@ def _measured(directory: Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; delete it, or measure again") from error
-    return found

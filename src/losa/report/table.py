@@ -7,6 +7,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from losa.doors import printable
 from losa.inspect import LayerSparsity
 from losa.plan import Plan
 from losa.report.comparison import cells, provenance
@@ -77,9 +78,9 @@ def comparison_table(rows: list[dict[str, Any]]) -> Group:
     head, *body = cells(rows)
     table = Table(title="perplexity", title_justify="left")
     for column in head:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(escape(column), justify="left" if column == "method" else "right")
     for line in body:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     return Group(table, escape(provenance(rows)))
 
 
@@ -124,7 +125,7 @@ def sparsity_table(layers: list[LayerSparsity], each: bool) -> Table:
     for layer in layers:
         groups.setdefault(layer.name if each else layer.block, []).append(layer)
     for name, members in groups.items():
-        table.add_row(str(name), *_cells(members))
+        table.add_row(escape(printable(str(name))), *_cells(members))
     table.add_section()
     table.add_row("all", *_cells(layers), style="bold")
     return table

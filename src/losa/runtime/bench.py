@@ -17,17 +17,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from losa.environment import machine, resolve_device
-from losa.models import load, max_length, one_line
+from losa.models import load, max_length
+from losa.opening import open_config, open_weights
 from losa.progress import progress
 from losa.runtime.decode import road
+from losa.runtime.generate import speaker
 from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 from losa.runtime.values import TYPES
 
+MOST_ROUNDS = 1000
 GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waiting would count
 
 
@@ -110,8 +113,7 @@ def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrained
 def _packed(directory: str, values: str, device: torch.device) -> PreTrainedModel:
     where = {"device_map": {"": device}} if device.type == "cuda" else {}  # a GPU packs faster, too
     config = SparseConfig(values)
-    with one_line(directory):
-        return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, use_safetensors=True, **where)
+    return open_weights(directory, quantization_config=config, **where)
 
 
 def _unpacked(directory: str) -> PreTrainedModel:
@@ -139,26 +141,24 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     Raises:
         ValueError: fewer than two new tokens, more tokens than the model allows, or nothing that opens.
     """
-    if prompt < 1 or new < 2 or rounds < 1:
-        raise ValueError(f"found a prompt of {prompt}, {new} new tokens and {rounds} rounds; expected at least 1, 2 and 1")
+    if prompt < 1 or new < 2 or not 1 <= rounds <= MOST_ROUNDS:
+        expected = f"at least 1, 2 and 1, and at most {MOST_ROUNDS} rounds"
+        raise ValueError(f"found a prompt of {prompt}, {new} new tokens and {rounds} rounds; expected {expected}")
+    longest = max_length(open_config(str(directory)))
+    if prompt + new > longest:
+        raise ValueError(f"{prompt} tokens of prompt and {new} new ones are more than the model's {longest}; ask for fewer")
     place = resolve_device(device)
     if place.type == "cuda":
         torch._dynamo.reset()  # what an earlier call compiled is neither used again nor kept in memory
     models = open_all(str(directory), place)
     config = next(iter(models.values()))[0].config.get_text_config()
-    if prompt + new > max_length(config):
-        raise ValueError(
-            f"{prompt} tokens of prompt and {new} new ones are more than the model's {max_length(config)}; ask for fewer"
-        )
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     graphs = {"cache_implementation": "static"} if place.type == "cuda" else {}
     clocks: dict[str, list[Clock]] = {name: [] for name in models}
     turns = [(name, counted) for counted in range(rounds + 1) for name in models]
     for name, counted in progress(turns, "generating"):
         clock = Clock()
-        models[name][0].generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=greedy(new), streamer=clock, **graphs
-        )
+        speaker(models[name][0], greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **graphs)
         if counted:
             clocks[name].append(clock)
     stream = bandwidth(place)

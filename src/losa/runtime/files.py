@@ -11,22 +11,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from losa.checkpoint import writing
-from losa.models import check_supported, find_decoder, one_line
+from losa.doors import INDEX, check_links, read_json, read_tensors, read_text, shown, weight_files
+from losa.models import check_supported, find_decoder
+from losa.opening import check_model, open_config
 from losa.output import BENCH, EVALUATION, LIST, check_free, claim, fresh, place, publish
 from losa.progress import progress
 from losa.report.card import CARD, PACKED
-from losa.runtime.header import KEEP, METHOD, SparseConfig, head_of
+from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
 from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.values import ValueType
 
-INDEX = "model.safetensors.index.json"
 NOTE = (
     PACKED + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
     '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
@@ -73,6 +74,7 @@ def _pack_claimed(
     if is_packed(source):
         raise ValueError(f"{source} is packed already; losa unpack gives its dense checkpoint back")
     model = _skeleton(source, trust_remote_code)
+    check_links(source)
     check_supported(model)
     linears = dict(find_decoder(model).linears())
     total = sum(linear.weight.numel() for linear in linears.values())
@@ -133,6 +135,8 @@ def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> 
     if W_OI.dtype != torch.bfloat16:
         logger.info("%s: %s rounded to bfloat16", name, W_OI.dtype)
     rounded = W_OI.bfloat16()
+    if not torch.isfinite(rounded).all():
+        raise ValueError(f"{name}.weight holds NaN or infinity in bfloat16; the checkpoint is damaged")
     packed = pack(rounded, kind)
     if not kind.rounds and not torch.equal(unpack(packed), rounded):
         raise RuntimeError(f"{name}: what was packed does not unpack to itself; the result is void")
@@ -146,7 +150,7 @@ def _home_of_head(model: PreTrainedModel, source: Path) -> tuple[str, bool] | No
     head = next(iter(head_of(model)), None)
     if head is None or not getattr(model.config, "tie_word_embeddings", False):
         return (head, False) if head else None
-    if "text_config" in _read_json(source / "config.json"):
+    if "text_config" in read_json(source / "config.json"):
         return None
     return next(name for name, module in model.named_modules() if module is embedding), True
 
@@ -168,6 +172,7 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
 def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwrite: bool) -> int:
     _check(source, output, overwrite)
     config = read_header(source)
+    check_links(source)
     model = _skeleton(source, trust_remote_code)
     linears, head = dict(find_decoder(model).linears()), head_of(model)
     if config.head != KEEP:
@@ -175,7 +180,7 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
     shapes = {name: linear.weight.shape for name, linear in linears.items()}
     wrong = config.layers.keys() - shapes.keys()
     if wrong:
-        raise ValueError(f"the packed header names {min(wrong)}, which is no linear layer of the model")
+        raise ValueError(f"the packed header names {shown(min(wrong))}, which is no linear layer of the model")
     unpacked = set()
     partial = fresh(output)
     with writing(output), progress(None, "unpacking", total=len(config.layers)) as bar:
@@ -215,22 +220,30 @@ def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size, kind
 def is_packed(directory: Path) -> bool:
     """Whether `config.json` has a header of ours."""
     path = directory / "config.json"
-    found = _read_json(path).get("quantization_config") if path.is_file() else None
+    found = read_json(path).get("quantization_config") if path.is_file() else None
     return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
 def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
-    """Stored values and weights of every packed layer of the blocks, in the model's order, from the header alone.
+    """Stored values and weights of every packed layer of the blocks, in the model's order: the bits of the masks, counted.
 
     Raises:
-        ValueError: a header that does not fit the model.
+        ValueError: a header that does not fit the model, its files or the masks.
     """
-    counts, model = read_header(directory).layers, _skeleton(directory, False)
-    linears = find_decoder(model).linears()
-    unknown = counts.keys() - linears.keys() - head_of(model).keys()
-    if unknown:
-        raise ValueError(f"the packed header names {min(unknown)}, which is no linear layer of the model")
-    return {name: (counts[name], linear.weight.numel()) for name, linear in linears.items() if name in counts}
+    config, model = read_header(directory), _skeleton(directory, False)
+    weights = {name: linear.weight.numel() for name, linear in find_decoder(model).linears().items()}
+    files = weight_files(directory)
+    check_files(files, swap_in(model, config))
+    counts: dict[str, int] = {}
+    for file in files:
+        for key, mask in read_tensors(file, lambda key, _: key.endswith(".weight_mask")):
+            name = key.removesuffix(".weight_mask")
+            if name not in config.layers:
+                raise ValueError(f"the files hold {shown(name)} packed, which the header does not name; pack the model again")
+            counts[name] = int(np.bitwise_count(mask.numpy()).sum(dtype=np.int64))
+            if counts[name] != config.layers[name]:
+                raise ValueError(f"{name}: the masks mark {counts[name]:,} weights, the header says {config.layers[name]:,}")
+    return {name: (counts[name], numel) for name, numel in weights.items() if name in counts}
 
 
 def read_header(directory: Path) -> SparseConfig:
@@ -241,19 +254,14 @@ def read_header(directory: Path) -> SparseConfig:
     """
     if not is_packed(directory):
         raise ValueError(f"{directory} is not packed: its config.json has no quantization_config of losa")
-    return SparseConfig(**_read_json(directory / "config.json")["quantization_config"])
+    return SparseConfig(**read_json(directory / "config.json")["quantization_config"])
 
 
 def _skeleton(source: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The dense model without weights."""
     if not source.is_dir():
         raise ValueError(f"{source} is not a directory; expected one with config.json and safetensors files")
-    with one_line(str(source)):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return check_model(open_config(str(source), trust_remote_code), str(source), trust_remote_code)
 
 
 def _check(source: Path, output: Path, overwrite: bool) -> None:
@@ -269,18 +277,13 @@ def _check(source: Path, output: Path, overwrite: bool) -> None:
 
 def _convert_files(source: Path, output: Path, convert: Any) -> None:
     """Rewrites every safetensors file; what is in memory is one of them."""
-    files = sorted(source.glob("*.safetensors"))
+    files = weight_files(source)
     if not files:
         raise ValueError(f"{source} has no .safetensors file; only safetensors checkpoints are read")
     weight_map: dict[str, str] = {}
     size = 0
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {file.name}: {error}; the file is damaged") from error
-        made = convert(tensors)
+        made = convert(dict(read_tensors(file)))
         save_file({key: tensor.contiguous() for key, tensor in made.items()}, output / file.name, metadata={"format": "pt"})
         (output / file.name).chmod(file.stat().st_mode)
         weight_map |= dict.fromkeys(made, file.name)
@@ -300,7 +303,7 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
             and file.name not in (INDEX, EVALUATION, BENCH, LIST, "config.json")
         ):
             shutil.copy2(file, output / file.name)
-    config = _read_json(source / "config.json") | changes
+    config = read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
     _note_on_card(output, note)
 
@@ -309,17 +312,7 @@ def _note_on_card(directory: Path, note: str) -> None:
     """Replaces what the model card says of packing, where there is a card."""
     card = directory / CARD
     if card.is_file():
-        card.write_text(card.read_text("utf-8").split(PACKED)[0] + note, encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, expected an object")
-    return found
+        card.write_text(read_text(card).split(PACKED)[0] + note, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from losa.doors import shown, tensor_heads
 from losa.runtime.linear import SparseLinear
 from losa.runtime.values import HEADS, TYPES, ValueType
 
@@ -55,26 +55,27 @@ class SparseConfig(QuantizationConfigMixin):
     ) -> None:
         method = unknown.pop("quant_method", METHOD)
         if method != METHOD:
-            raise ValueError(f"quant_method is {method!r}, expected {METHOD!r}: this is no packed LoSA checkpoint")
-        if version != VERSION or isinstance(version, bool):
-            raise ValueError(f"packed format {version!r}, expected {VERSION}; update losa, or pack the model again")
-        if values not in TYPES:
-            raise ValueError(f"packed values are {values!r}, expected one of {', '.join(TYPES)}")
-        if head not in (None, KEEP, *HEADS):
-            raise ValueError(f"values of the head are {head!r}, expected one of {', '.join((*HEADS, KEEP))}")
+            raise ValueError(f"quant_method is {shown(method)}, expected {METHOD!r}: this is no packed LoSA checkpoint")
+        if type(version) is not int or version != VERSION:
+            raise ValueError(f"packed format {shown(version)}, expected {VERSION}; update losa, or pack the model again")
+        if not isinstance(values, str) or values not in TYPES:
+            raise ValueError(f"packed values are {shown(values)}, expected one of {', '.join(TYPES)}")
+        if head is not None and (not isinstance(head, str) or head not in (KEEP, *HEADS)):
+            raise ValueError(f"values of the head are {shown(head)}, expected one of {', '.join((*HEADS, KEEP))}")
         if not isinstance(tied, bool):
-            raise ValueError(f"tied is {tied!r}, expected true or false")
+            raise ValueError(f"tied is {shown(tied)}, expected true or false")
         if unknown:
-            raise ValueError(f"unknown keys in the packed header: {', '.join(sorted(map(str, unknown)))}")
-        if not isinstance(layers or {}, Mapping):
+            raise ValueError(f"unknown keys in the packed header: {', '.join(sorted(map(str, unknown)))[:200]}")
+        layers = {} if layers is None else layers
+        if not isinstance(layers, Mapping):
             raise ValueError(f"layers is a {type(layers).__name__}, expected names and numbers of stored values")
-        for name, count in (layers or {}).items():
+        for name, count in layers.items():
             if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"layer {name!r} claims {count!r} stored values, expected a number of at least 0")
+                raise ValueError(f"layer {shown(name)} claims {shown(count)} stored values, expected a number of at least 0")
         self.quant_method = METHOD
         self.version = version
         self.values = values
-        self.layers = dict(layers or {})
+        self.layers = dict(layers)
         self.head = head or ("int8" if TYPES[values].rounds and not layers else KEEP)
         self.tied = tied
 
@@ -106,7 +107,7 @@ def swap_in(model: PreTrainedModel, config: SparseConfig) -> dict[str, SparseLin
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = f"a {type(linear).__name__}" if linear is not None else "nothing of that name"
-            raise ValueError(f"the packed header names {name}, where {type(model).__name__} has {found}")
+            raise ValueError(f"the packed header names {shown(name)}, where {type(model).__name__} has {found}")
         if count > linear.weight.numel():
             raise ValueError(f"{name}: {count} stored values, more than its {linear.weight.numel()} weights")
         with torch.device("meta"):
@@ -130,15 +131,11 @@ def check_files(files: Iterable[str | Path], layers: Mapping[str, SparseLinear])
         if key != "bias"
     }
     for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in expected.keys() & set(tensors.keys()):
-                    found = tensors.get_slice(key)
-                    if (found.get_dtype(), found.get_shape()) != expected[key]:
-                        shape = f"{found.get_dtype()} {found.get_shape()}"
-                        raise ValueError(f"{key} is {shape}, expected {expected[key][0]} {expected[key][1]}; the file is damaged")
-                    del expected[key]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {Path(file).name}: {error}; the file is damaged, pack the model again") from error
+        heads = tensor_heads(Path(file))
+        for key in expected.keys() & heads.keys():
+            if heads[key] != expected[key]:
+                found = f"{heads[key][0]} {heads[key][1]}"
+                raise ValueError(f"{key} is {found}, expected {expected[key][0]} {expected[key][1]}; the file is damaged")
+            del expected[key]
     if expected:
         raise ValueError(f"the packed checkpoint lacks {min(expected)} and {len(expected) - 1} more tensors")
