@@ -147,6 +147,7 @@ class TrainConfig:
     reuse_weights: bool = False  # build effective weights once an update, not twice a forward; worth their memory if accumulating
     distill: float = 0.5  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
+    loss_on: str = "assistant"  # of conversations, the assistant's tokens; or "all" tokens. Of other texts all in any case
     distill_blocks: float = 0.0  # weight, added, of the relative error of every block's output against the dense model's
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
@@ -158,6 +159,7 @@ class TrainConfig:
         require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
         require(self.length is None or self.length >= 8, "train.length", self.length, "at least 8 tokens")
         require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
+        require(self.loss_on in ("assistant", "all"), "train.loss_on", self.loss_on, "'assistant' or 'all'")
         require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
@@ -211,6 +213,7 @@ class LosaConfig:
     offload: bool = False  # for models larger than the device: decoder blocks stay on the host and visit it one at a time
     shard: bool = False  # of several processes, each holds a part of the weights while training (FSDP2)
     trust_remote_code: bool = False
+    skip_bad_records: bool = False  # of any text; leave them out and say how many, instead of refusing the first
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)

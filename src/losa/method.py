@@ -23,6 +23,7 @@ from losa.adapter import collect_scores, masked_linears, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
 from losa.calibration import prune_blocks, walk_blocks
 from losa.config import LosaConfig
+from losa.data import RunData
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.sparsegpt import DAMPING
 from losa.rates import allot, block_means, get_rule, measure
@@ -37,6 +38,7 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     config: LosaConfig,
     *,
+    data: RunData | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
@@ -46,6 +48,7 @@ def run(
         model: a dense causal language model; changed in place.
         tokenizer: its tokenizer.
         config: with `train.data`; without `output`, nothing is written.
+        data: its texts, if `data.read_run` has read them already, before the model was loaded.
         resume: go on from the last complete stage in `config.output`.
         callbacks: `transformers.TrainerCallback`s, passed to every training.
 
@@ -58,7 +61,7 @@ def run(
         FloatingPointError: training met a loss or gradient that is not finite.
         RuntimeError: a pruned weight of the saved file is not zero.
     """
-    session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
+    session = Session.start(model, tokenizer, config, kind="run", data=data, resume=resume, callbacks=callbacks)
     first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
     session.go_through([first, *dynamic_steps(session.config)])
     return session.finish("losa")
@@ -76,12 +79,14 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
     return phases
 
 
-def prune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig, *, data: RunData | None = None
+) -> PreTrainedModel:
     """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `delta: 0`).
 
-    Returns and raises as `run`.
+    Takes, returns and raises as `run`.
     """
-    session = Session.start(model, tokenizer, config, kind="prune")
+    session = Session.start(model, tokenizer, config, kind="prune", data=data)
     session.measure("dense")
     sparsify(session, session.config.steps)
     if config.reconstruct.epochs:

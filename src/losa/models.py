@@ -33,10 +33,20 @@ def load(model: str | Path | LosaConfig) -> tuple[PreTrainedModel, PreTrainedTok
 
     config = model if isinstance(model, LosaConfig) else LosaConfig.from_dict({"model": str(model)})
     trust = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config)
     with one_line(config.model):
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **trust)
         loaded = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, use_safetensors=True, **trust)
     return loaded, tokenizer
+
+
+def load_tokenizer(config: LosaConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that a configuration names, without its weights.
+
+    Raises:
+        ValueError: nothing there, or nothing that transformers opens.
+    """
+    with one_line(config.model):
+        return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
 
 
 def _check_directory(model: Path) -> None:
