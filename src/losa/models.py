@@ -15,7 +15,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from losa.config import LosaConfig
 
@@ -47,6 +54,16 @@ def load_tokenizer(config: LosaConfig) -> PreTrainedTokenizerBase:
     """
     with one_line(config.model):
         return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+
+
+def load_config(config: LosaConfig) -> PreTrainedConfig:
+    """The configuration of the model that a configuration names, without its weights.
+
+    Raises:
+        ValueError: nothing there, or nothing that transformers opens.
+    """
+    with one_line(config.model):
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
 
 
 def _check_directory(model: Path) -> None:

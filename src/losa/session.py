@@ -91,14 +91,13 @@ class Session:
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
         output = Path(config.output) if config.output else None
         manifest = checkpoint.latest_stage(output, config) if output and resume else None
-        began = time.perf_counter()
         data = data or prepare(config, tokenizer, training=kind == "run")
         return_freed_memory()
         logger.info("configuration:\n%s", config.to_yaml())
         if data.train is not None:
             example = show_example(data.train, tokenizer)
             logger.info("a training example; the loss counts what is between >>> and <<<:\n%s", example)
-        seconds = {"reading text": round(time.perf_counter() - began, 3)}
+        seconds = {"reading text": round(data.seconds, 3)}
         record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds}
         record["text_sha256"] = data.fingerprint()
         check_parts(config, distributed.world_size(), len(data.evaluation))

@@ -56,8 +56,8 @@ class Rows(Dataset):
 def collate(rows: list[dict[str, Any]], eos: int | None = None) -> dict[str, Tensor]:
     """Stacks rows. Shorter ones are padded on the right, with no loss and no attention there.
 
-    Packed rows hold several documents, each ended by `eos`, or begun where a row says that it `starts`. Positions start again with
-    every document: transformers then lets no token attend to another document, and none is predicted from one.
+    Packed rows hold several documents, each ended by `eos`, or begun where a row says that it `starts`. Positions start again
+    with every document: transformers then lets no token attend to another document, and none is predicted from one.
     """
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

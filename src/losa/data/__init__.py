@@ -2,8 +2,8 @@
 
 A source is a local file, a directory, or the name of a hub dataset, written `name`, `name:config` or `name:config:split`
 (`files.py`). Its records are texts, or conversations in one of several forms (`records.py`), which the tokenizer's chat template
-renders (`chat.py`). Documents are cut, packed and counted in `blocks.py`, measured on in `evaluation.py`, and all that a run reads
-is read in `prepare.py`.
+renders (`chat.py`). Documents are cut and packed in `blocks.py`, measured on in `evaluation.py`, and all that a run reads is read
+in `prepare.py`.
 """
 
 from losa.data.blocks import (
@@ -69,6 +69,6 @@ __all__ = [
     "show_example",
     "training_blocks",
     "training_source",
-    "windows",
     "wikitext_pages",
+    "windows",
 ]

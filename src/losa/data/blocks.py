@@ -139,8 +139,8 @@ class Packed(Sequence[dict[str, Tensor]]):
 
 
 def pack_marked(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, count: int | None) -> Packed:
-    """The first `count` blocks (all when None) of `length` tokens of the joined documents, with what counts in them; the rest that
-    fills no block is dropped."""
+    """The first `count` blocks (all when None) of `length` tokens of the joined documents, with what counts in them. What fills
+    no block is dropped."""
     ids: list[int] = []
     counted: list[bool] = []
     starts: list[bool] = []
@@ -176,7 +176,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: in
 
 
 def calibration_windows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:
-    """`count` calibration sequences of `length` tokens. All tokens of a conversation are there, as a model that answers sees them.
+    """`count` calibration sequences of `length` tokens; of conversations all tokens, as a model that answers sees them.
 
     Raises:
         ValueError: the text is shorter than that.
@@ -203,7 +203,9 @@ def training_blocks(
     if not len(rows):
         raise ValueError(f"the training text does not fill one block of {length} tokens; give more text or set train.length")
     if not rows.counted_ST[:, 1:].any():
-        raise ValueError(f"the first {len(rows)} blocks of {length} tokens hold no answer; set train.length or train.loss_on: all")
+        raise ValueError(
+            f"the first {len(rows)} blocks of {length} tokens hold no answer; set train.length or train.loss_on: all"
+        )
     if len(rows) < count:
         logger.warning("the training text has %d tokens; seen %.1f times", rows.ids_ST.numel(), count / len(rows))
         rows = rows.repeated(count)

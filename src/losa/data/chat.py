@@ -1,8 +1,8 @@
 """Conversations to texts in which the assistant's part is marked: by the tokenizer's chat template, or in a plain form.
 
-Where a template says itself what the assistant generates (`{% generation %}`), that is taken. Elsewhere a turn of the assistant is
-what rendering the conversation up to it adds to rendering what came before it, with the generation prompt: that is right only if
-each rendering begins with the one before, which is checked. A template that renders earlier turns in another way (leaving out
+Where a template says itself what the assistant generates (`{% generation %}`), that is taken. Elsewhere a turn of the assistant
+is what rendering the conversation up to it adds to rendering what came before it, with the generation prompt: that is right only
+if each rendering begins with the one before, which is checked. A template that renders earlier turns in another way (leaving out
 their reasoning, say) gives a document for each answer, every one with what the model would have seen.
 
 The plain form, for tokenizers without a template, is Alpaca's, turn after turn: see `plain`.
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from losa.data.records import BadRecord, Conversation, Parsed, Policy
 
 PREAMBLE = "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the request."
+HEADINGS = {"system": "System", "user": "Instruction", "assistant": "Response"}  # of turns in the plain form
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 TODAY = datetime(2024, 7, 26)  # of templates that write the date, so that a run of tomorrow has the same text; Llama 3.1's own
 
@@ -87,7 +88,7 @@ def plain(conversation: Conversation, eos: str = "") -> Marked:
     text = turns.pop(0)[1] if turns[0][0] == "system" else PREAMBLE.format(with_input=with_input)
     extra, counted = conversation.extra, []
     for number, (role, said) in enumerate(turns, 1):
-        text += f"\n\n### {dict(system='System', user='Instruction', assistant='Response')[role]}:\n"
+        text += f"\n\n### {HEADINGS[role]}:\n"
         start = len(text)
         text += said
         if role == "assistant":

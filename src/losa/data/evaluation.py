@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from losa.data.blocks import cut, pack_marked, windows
-from losa.data.chat import Document, Marked, render_all, text_of
+from losa.data.chat import Document, render_all, text_of
 from losa.data.files import suffix
 from losa.data.records import Policy, load_records
 
@@ -90,7 +90,9 @@ class EvaluationText:
             return Windows(windows(self.joint.join(map(text_of, self.documents)), tokenizer, length, most))
         rows = pack_marked([document for document in self.documents if text_of(document).strip()], tokenizer, length, most)
         if not rows.counted_ST[:, 1:].any():
-            raise ValueError(f"the text has {len(rows)} windows of {length} tokens with an answer, expected one; give a longer text")
+            raise ValueError(
+                f"the text has {len(rows)} windows of {length} tokens with an answer, expected one; give a longer text"
+            )
         return Windows(rows.ids_ST, rows.counted_ST)
 
     def fingerprint(self) -> str:
@@ -208,5 +210,7 @@ def hold_out(
             break
     if 2 * characters > total:
         found = f"the training text has {total} characters"
-        raise ValueError(f"{found}, too short to hold a part out; give a text to evaluate on with --eval-data, or set eval.length")
+        raise ValueError(
+            f"{found}, too short to hold a part out; give a text to evaluate on with --eval-data, or set eval.length"
+        )
     return rest, held

@@ -98,7 +98,9 @@ def _read_directory(folder: Path) -> list[Record]:
     logger.info("%s: %d files, %d records\n%s", folder, len(taken), total, "\n".join(listed))
     if left:
         names = ", ".join(str(file.relative_to(folder)) for file in left)
-        logger.warning("%s: left out %s: prose about the data or beside records; give it by its own name to read it", folder, names)
+        logger.warning(
+            "%s: left out %s: prose about the data or beside records; give it by its own name to read it", folder, names
+        )
     return [record for of_file in records.values() for record in of_file]
 
 
@@ -202,8 +204,8 @@ def _json(raw: bytes, name: str) -> Iterator[Record]:
         line = 1 + text.count("\n", 0, len(text) - len(text.lstrip()))
         yield Record(f"{name}, line {line}", value)
     except (ValueError, RecursionError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"{name}{line}: not valid JSON ({_reason(error)})") from error
+        place = f"{name}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else name
+        raise ValueError(f"{place}: not valid JSON ({_reason(error)})") from error
 
 
 def _is_json(line: str) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
 from losa.data.blocks import Packed, Samples, calibration_windows, padded_samples, pieces, training_blocks
@@ -23,7 +24,7 @@ from losa.data.evaluation import EvaluationText, hold_out, read_evaluation
 from losa.data.files import readable
 from losa.data.records import Policy, load_records
 from losa.loss import IGNORED
-from losa.models import load_tokenizer, max_length, one_line
+from losa.models import load_config, load_tokenizer, max_length
 
 SHOWN = 1200  # characters of a training example
 
@@ -62,6 +63,7 @@ class RunData:
         evaluation: `(S, T)`.
         counted: which tokens of `evaluation` perplexity counts, `(S, T)`; all when None.
         held_out: the fingerprint of the evaluation text, if that was held out of the training text.
+        seconds: that reading took.
     """
 
     train: Tensor | Packed | Samples | None
@@ -69,11 +71,14 @@ class RunData:
     evaluation: Tensor
     counted: Tensor | None = None
     held_out: str | None = None
+    seconds: float = 0.0
 
     def fingerprint(self) -> str:
         """SHA-256 of all tokens and of what counts, to recognise a changed text on resume."""
         digest = hashlib.sha256()
-        train = (self.train.ids_ST, self.train.counted_ST, self.train.starts_ST) if isinstance(self.train, Packed) else (self.train,)
+        train = (
+            (self.train.ids_ST, self.train.counted_ST, self.train.starts_ST) if isinstance(self.train, Packed) else (self.train,)
+        )
         for part in (*train, self.calibration, self.evaluation, *([] if self.counted is None else [self.counted])):
             digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else json.dumps(part).encode())
         return digest.hexdigest()
@@ -91,14 +96,15 @@ class RunData:
 def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bool = True) -> RunData:
     """Reads and tokenises the training, calibration and evaluation texts of a resolved configuration.
 
-    What is not given is taken from the training text: a part for evaluation (`hold_out`), never trained on, and pieces of the rest
-    for calibration.
+    What is not given is taken from the training text: a part for evaluation (`hold_out`), never trained on, and pieces of the
+    rest for calibration.
 
     Raises:
         ValueError: a text is missing, unreadable, bad or too short.
     """
     calibrating, evaluating = config.calibration, config.eval
     assert calibrating.length is not None and calibrating.sequences is not None and evaluating.length is not None
+    began = time.perf_counter()
     how: dict[str, Any] = {"loss_on": config.train.loss_on, "skip": config.skip_bad_records}
     source = training_source(config)
     documents = load_documents(source, tokenizer, **how)
@@ -119,6 +125,7 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
         evaluation=evaluation.ids_ST,
         counted=evaluation.counted_ST,
         held_out=text.fingerprint() if evaluating.data is None else None,
+        seconds=time.perf_counter() - began,
     )
 
 
@@ -133,9 +140,7 @@ def read_run(config: LosaConfig, training: bool) -> RunData:
     Raises:
         ValueError: as `prepare`; no such model.
     """
-    tokenizer = load_tokenizer(config)
-    with one_line(config.model):
-        of_model = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer, of_model = load_tokenizer(config), load_config(config)
     return prepare(config.resolve(of_model.get_text_config().hidden_size, max_length(of_model)), tokenizer, training)
 
 
@@ -149,7 +154,9 @@ def read_held_out(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, finger
     source = training_source(config)
     missing = f"the model was evaluated on a part held out of {source}"
     if looks_like_a_path(source) and not Path(source).exists():
-        raise ValueError(f"{missing}, which is not there (a relative path begins where the run was started); give one with --data")
+        raise ValueError(
+            f"{missing}, which is not there (a relative path begins where the run was started); give one with --data"
+        )
     documents = load_documents(source, tokenizer, config.train.loss_on, config.skip_bad_records)
     text = EvaluationText(hold_out(documents, config.seed, tokenizer, config.eval.length)[1])
     if text.fingerprint() != fingerprint:
@@ -188,7 +195,7 @@ def looks_like_a_path(source: str) -> bool:
 
 
 def show_example(rows: Tensor | Packed | Samples, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first training example as the model sees it, what the loss counts between `>>>` and `<<<`; a long one without its middle."""
+    """The first training example as the model sees it, what the loss counts between `>>>` and `<<<`. Of a long one, both ends."""
     row: dict[str, Any] = {"input_ids": rows[0]} if isinstance(rows, Tensor) else rows[0]
     ids = torch.as_tensor(row["input_ids"])
     counts = torch.as_tensor(row.get("labels", ids)) != IGNORED

@@ -75,7 +75,9 @@ class Policy:
     def report(self, source: str, total: int) -> None:
         """Says how many were skipped, if any were."""
         if self.bad:
-            logger.warning("%s: skipped %d of %d records, which are bad; the first: %s", source, len(self.bad), total, self.bad[0])
+            logger.warning(
+                "%s: skipped %d of %d records, which are bad; the first: %s", source, len(self.bad), total, self.bad[0]
+            )
 
 
 def load_records(source: str, skip: bool = False) -> list[Parsed]:
@@ -187,7 +189,9 @@ def _text(value: Any, name: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
-        raise BadRecord(f"{name} holds a lone surrogate (U+{code:04X}, character {error.start + 1}), which is no character") from error
+        raise BadRecord(
+            f"{name} holds a lone surrogate (U+{code:04X}, character {error.start + 1}), which is no character"
+        ) from error
     return value
 
 

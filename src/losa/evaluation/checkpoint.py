@@ -2,20 +2,38 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from losa.checkpoint import EVALUATION, RECORD, read_record, replace
 from losa.config import LosaConfig
-from losa.data import evaluation_documents, evaluation_text, is_wikitext, named_text, windows
+from losa.data import EvaluationText, evaluation_documents, is_wikitext, named_text, read_evaluation, read_held_out
 from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
-from losa.models import load, max_length
+from losa.models import load, load_config, load_tokenizer, max_length
 
-BY_TOKEN, BY_WORD = "token, windowed", "word, lm-eval"
+BY_TOKEN, BY_ANSWER, BY_WORD = "token, windowed", "answer token, windowed", "word, lm-eval"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the run that made a checkpoint held out of its training text: the run's configuration, and the text's fingerprint."""
+
+    run: LosaConfig
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return "held out of the training text"
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
+        """The text again; see `data.read_held_out`."""
+        return read_held_out(self.run, tokenizer, self.fingerprint)
 
 
 def default_lengths(longest: int) -> list[int]:
@@ -25,7 +43,7 @@ def default_lengths(longest: int) -> list[int]:
 
 def evaluate_checkpoint(
     config: LosaConfig,
-    data: str | None = None,
+    data: str | HeldOut | None = None,
     lengths: Sequence[int] = (),
     most: int | None = None,
     words: bool = False,
@@ -37,8 +55,8 @@ def evaluate_checkpoint(
 
     Args:
         data: the text; no perplexity when None.
-        lengths: window lengths in tokens; `default_lengths` when empty.
-        most: use at most so many windows of each.
+        lengths: window lengths in tokens; when empty `default_lengths`, or of a held-out text the run's.
+        most: use at most so many windows of each; of a held-out text, as many as the run when None.
         words: word perplexity too, through lm-eval.
         tasks: names of lm-eval's tasks.
         task_data: local folder with their data; the hub when None.
@@ -64,32 +82,41 @@ def evaluate_checkpoint(
     device = resolve_device(config.device)
     harness = _harness() if words or tasks else None
     loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
-    text = evaluation_text(data) if data is not None else ""
-    model, tokenizer = load(config)
-    longest = max_length(model.config)
+    longest = max_length(load_config(config))
+    if isinstance(data, HeldOut):
+        lengths, most = lengths or [data.run.eval.length or longest], most or data.run.eval.windows
+    elif data is not None and (named := named_text(data)):
+        most = most or named.windows
     lengths = lengths or default_lengths(longest)
     if max(lengths) > longest:
         raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
+    text = None if data is None else _read(data, config)
+    measured = {} if text is None else {length: text.windows(load_tokenizer(config), length, most) for length in lengths}
+    model, tokenizer = load(config)
     model.to(device)
     rows: list[dict[str, Any]] = []
-    if data is not None:
-        named = named_text(data)
-        most = most or (named.windows if named else None)
-        for length in lengths:
-            about = {"model": config.model, "data": data, "window": length}
-            ids_ST = windows(text, tokenizer, length, most)
-            value = perplexity(model, ids_ST, label=f"perplexity at {length}")
-            rows.append({**about, "definition": BY_TOKEN, "windows": len(ids_ST), "perplexity": value})
-            if harness and words:
-                documents = evaluation_documents(data)
-                value = harness.word_perplexity(harness.Scorer(model, tokenizer, length), documents, is_wikitext(data))
-                rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
+    for length, shown in measured.items():
+        about = {"model": config.model, "data": str(data), "window": length}
+        value = perplexity(model, shown.ids_ST, label=f"perplexity at {length}", counted_ST=shown.counted_ST)
+        definition = BY_ANSWER if shown.counts == "answers" else BY_TOKEN
+        rows.append({**about, "definition": definition, "windows": len(shown.ids_ST), "perplexity": value})
+        if harness and words:
+            documents = evaluation_documents(str(data), text)
+            value = harness.word_perplexity(harness.Scorer(model, tokenizer, length), documents, is_wikitext(str(data)))
+            rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
     found = {}
     if harness and loaded:
         scorer = harness.Scorer(model, tokenizer, longest)
         source = {"data": "hub" if task_data is None else "local"}
         found = {name: harness.score(scorer, task, limit) | source for name, task in loaded.items()}
     return _result(rows, found, harness.version if harness else None)
+
+
+def _read(data: str | HeldOut, config: LosaConfig) -> EvaluationText:
+    tokenizer = load_tokenizer(config)
+    if isinstance(data, HeldOut):
+        return data.read(tokenizer)
+    return read_evaluation(data, tokenizer, config.train.loss_on, config.skip_bad_records)
 
 
 def _harness() -> ModuleType:
@@ -129,14 +156,15 @@ def save_results(directory: str, result: dict[str, Any]) -> Path:
     return path
 
 
-def recorded_text(directory: str) -> str:
+def recorded_text(directory: str) -> str | HeldOut:
     """The text that the run which made a checkpoint was evaluated on.
 
     Raises:
-        ValueError: no record of a run there, or it used a part of its training text.
+        ValueError: no record of a run there that says so.
     """
-    record = Path(directory) / RECORD
-    text = read_record(Path(directory))["config"]["eval"]["data"] if record.is_file() else None
-    if text is None:
+    record = read_record(Path(directory)) if (Path(directory) / RECORD).is_file() else {}
+    run = LosaConfig.from_dict(record.get("config", {}))
+    fingerprint = record.get("evaluation", {}).get("held_out")
+    if run.eval.data is None and fingerprint is None:
         raise ValueError(f"{directory} names no evaluation text; give one with --data")
-    return str(text)
+    return run.eval.data or HeldOut(run, fingerprint)
