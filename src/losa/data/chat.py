@@ -9,18 +9,19 @@ The plain form, for tokenizers without a template, is Alpaca's, turn after turn:
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from losa.data.records import BadRecord, Conversation, Parsed, Policy
+from losa.data.records import BadRecord, Conversation, Policy, load_records
 
 PREAMBLE = "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the request."
 HEADINGS = {"system": "System", "user": "Instruction", "assistant": "Response"}  # of turns in the plain form
 GENERATION = re.compile(r"\{%-?\s*generation\b")
+DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 TODAY = datetime(2024, 7, 26)  # of templates that write the date, so that a run of tomorrow has the same text; Llama 3.1's own
 
 Spans = tuple[tuple[int, int], ...]
@@ -49,37 +50,37 @@ def text_of(document: Document) -> str:
     return document if isinstance(document, str) else document.text
 
 
-def render_all(
-    records: Iterable[Parsed], tokenizer: PreTrainedTokenizerBase | None, loss_on: str, policy: Policy
+def read_documents(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = None, loss_on: str = "assistant", skip: bool = False
 ) -> list[Document]:
-    """Documents of parsed records.
+    """All documents of a source, blank ones too, in a fixed order.
 
     Args:
-        tokenizer: whose chat template renders conversations; the plain form if there is none.
+        tokenizer: whose chat template renders conversations; the plain form if it has none, or None.
         loss_on: "assistant", or "all" to count every token of a conversation.
-        policy: what is done with a conversation that the template cannot render.
+        skip: leave bad records out, and say how many, instead of refusing.
 
     Raises:
-        ValueError: such a conversation, unless the policy skips it.
+        ValueError: nothing there, nothing readable in it, or bad records.
     """
-    templated = tokenizer is not None and tokenizer.chat_template is not None
+    records, policy = load_records(source, skip), Policy(source, skip)
     eos = (tokenizer.eos_token if tokenizer is not None else None) or ""
     documents: list[Document] = []
     for record in records:
         if isinstance(record, str):
             documents.append(record)
-            continue
-        try:
-            made = by_template(record, tokenizer, loss_on) if tokenizer is not None and templated else [plain(record, eos)]
-        except BadRecord as error:
-            policy.note(str(error))
-            continue
-        whole = loss_on == "all"
-        documents += [Marked(one.text, ((0, len(one.text)),), one.complete) if whole else one for one in made]
+        elif tokenizer is None or tokenizer.chat_template is None:
+            documents.append(plain(record, loss_on, eos))
+        else:
+            try:
+                documents += by_template(record, tokenizer, loss_on)
+            except BadRecord as error:
+                policy.bad.append(str(error))
+    policy.settle(len(records))
     return documents
 
 
-def plain(conversation: Conversation, eos: str = "") -> Marked:
+def plain(conversation: Conversation, loss_on: str = "assistant", eos: str = "") -> Marked:
     """The conversation as Alpaca wrote its own: a preamble, or the system's text in its place, then `### Instruction:` and
     `### Response:` for every turn, and `### Input:` where an instruction has one. Every answer but the last is ended by `eos`, as
     packing ends the last."""
@@ -96,7 +97,7 @@ def plain(conversation: Conversation, eos: str = "") -> Marked:
             counted.append((start, len(text)))
         elif role == "user" and extra:
             text, extra = f"{text}\n\n### Input:\n{extra}", ""
-    return Marked(text, tuple(counted), False)
+    return Marked(text, ((0, len(text)),) if loss_on == "all" else tuple(counted), False)
 
 
 def by_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant") -> list[Marked]:
@@ -108,30 +109,30 @@ def by_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
     """
     messages = _messages(conversation)
 
-    def render(count: int, prompt: bool = False) -> str:
-        return str(_apply(conversation, tokenizer, messages[:count], tokenize=False, add_generation_prompt=prompt))
+    def apply(count: int, **options: Any) -> Any:
+        try:
+            template = DATE.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.get_chat_template())
+            date = TODAY.strftime("%d %b %Y")
+            return tokenizer.apply_chat_template(messages[:count], chat_template=template, date_string=date, **options)
+        except Exception as error:  # a template is foreign code, and may raise anything
+            raise BadRecord(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
-    text = render(len(messages))
-    if loss_on == "all":
-        return [Marked(text, ((0, len(text)),), True)]
-    if GENERATION.search(tokenizer.get_chat_template()):
-        return [Marked(text, _generated(conversation, tokenizer, messages), True)]
-    answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant" and index]
-    if not answers:
-        raise BadRecord(f"{conversation.place}: its only answer answers nothing")
-    end = _ending(tokenizer)
-    spans = _prefixes(answers, render, text, end)
-    if spans is not None:
-        return [Marked(text, spans, True)]
-    alone = [(index, render(index + 1)) for index in answers]
-    found = [(text, _prefixes([index], render, text, end)) for index, text in alone]
-    documents = [Marked(text, spans, True) for text, spans in found if spans is not None]
-    if len(documents) < len(answers):
-        raise BadRecord(
-            f"{conversation.place}: the chat template does not write an answer behind what it writes as the prompt, so the "
-            "answer cannot be told from it; set train.loss_on: all, or give the tokenizer a template with {% generation %}"
-        )
-    return documents
+    def render(count: int, prompt: bool = False) -> str:
+        return str(apply(count, tokenize=False, add_generation_prompt=prompt))
+
+    try:
+        text = render(len(messages))
+        if loss_on == "all":
+            return [Marked(text, ((0, len(text)),), True)]
+        if GENERATION.search(tokenizer.get_chat_template()):
+            how = {"return_dict": True, "return_assistant_tokens_mask": True}
+            return [
+                Marked(text, _generated(apply(len(messages), **how, tokenizer_kwargs={"return_offsets_mapping": True})), True)
+            ]
+        answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant" and index]
+        return _by_prefixes(answers, render, text, _ending(tokenizer))
+    except BadRecord as error:
+        raise BadRecord(f"{conversation.place}: {error}") from error
 
 
 def _messages(conversation: Conversation) -> list[dict[str, str]]:
@@ -142,20 +143,8 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
     return messages
 
 
-def _apply(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Any:
-    date = {"date_string": TODAY.strftime("%d %b %Y"), "strftime_now": TODAY.strftime}
-    try:
-        return tokenizer.apply_chat_template(messages, **options, **date)
-    except Exception as error:  # a template is foreign code, and may raise anything
-        raise BadRecord(f"{conversation.place}: the chat template refuses it: {' '.join(str(error).split())}") from error
-
-
-def _generated(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Spans:
-    """What lies between `{% generation %}` and `{% endgeneration %}`, as spans of characters."""
-    encoded = _apply(
-        conversation, tokenizer, messages,
-        return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True},
-    )  # fmt: skip
+def _generated(encoded: Any) -> Spans:
+    """What lies between `{% generation %}` and `{% endgeneration %}`, in characters: the tokens of the mask, side by side."""
     spans: list[tuple[int, int]] = []
     before = 0  # whether the token before counts
     for (start, end), counts in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True):
@@ -163,7 +152,7 @@ def _generated(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, m
             spans[-1:] = [(spans[-1][0], end)] if before else [*spans[-1:], (start, end)]
         before = counts
     if not spans:
-        raise BadRecord(f"{conversation.place}: the chat template marks nothing in it as generated by the assistant")
+        raise BadRecord("the chat template marks nothing in it as generated by the assistant")
     return tuple(spans)
 
 
@@ -178,7 +167,24 @@ def _ending(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
     return end
 
 
-def _prefixes(answers: list[int], render: Callable[..., str], text: str, end: Callable[[str], int]) -> Spans | None:
+def _by_prefixes(answers: list[int], render: Callable[..., str], text: str, end: Callable[[str], int]) -> list[Marked]:
+    """One document with all answers; or one for each, where earlier answers are rendered in another way than the last."""
+    if not answers:
+        raise BadRecord("its only answer answers nothing")
+    found = [(text, _added(answers, render, text, end))]
+    if found[0][1] is None:
+        alone = [(index, render(index + 1)) for index in answers]
+        found = [(until, _added([index], render, until, end)) for index, until in alone]
+    documents = [Marked(text, spans, True) for text, spans in found if spans is not None]
+    if len(documents) < len(found):
+        raise BadRecord(
+            "the chat template does not write an answer behind what it writes as its prompt, so the two cannot be told apart; "
+            "set train.loss_on: all, or give the tokenizer a template with {% generation %}"
+        )
+    return documents
+
+
+def _added(answers: list[int], render: Callable[..., str], text: str, end: Callable[[str], int]) -> Spans | None:
     """What each answer adds to what is rendered before it; None if a rendering does not begin with the one before."""
     spans = []
     for index in answers:

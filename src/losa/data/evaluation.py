@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from losa.data.blocks import cut, pack_marked, windows
-from losa.data.chat import Document, render_all, text_of
+from losa.data.chat import Document, read_documents, text_of
 from losa.data.files import suffix
-from losa.data.records import Policy, load_records
 
 SHARE = 50  # one in so many characters is held out, or as much as a window takes
 
@@ -131,9 +130,7 @@ def read_evaluation(
     """
     if named := named_text(source):
         return EvaluationText(_read_named(source, named), named.joint)
-    policy = Policy(skip)
-    rows = render_all(load_records(source, skip), tokenizer, loss_on, policy)
-    policy.report(source, len(rows) + len(policy.bad))
+    rows = read_documents(source, tokenizer, loss_on, skip)
     if suffix(Path(source)) == ".raw":
         lines = re.findall(r"[^\n]*\n|[^\n]+$", "".join(map(text_of, rows)))
         rows = [line if line.strip() else "" for line in lines]

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from losa.config import LosaConfig
 from losa.data.blocks import Packed, Samples, calibration_windows, padded_samples, pieces, training_blocks
-from losa.data.chat import Document, render_all, text_of
+from losa.data.chat import Document, read_documents, text_of
 from losa.data.evaluation import EvaluationText, hold_out, read_evaluation
 from losa.data.files import readable
-from losa.data.records import Policy, load_records
 from losa.loss import IGNORED
 from losa.models import load_config, load_tokenizer, max_length
 
@@ -34,19 +33,12 @@ logger = logging.getLogger(__name__)
 def load_documents(
     source: str, tokenizer: PreTrainedTokenizerBase | None = None, loss_on: str = "assistant", skip: bool = False
 ) -> list[Document]:
-    """All documents of a source that are not blank, in a fixed order.
-
-    Args:
-        tokenizer: whose chat template renders conversations; the plain form if it has none, or None.
-        loss_on: "assistant", or "all" to count every token of a conversation.
-        skip: leave bad records out, and say how many, instead of refusing the first.
+    """`chat.read_documents` without those that are blank.
 
     Raises:
-        ValueError: nothing there, nothing readable in it, a bad record, or nothing but blanks.
+        ValueError: as there; nothing but blanks.
     """
-    records, policy = load_records(source, skip), Policy(skip)
-    documents = [document for document in render_all(records, tokenizer, loss_on, policy) if text_of(document).strip()]
-    policy.report(source, len(records))
+    documents = [document for document in read_documents(source, tokenizer, loss_on, skip) if text_of(document).strip()]
     if not documents:
         raise ValueError(f"{source} holds no text")
     return documents

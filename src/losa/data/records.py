@@ -11,7 +11,7 @@ A record is a text, or an object of one of these forms; where an object has seve
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,28 +56,26 @@ Parsed = str | Conversation
 
 
 class Policy:
-    """What is done with bad records: the first ends the work, or they are counted and skipped."""
+    """What is done with bad records: they are refused, or counted and skipped."""
 
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
+    def __init__(self, source: str, skip: bool) -> None:
+        self.source, self.skip = source, skip
         self.bad: list[str] = []
 
-    def note(self, problem: str) -> None:
-        """Called for every bad record.
+    def settle(self, total: int) -> None:
+        """Called when all of `total` records were looked at.
 
         Raises:
-            ValueError: bad records are not to be skipped.
+            ValueError: some are bad and not to be skipped, or all are.
         """
+        if not self.bad:
+            return
         if not self.skip:
-            raise ValueError(f"{problem}; mend it, or leave such records out with --skip-bad-records")
-        self.bad.append(problem)
-
-    def report(self, source: str, total: int) -> None:
-        """Says how many were skipped, if any were."""
-        if self.bad:
-            logger.warning(
-                "%s: skipped %d of %d records, which are bad; the first: %s", source, len(self.bad), total, self.bad[0]
-            )
+            more = f" (and {len(self.bad) - 1} more bad records of {total})" if len(self.bad) > 1 else ""
+            raise ValueError(f"{self.bad[0]}{more}; mend it, or leave such records out with --skip-bad-records")
+        if len(self.bad) == total:
+            raise ValueError(f"{self.source} holds no good record; the first: {self.bad[0]}")
+        logger.warning("%s: skipped %d bad records of %d; the first: %s", self.source, len(self.bad), total, self.bad[0])
 
 
 def load_records(source: str, skip: bool = False) -> list[Parsed]:
@@ -89,20 +87,15 @@ def load_records(source: str, skip: bool = False) -> list[Parsed]:
     Raises:
         ValueError: nothing there, a file that cannot be read, a bad record, or none that is good.
     """
-    records, policy = read(source), Policy(skip)
-    parsed = list(_parse_all(records, policy))
-    policy.report(source, len(records))
-    if records and not parsed:
-        raise ValueError(f"{source} holds no good record; the first: {policy.bad[0]}")
-    return parsed
-
-
-def _parse_all(records: Iterable[Record], policy: Policy) -> Iterable[Parsed]:
+    records, policy = read(source), Policy(source, skip)
+    parsed = []
     for record in records:
         try:
-            yield parse(record)
+            parsed.append(parse(record))
         except BadRecord as error:
-            policy.note(str(error))
+            policy.bad.append(str(error))
+    policy.settle(len(records))
+    return parsed
 
 
 def parse(record: Record) -> Parsed:
