@@ -135,7 +135,8 @@ def test_record_tells_the_whole_story(done):
     assert LosaConfig.from_dict(record["config"]) == toy_config(folder).resolve(32, 64)
     assert {"losa", "torch", "transformers", "accelerate", "safetensors", "python", "machine"} <= record["versions"].keys()
     assert record["config"]["seed"] == 0
-    assert len(record["evaluation"].pop("held_out")) == 64
+    held_out = record["evaluation"].pop("held_out")
+    assert len(held_out.pop("sha256")) == 64 and held_out == {"source": "../text.txt"}
     assert record["evaluation"] == {
         "data": "held out of the training text",
         "window": 32,

@@ -19,7 +19,7 @@ from losa import checkpoint, distributed
 from losa.adapter import attach, merge
 from losa.allocation import layer_rates
 from losa.config import LosaConfig
-from losa.data import RunData, check_sources, prepare, show_example
+from losa.data import RunData, check_sources, held_out_record, prepare, show_example
 from losa.data.evaluation import Windows
 from losa.environment import resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
@@ -211,7 +211,7 @@ class Session:
             "window": tokens,
             "windows": windows,
             "counts": Windows(self.data.evaluation, self.data.counted).counts,
-            "held_out": self.data.held_out,
+            "held_out": held_out_record(self.config, self.data.held_out),
         }
         self.record |= {
             "sparsity": {"asked": self.config.sparsity, "achieved": pruned / total, "weights": total},

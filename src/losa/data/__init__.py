@@ -33,6 +33,7 @@ from losa.data.files import json_lines
 from losa.data.prepare import (
     RunData,
     check_sources,
+    held_out_record,
     load_documents,
     prepare,
     read_held_out,
@@ -54,6 +55,7 @@ __all__ = [
     "check_sources",
     "evaluation_documents",
     "evaluation_text",
+    "held_out_record",
     "hold_out",
     "is_wikitext",
     "json_lines",

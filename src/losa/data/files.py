@@ -75,7 +75,7 @@ def directory_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Left out are files named README, LICENSE, SOURCE and the like, and prose in a folder that has files of records.
     """
-    files = sorted(file for file in folder.rglob("*") if readable(file))
+    files = sorted(file for file in folder.rglob("*") if readable(file) and file.is_file())
     with_records = {file.parent for file in files if suffix(file) not in TEXT_SUFFIXES}
 
     def about(file: Path) -> bool:

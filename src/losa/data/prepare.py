@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,14 +137,13 @@ def read_run(config: LosaConfig, training: bool) -> RunData:
     return prepare(config.resolve(of_model.get_text_config().hidden_size, max_length(of_model)), tokenizer, training)
 
 
-def read_held_out(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> EvaluationText:
-    """What a run with this resolved configuration held out of its training text.
+def read_held_out(config: LosaConfig, source: str, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> EvaluationText:
+    """What a run with this resolved configuration held out of its training text `source`.
 
     Raises:
         ValueError: the text is not there, or is not the same any more.
     """
     assert config.eval.length is not None
-    source = training_source(config)
     missing = f"the model was evaluated on a part held out of {source}"
     if looks_like_a_path(source) and not Path(source).exists():
         raise ValueError(
@@ -154,6 +154,15 @@ def read_held_out(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, finger
     if text.fingerprint() != fingerprint:
         raise ValueError(f"{missing}, which has changed since; give a text with --data")
     return text
+
+
+def held_out_record(config: LosaConfig, fingerprint: str | None) -> dict[str, str] | None:
+    """What `losa.json` says of a held-out text, to find it again: `sha256`, and `source`, the training text seen from the output.
+    None if none was held out."""
+    source = training_source(config)
+    if config.output and Path(source).exists():
+        source = os.path.relpath(Path(source).resolve(), Path(config.output).resolve())
+    return None if fingerprint is None else {"sha256": fingerprint, "source": source}
 
 
 def _training_rows(

@@ -12,7 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from losa.checkpoint import EVALUATION, RECORD, read_record, replace
 from losa.config import LosaConfig
-from losa.data import EvaluationText, evaluation_documents, is_wikitext, named_text, read_evaluation, read_held_out
+from losa.data import (
+    EvaluationText,
+    evaluation_documents,
+    is_wikitext,
+    named_text,
+    read_evaluation,
+    read_held_out,
+    training_source,
+)
 from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
@@ -21,19 +29,35 @@ from losa.models import load, load_config, load_tokenizer, max_length
 BY_TOKEN, BY_ANSWER, BY_WORD = "token, windowed", "answer token, windowed", "word, lm-eval"
 
 
+HELD_OUT = "held out of the training text"
+
+
 @dataclass(frozen=True)
-class HeldOut:
-    """What the run that made a checkpoint held out of its training text: the run's configuration, and the text's fingerprint."""
+class RecordedText:
+    """The text that the run which made a checkpoint was evaluated on.
+
+    Attributes:
+        run: the run's resolved configuration.
+        source: of the text, or of the training text that it was held out of.
+        fingerprint: of what was held out; None for a text of its own.
+    """
 
     run: LosaConfig
-    fingerprint: str
+    source: str
+    fingerprint: str | None
 
     def __str__(self) -> str:
-        return "held out of the training text"
+        return self.source if self.fingerprint is None else HELD_OUT
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
-        """The text again; see `data.read_held_out`."""
-        return read_held_out(self.run, tokenizer, self.fingerprint)
+        """The text again, rendered and counted as in the run.
+
+        Raises:
+            ValueError: it is not there or not the same.
+        """
+        if self.fingerprint is None:
+            return read_evaluation(self.source, tokenizer, self.run.train.loss_on, self.run.skip_bad_records)
+        return read_held_out(self.run, self.source, tokenizer, self.fingerprint)
 
 
 def default_lengths(longest: int) -> list[int]:
@@ -43,7 +67,7 @@ def default_lengths(longest: int) -> list[int]:
 
 def evaluate_checkpoint(
     config: LosaConfig,
-    data: str | HeldOut | None = None,
+    data: str | RecordedText | None = None,
     lengths: Sequence[int] = (),
     most: int | None = None,
     words: bool = False,
@@ -56,7 +80,7 @@ def evaluate_checkpoint(
     Args:
         data: the text; no perplexity when None.
         lengths: window lengths in tokens; when empty `default_lengths`, or of a held-out text the run's.
-        most: use at most so many windows of each; of a held-out text, as many as the run when None.
+        most: use at most so many windows of each.
         words: word perplexity too, through lm-eval.
         tasks: names of lm-eval's tasks.
         task_data: local folder with their data; the hub when None.
@@ -83,10 +107,10 @@ def evaluate_checkpoint(
     harness = _harness() if words or tasks else None
     loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
     longest = max_length(load_config(config))
-    if isinstance(data, HeldOut):
-        lengths, most = lengths or [data.run.eval.length or longest], most or data.run.eval.windows
-    elif data is not None and (named := named_text(data)):
-        most = most or named.windows
+    named = named_text(str(data))
+    most = most or (named.windows if named else None)
+    if isinstance(data, RecordedText) and data.fingerprint is not None:
+        lengths = lengths or [data.run.eval.length or longest]
     lengths = lengths or default_lengths(longest)
     if max(lengths) > longest:
         raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
@@ -112,9 +136,9 @@ def evaluate_checkpoint(
     return _result(rows, found, harness.version if harness else None)
 
 
-def _read(data: str | HeldOut, config: LosaConfig) -> EvaluationText:
+def _read(data: str | RecordedText, config: LosaConfig) -> EvaluationText:
     tokenizer = load_tokenizer(config)
-    if isinstance(data, HeldOut):
+    if isinstance(data, RecordedText):
         return data.read(tokenizer)
     return read_evaluation(data, tokenizer, config.train.loss_on, config.skip_bad_records)
 
@@ -156,15 +180,19 @@ def save_results(directory: str, result: dict[str, Any]) -> Path:
     return path
 
 
-def recorded_text(directory: str) -> str | HeldOut:
-    """The text that the run which made a checkpoint was evaluated on.
+def recorded_text(directory: str) -> RecordedText:
+    """The text that the run which made a checkpoint was evaluated on. What was held out is looked for where it was as seen from
+    the checkpoint, then where it was as seen from the run.
 
     Raises:
-        ValueError: no record of a run there that says so.
+        ValueError: no record of a run there that names one.
     """
     record = read_record(Path(directory)) if (Path(directory) / RECORD).is_file() else {}
     run = LosaConfig.from_dict(record.get("config", {}))
-    fingerprint = record.get("evaluation", {}).get("held_out")
-    if run.eval.data is None and fingerprint is None:
+    if run.eval.data is not None:
+        return RecordedText(run, run.eval.data, None)
+    held_out = record.get("evaluation", {}).get("held_out")
+    if held_out is None:
         raise ValueError(f"{directory} names no evaluation text; give one with --data")
-    return run.eval.data or HeldOut(run, fingerprint)
+    beside = Path(directory, held_out["source"])
+    return RecordedText(run, str(beside) if beside.exists() else training_source(run), held_out["sha256"])
