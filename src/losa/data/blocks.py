@@ -203,9 +203,8 @@ def training_blocks(
     if not len(rows):
         raise ValueError(f"the training text does not fill one block of {length} tokens; give more text or set train.length")
     if not rows.counted_ST[:, 1:].any():
-        raise ValueError(
-            f"the first {len(rows)} blocks of {length} tokens hold no answer; set train.length or train.loss_on: all"
-        )
+        found = f"the first {len(rows)} blocks of {length} tokens hold no answer"
+        raise ValueError(f"{found}; give other data, or set train.length or train.loss_on: all")
     if len(rows) < count:
         logger.warning("the training text has %d tokens; seen %.1f times", rows.ids_ST.numel(), count / len(rows))
         rows = rows.repeated(count)

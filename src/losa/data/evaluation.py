@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from losa.data.blocks import cut, pack_marked, windows
-from losa.data.chat import Document, read_documents, text_of
+from losa.data.chat import Document, Marked, read_documents, text_of
 from losa.data.files import suffix
 
 SHARE = 50  # one in so many characters is held out, or as much as a window takes
@@ -89,9 +89,8 @@ class EvaluationText:
             return Windows(windows(self.joint.join(map(text_of, self.documents)), tokenizer, length, most))
         rows = pack_marked([document for document in self.documents if text_of(document).strip()], tokenizer, length, most)
         if not rows.counted_ST[:, 1:].any():
-            raise ValueError(
-                f"the text has {len(rows)} windows of {length} tokens with an answer, expected one; give a longer text"
-            )
+            found = f"the text has {len(rows)} windows of {length} tokens and no answer in them"
+            raise ValueError(f"{found}, expected at least one with an answer; give a longer text")
         return Windows(rows.ids_ST, rows.counted_ST)
 
     def fingerprint(self) -> str:
@@ -201,13 +200,13 @@ def hold_out(
             if tokens < enough:
                 tokens += len(tokenizer(part, verbose=False, add_special_tokens=False)["input_ids"])
             taken.append(parts.pop())
+        if index == 0 and isinstance(document, Marked):
+            enough += tokens  # so that its answers are in whole windows
         held += taken[::-1] if parts else [document]
         if parts:
             rest = [*parts, *shuffled[index + 1 :]]
             break
     if 2 * characters > total:
-        found = f"the training text has {total} characters"
-        raise ValueError(
-            f"{found}, too short to hold a part out; give a text to evaluate on with --eval-data, or set eval.length"
-        )
+        found = f"the training text, {total} characters, is too short to hold a part out"
+        raise ValueError(f"{found}; give a text to evaluate on with --eval-data, or set eval.length")
     return rest, held

@@ -98,9 +98,7 @@ def _read_directory(folder: Path) -> list[Record]:
     logger.info("%s: %d files, %d records\n%s", folder, len(taken), total, "\n".join(listed))
     if left:
         names = ", ".join(str(file.relative_to(folder)) for file in left)
-        logger.warning(
-            "%s: left out %s: prose about the data or beside records; give it by its own name to read it", folder, names
-        )
+        logger.warning("%s: left out, as prose about the data or beside records: %s; name a file to read it", folder, names)
     return [record for of_file in records.values() for record in of_file]
 
 

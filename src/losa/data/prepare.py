@@ -146,9 +146,7 @@ def read_held_out(config: LosaConfig, source: str, tokenizer: PreTrainedTokenize
     assert config.eval.length is not None
     missing = f"the model was evaluated on a part held out of {source}"
     if looks_like_a_path(source) and not Path(source).exists():
-        raise ValueError(
-            f"{missing}, which is not there (a relative path begins where the run was started); give one with --data"
-        )
+        raise ValueError(f"{missing}, which is not there (a relative path is that of the run); give a text with --data")
     documents = load_documents(source, tokenizer, config.train.loss_on, config.skip_bad_records)
     text = EvaluationText(hold_out(documents, config.seed, tokenizer, config.eval.length)[1])
     if text.fingerprint() != fingerprint:
