@@ -69,7 +69,7 @@ def require(condition: bool, name: str, found: object, expected: str) -> None:
 class CalibrationConfig:
     """Text that importance, pruning and reconstruction errors are measured on."""
 
-    data: str | None = None  # a text source (see data.py); the training text when None
+    data: str | None = None  # a text source (see data/); the training text when None
     sequences: int | None = None  # for pruning; 128, but no more than make the tokens that the pruner wants, when None
     rmi_sequences: int = 64  # of these, for representation mutual information
     rmi_length: int = 512  # at most so many tokens of each of those
