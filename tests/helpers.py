@@ -192,6 +192,7 @@ def comparable(directory: Path) -> dict[str, Any]:
     """`losa.json` without what may differ between equal runs: clock and place."""
     record = record_of(directory)
     del record["seconds"], record["config"]["output"]
+    (record["evaluation"]["held_out"] or {}).pop("source", None)
     return record
 
 

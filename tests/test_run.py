@@ -135,7 +135,14 @@ def test_record_tells_the_whole_story(done):
     assert LosaConfig.from_dict(record["config"]) == toy_config(folder).resolve(32, 64)
     assert {"losa", "torch", "transformers", "accelerate", "safetensors", "python", "machine"} <= record["versions"].keys()
     assert record["config"]["seed"] == 0
-    assert record["evaluation"] == {"data": "held out of the training text", "window": 32, "windows": 16}
+    held_out = record["evaluation"].pop("held_out")
+    assert len(held_out.pop("sha256")) == 64 and held_out == {"source": "../text.txt"}
+    assert record["evaluation"] == {
+        "data": "held out of the training text",
+        "window": 32,
+        "windows": 16,
+        "counts": "all tokens",
+    }
     assert list(record["perplexity"]) == ["dense", "pruned", "losa"]
     assert {"importance", "pruning", "training", "evaluation", "baseline", "saving", "reading text"} <= record["seconds"].keys()
     assert all(seconds >= 0 for seconds in record["seconds"].values())

@@ -33,10 +33,17 @@ out, err = Console(quiet=_others), Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Local directory or hub name of a causal language model.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="Training text: a file or directory (.txt, .json, .jsonl, .gz) or a hub dataset, `name[:config[:split]]`."),
+    typer.Option(
+        help="Training text or conversations: a file (.txt, .md, .json, .jsonl, .ndjson, .csv, .parquet, also .gz or .zst), a "
+        "directory of them, or a hub dataset, `name[:config[:split]]`."
+    ),
 ]
 Calibration = Annotated[str | None, typer.Option(help="Calibration text; the training text when not given.")]
 EvalData = Annotated[str | None, typer.Option(help="Text to measure perplexity on; a held-out part of --data when not given.")]
+SkipBad = Annotated[
+    bool | None,
+    typer.Option("--skip-bad-records", help="Leave out records that are damaged or lack text or an answer, and say how many."),
+]
 Sparsity = Annotated[float | None, typer.Option(help="Ratio of zeros in the decoder's linear layers. The one dial. Default 0.7.")]
 PrunerName = Annotated[
     str | None,
@@ -89,6 +96,7 @@ def run(
     data: Data = None,
     calibration: Calibration = None,
     eval_data: EvalData = None,
+    skip_bad_records: SkipBad = None,
     pruner: PrunerName = None,
     pattern: PatternName = None,
     protect: Protect = None,
@@ -111,6 +119,7 @@ def run(
 
     Several GPUs: `torchrun --nproc-per-node 8 -m losa run ...`, or `accelerate launch -m losa run ...`; the same result, sooner.
     """
+    from losa.data import read_run
     from losa.method import run as run_losa
     from losa.models import load
     from losa.output import claim
@@ -120,14 +129,15 @@ def run(
     resolved = _config(
         preset, config, set_,
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, protect=protect, device=device,
-        offload=offload, shard=shard, seed=seed, trust_remote_code=trust_remote_code,
+        offload=offload, shard=shard, seed=seed, trust_remote_code=trust_remote_code, skip_bad_records=skip_bad_records,
         **{"train.data": data, "train.weights": train, "train.distill": distill},
         **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
     with claim(resolved.output):
         check_request(resolved, training=True, resume=resume, overwrite=overwrite)
         _heavy()
-        sparse = run_losa(*load(resolved), resolved, resume=resume, overwrite=overwrite, claimed=True)
+        texts = read_run(resolved, training=True)
+        sparse = run_losa(*load(resolved), resolved, data=texts, resume=resume, overwrite=overwrite, claimed=True)
     out.print(summary(sparse.losa_record))
     _say(f"saved and verified: {output}")
 
@@ -139,6 +149,7 @@ def prune(
     sparsity: Sparsity = None,
     calibration: Calibration = None,
     eval_data: EvalData = None,
+    skip_bad_records: SkipBad = None,
     pruner: PrunerName = None,
     pattern: PatternName = None,
     protect: Protect = None,
@@ -155,6 +166,7 @@ def prune(
     `--set rates=dlp` gives layers their own rates. Perplexity is over the first 16 windows, which takes less time
     than pruning does; `losa eval OUTPUT --data TEXT` measures over all.
     """
+    from losa.data import read_run
     from losa.method import prune as prune_once
     from losa.models import load
     from losa.output import claim
@@ -164,13 +176,14 @@ def prune(
     resolved = _config(
         "one-shot", config, set_,
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, protect=protect, device=device,
-        offload=offload, seed=seed, trust_remote_code=trust_remote_code,
+        offload=offload, seed=seed, trust_remote_code=trust_remote_code, skip_bad_records=skip_bad_records,
         **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
     with claim(resolved.output):
         check_request(resolved, training=False, overwrite=overwrite)
         _heavy()
-        pruned = prune_once(*load(resolved), resolved, overwrite=overwrite, claimed=True)
+        texts = read_run(resolved, training=False)
+        pruned = prune_once(*load(resolved), resolved, data=texts, overwrite=overwrite, claimed=True)
     out.print(summary(pruned.losa_record))
     _say(f"saved and verified: {output}")
 
@@ -184,6 +197,7 @@ def compare(
     data: Data = None,
     calibration: Calibration = None,
     eval_data: EvalData = None,
+    skip_bad_records: SkipBad = None,
     methods: Annotated[str | None, typer.Option(help="Names of methods, comma-separated; all when not given.")] = None,
     targets: Annotated[str | None, typer.Option(help="Sparsities and patterns, such as `0.5,0.7,2:4`. Default 0.7.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as `0,1,2`: the table then shows mean and spread. Default 0.")] = None,
@@ -204,7 +218,14 @@ def compare(
     from losa.config import parse_set
     from losa.report.table import comparison_table
 
-    options = {"model": model, "train.data": data, "calibration.data": calibration, "eval.data": eval_data, "device": device}
+    options: dict[str, Any] = {
+        "model": model,
+        "train.data": data,
+        "calibration.data": calibration,
+        "eval.data": eval_data,
+        "device": device,
+    }
+    options["skip_bad_records"] = skip_bad_records
     shared = {key: value for key, value in options.items() if value is not None} | parse_set(set_ or [])
     resolved = CompareConfig.load(
         str(config) if config else None, shared,
@@ -237,6 +258,7 @@ def evaluate(
     ] = None,
     task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' data, instead of the hub.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task: a quick look.")] = None,
+    skip_bad_records: SkipBad = None,
     dtype: Annotated[str, typer.Option(help="`auto` (the checkpoint's), `float32`, `bfloat16`, `float16`.")] = "auto",
     device: Device = None,
     save: Annotated[bool, typer.Option("--save", help="Keep the result in MODEL's directory, as `eval.json`.")] = False,
@@ -255,21 +277,20 @@ def evaluate(
     from losa.output import claim
     from losa.report.table import evaluation_tables
 
-    config = _config(None, None, None, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    config = _config(
+        None, None, None,
+        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, skip_bad_records=skip_bad_records,
+    )  # fmt: skip
     names = task_names(tasks) if tasks is not None else []
     if save:
         check_savable(model)
     with claim(model if save else None):
-        if data is None and not names:
-            data = recorded_text(model)
+        text = recorded_text(model) if data is None and not names else data
         _heavy()
-        result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
+        result = evaluate_checkpoint(config, text, length or [], windows, words, names, task_data, limit)
         out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
         if save:  # after it was printed: what was measured is not lost where this fails
             _say(f"kept in {save_results(model, result)}", err)
-    out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
-    if save:  # after it was printed: what was measured is not lost where this fails
-        _say(f"kept in {save_results(model, result)}", err)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from losa import distributed
 from losa.baselines import lift_masks, mask_again
 from losa.checkpoint import replace, to_json
 from losa.config import LosaConfig, build, merge, nested, read_config, require
+from losa.data import read_run
 from losa.doors import door, read_json
 from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, reconstruct, sparsify
@@ -223,9 +224,10 @@ def measure(row: Row) -> dict[str, Any]:
         `date`, `config`.
     """
     config = row.config
-    model, tokenizer = load(config)
     kind = "run" if row.maker in TRAINED else "prune"
-    session = Session.start(model, tokenizer, config, kind=kind)
+    data = read_run(config, training=kind == "run")
+    model, tokenizer = load(config)
+    session = Session.start(model, tokenizer, config, kind=kind, data=data)
     lifted = MAKERS[row.maker](session)
     session.finish("made")
     if lifted:

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -23,6 +24,7 @@ from losa.adapter import collect_scores, masked_linears, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
 from losa.calibration import prune_blocks, walk_blocks
 from losa.config import LosaConfig
+from losa.data import RunData
 from losa.output import claim
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.sparsegpt import DAMPING
@@ -38,6 +40,7 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     config: LosaConfig,
     *,
+    data: RunData | None = None,
     resume: bool = False,
     overwrite: bool = False,
     claimed: bool = False,
@@ -49,6 +52,7 @@ def run(
         model: a dense causal language model; changed in place.
         tokenizer: its tokenizer.
         config: with `train.data`; without `output`, nothing is written.
+        data: its texts, if `data.read_run` has read them already, before the model was loaded.
         resume: go on from the last complete stage in `config.output`, or from the last position inside the training after it.
         overwrite: replace a finished result or an interrupted run in `config.output`.
         claimed: the caller has `config.output` to itself already (`output.claim`).
@@ -65,7 +69,8 @@ def run(
         RuntimeError: a pruned weight of the saved file is not zero.
     """
     with claim(None if claimed else config.output):
-        session = Session.start(model, tokenizer, config, kind="run", resume=resume, overwrite=overwrite, callbacks=callbacks)
+        options: dict[str, Any] = {"data": data, "resume": resume, "overwrite": overwrite, "callbacks": callbacks}
+        session = Session.start(model, tokenizer, config, kind="run", **options)
         first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
         session.go_through([first, *dynamic_steps(session.config)])
         return session.finish("losa")
@@ -88,6 +93,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     config: LosaConfig,
     *,
+    data: RunData | None = None,
     overwrite: bool = False,
     claimed: bool = False,
 ) -> PreTrainedModel:
@@ -96,7 +102,7 @@ def prune(
     Takes, returns and raises what `run` does.
     """
     with claim(None if claimed else config.output):
-        session = Session.start(model, tokenizer, config, kind="prune", overwrite=overwrite)
+        session = Session.start(model, tokenizer, config, kind="prune", data=data, overwrite=overwrite)
         session.measure("dense")
         sparsify(session, session.config.steps)
         if config.reconstruct.epochs:

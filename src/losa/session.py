@@ -20,7 +20,8 @@ from losa import checkpoint, distributed
 from losa.adapter import attach, merge
 from losa.allocation import layer_rates
 from losa.config import LosaConfig
-from losa.data import RunData, check_sources, prepare
+from losa.data import RunData, check_sources, held_out_record, prepare, show_example
+from losa.data.evaluation import Windows
 from losa.environment import check_memory, resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
@@ -71,6 +72,7 @@ class Session:
         config: LosaConfig,
         *,
         kind: str,
+        data: RunData | None = None,
         resume: bool = False,
         overwrite: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
@@ -80,6 +82,7 @@ class Session:
 
         Args:
             kind: "run", or "prune" for a session without training.
+            data: the texts (`data.read_run`); read here when None.
             overwrite: replace what an earlier command left in the output.
 
         Raises:
@@ -97,13 +100,15 @@ class Session:
         if kind == "run":
             check_precision(model, config)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
-        logger.info("configuration:\n%s", config.to_yaml())
         output = Path(config.output) if config.output else None
         manifest = checkpoint.latest_stage(output, config) if output and resume else None
-        began = time.perf_counter()
-        data = prepare(config, tokenizer, training=kind == "run")
+        data = data or prepare(config, tokenizer, training=kind == "run")
         return_freed_memory()
-        seconds = {"reading text": round(time.perf_counter() - began, 3)}
+        logger.info("configuration:\n%s", config.to_yaml())
+        if data.train is not None:
+            example = show_example(data.train, tokenizer)
+            logger.info("a training example; the loss counts what is between >>> and <<<:\n%s", example)
+        seconds = {"reading text": round(data.seconds, 3)}
         record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds}
         record["text_sha256"] = data.fingerprint()
         check_parts(config, distributed.world_size(), len(data.evaluation))
@@ -227,7 +232,8 @@ class Session:
         """
         device = self.device if self.config.blocks_on_host else None
         with self.timed("evaluation"):
-            value = perplexity(self.model, self.data.evaluation, label=f"perplexity ({name})", device=device)
+            label = f"perplexity ({name})"
+            value = perplexity(self.model, self.data.evaluation, label=label, device=device, counted_ST=self.data.counted)
         if name == "dense" and not math.isfinite(value):
             raise ValueError(f"the dense model's perplexity is {value}: its weights or their dtype are damaged; nothing to prune")
         if not math.isfinite(value):
@@ -253,6 +259,8 @@ class Session:
             "data": self.config.eval.data or "held out of the training text",
             "window": tokens,
             "windows": windows,
+            "counts": Windows(self.data.evaluation, self.data.counted).counts,
+            "held_out": held_out_record(self.config, self.data.held_out),
         }
         self.record |= {
             "sparsity": {"asked": self.config.sparsity, "achieved": pruned / total, "weights": total},

@@ -34,6 +34,7 @@ from losa.adapter import (
     reuse_effective_weights,
 )
 from losa.config import TrainConfig
+from losa.data.blocks import Packed, Samples
 from losa.loss import IGNORED, block_loss, causal_loss
 from losa.models import find_decoder
 from losa.position import Keeping, Position, capture, put_optimizer, put_own
@@ -42,13 +43,11 @@ from losa.signals import Noted
 
 logger = logging.getLogger(__name__)
 
-Samples = Sequence[dict[str, list[int]]]
-
 
 class Rows(Dataset):
-    """Training rows: packed blocks `(S, T)`, or samples of their own lengths."""
+    """Training rows: packed blocks `(S, T)`, with what counts in them, or samples of their own lengths."""
 
-    def __init__(self, rows: Tensor | Samples) -> None:
+    def __init__(self, rows: Tensor | Packed | Samples) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
@@ -62,19 +61,23 @@ class Rows(Dataset):
 def collate(rows: list[dict[str, Any]], eos: int | None = None) -> dict[str, Tensor]:
     """Stacks rows. Shorter ones are padded on the right, with no loss and no attention there.
 
-    Packed rows hold several documents, each ended by `eos`. Positions start again with every document: transformers then lets no
-    token attend to another document, and none is predicted from one.
+    Packed rows hold several documents, each ended by `eos`, or begun where a row says that it `starts`. Positions start again
+    with every document: transformers then lets no token attend to another document, and none is predicted from one.
     """
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    labels = [torch.as_tensor(row.get("labels", row["input_ids"]), dtype=torch.int64) for row in rows]
+    labels_BT = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     lengths = torch.tensor([len(i) for i in ids])
     if (lengths != input_ids.shape[1]).any():
         real = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        return {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, IGNORED), "attention_mask": real.long()}
+        return {"input_ids": input_ids, "labels": labels_BT, "attention_mask": real.long()}
     starts = torch.zeros_like(input_ids, dtype=torch.bool)
-    if eos is not None:
+    if "starts" in rows[0]:
+        starts[:, 1:] = torch.stack([row["starts"] for row in rows])[:, 1:]  # a row's first token has place 0 in any case
+    elif eos is not None:
         starts[:, 1:] = input_ids[:, :-1] == eos
-    batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(starts, IGNORED)}
+    batch = {"input_ids": input_ids, "labels": labels_BT.masked_fill(starts, IGNORED)}
     if starts.any():  # without positions, attention takes the faster path of whole rows
         place = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         batch["position_ids"] = place - place.where(starts, 0).cummax(1).values
@@ -228,7 +231,7 @@ class LosaTrainer(Trainer):
         with _block_outputs(model, bool(config.distill_blocks)) as sparse:
             outputs = model(**inputs, use_cache=False)  # a cache would also make packed documents see each other
         counted = (labels_BT[:, 1:] != IGNORED).sum()
-        tokens = counted if num_items_in_batch is None else num_items_in_batch
+        tokens = torch.as_tensor(counted if num_items_in_batch is None else num_items_in_batch).clamp(min=1)  # 0: only prompts
         loss = causal_loss(outputs.logits, labels_BT, teacher_BTV, config.distill, config.temperature) / tokens
         if config.distill_blocks:
             ratio = block_loss(sparse, dense, inputs.get("attention_mask"))
@@ -323,7 +326,7 @@ def _arguments(config: TrainConfig, device: torch.device, name: str, seed: int, 
 
 def train(
     model: PreTrainedModel,
-    rows: Tensor | Samples,
+    rows: Tensor | Packed | Samples,
     config: TrainConfig,
     *,
     name: str,
@@ -337,7 +340,7 @@ def train(
     """Trains whatever of `model` requires gradients on `rows`, once through.
 
     Args:
-        rows: packed blocks `(S, T)`, or samples (`data.padded_samples`).
+        rows: packed blocks `(S, T)`, with what counts in them (`data.Packed`), or samples (`data.padded_samples`).
         name: shown on the progress bar and in errors.
         seed: of the row order.
         work_dir: for what callbacks write.
@@ -356,9 +359,9 @@ def train(
     """
     assert config.lr is not None, "resolve the configuration first"
     device = next(model.parameters()).device
-    if eos is not None and not separates_documents(model):
+    if (eos is not None or isinstance(rows, Packed)) and not separates_documents(model):
         logger.warning("%s attends across the documents packed in one row; it is trained that way", type(model).__name__)
-        eos = None
+        eos, rows = None, rows.joined() if isinstance(rows, Packed) else rows
     args = _arguments(config, device, name, seed, work_dir)
     guard, curve, noted = _Guard(name, config.lr), _Curve(device), Noted()
     keepers = [_Keeper(keeping, noted)] if keeping else []

@@ -155,7 +155,8 @@ def headline(
 def perplexities(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> Table:
     """What the run measured, and what was measured later."""
     used = record["evaluation"]
-    place = ("token, windowed", public(used["data"]), str(used["window"]), f"{used['windows']:,} windows")
+    definition = "answer token, windowed" if used.get("counts") == "answers" else "token, windowed"
+    place = (definition, public(used["data"]), str(used["window"]), f"{used['windows']:,} windows")
     rows = [(TITLES[name], *place, f"{value:.3f}") for name, value in record["perplexity"].items()]
     for row in (evaluation or {}).get("perplexity", []):
         over = next(f"{row[unit]:,} {unit}" for unit in ("windows", "documents") if unit in row)
