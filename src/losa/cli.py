@@ -322,8 +322,8 @@ def plan(
     offload: Offload = None,
     shard: Shard = None,
     processes: Annotated[int, typer.Option(min=1, help="As many as torchrun would start, on a device each.")] = 1,
-    memory: Annotated[float | None, typer.Option(min=0.001, help="GiB of a device elsewhere, to plan for that one.")] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s that it sustains.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a device elsewhere, to plan for that one.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that it sustains.")] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = None,
 ) -> None:
@@ -343,7 +343,7 @@ def plan(
         **{"train.weights": train},
     )  # fmt: skip
     for name, value in (("--memory", memory), ("--tflops", tflops)):
-        if value is not None and not value < 1e9:  # nor not a number
+        if value is not None and not 0.001 <= value < 1e9:  # nor not a number
             raise ValueError(f"{name} is {value}, expected what a machine could have")
     made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
