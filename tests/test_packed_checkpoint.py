@@ -347,6 +347,14 @@ def test_a_header_that_claims_too_much_allocates_nothing(copy):
         losa.load(copy)
 
 
+def test_a_header_that_counts_one_value_less_in_the_same_byte(llama, tmp_path):
+    shutil.copytree(llama / "int4", tmp_path / "copy")
+    layers = json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]["layers"]
+    name = next(name for name, count in layers.items() if count % 2 == 0 and name != "lm_head")  # which is int8
+    change_header(tmp_path / "copy", layers=layers | {name: layers[name] - 1})
+    both_doors_refuse(tmp_path / "copy", f"the header claims {layers[name] - 1} stored values, the masks mark {layers[name]}")
+
+
 def _drop(key):
     return lambda found: found.pop(key)
 

@@ -190,7 +190,7 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
             made = {key: tensor for key, tensor in tensors.items() if key not in packed}
             for name in config.layers:
                 if f"{name}.weight" in tensors:
-                    W_OI = _unpack_layer(name, tensors, shapes[name], config.type_of(name in head))
+                    W_OI = _unpack_layer(name, tensors, shapes[name], config.type_of(name in head), config.layers[name])
                     if not (config.tied and name in head):  # the embedding is its dense weight
                         made[f"{name}.weight"] = W_OI
                     unpacked.add(name)
@@ -208,12 +208,12 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
     return len(config.layers) - (config.head != KEEP)
 
 
-def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size, kind: ValueType) -> Tensor:
+def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size, kind: ValueType, claimed: int) -> Tensor:
     found: dict[str, Any] = {field: tensors.get(f"{name}.{part}") for part, field in PARTS.items()}
     if any(found[field] is None for field in ("values", "mask", "offsets")):
         raise ValueError(f"the packed checkpoint lacks a part of {name}; it is damaged, pack the model again")
     packed = PackedWeight(**found, rows=shape[0], columns=shape[1], type=kind)
-    check(packed, name)
+    check(packed, name, claimed)
     return unpack(packed)
 
 

@@ -104,13 +104,13 @@ class SparseLinear(nn.Module):
             linear.bias = bias
         return linear
 
-    def check(self, name: str) -> None:
-        """Compares masks, offsets and values, which may come from a file that nobody vouches for.
+    def check(self, name: str, claimed: int | None = None) -> None:
+        """Compares masks, offsets and values, which may come from a file that nobody vouches for, and the header's count.
 
         Raises:
             ValueError: they disagree.
         """
-        check(self.packed, name)
+        check(self.packed, name, claimed)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., I]` bfloat16 -> `[..., O]`; on a GPU float16 as well."""

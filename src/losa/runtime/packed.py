@@ -144,8 +144,11 @@ def _expected(packed: PackedWeight) -> dict[str, tuple[torch.dtype, tuple[int, .
     return found
 
 
-def check(packed: PackedWeight, name: str = "packed weight") -> None:
+def check(packed: PackedWeight, name: str = "packed weight", claimed: int | None = None) -> None:
     """Compare shapes, dtypes, offsets and the population counts of the masks; the file they came from is not trusted.
+
+    Args:
+        claimed: stored values that a header claims, where there is one.
 
     Raises:
         ValueError: anything that disagrees, with what was found and what was expected.
@@ -167,6 +170,8 @@ def check(packed: PackedWeight, name: str = "packed weight") -> None:
     ends = np.concatenate([[0], counts.cumsum()])
     if not np.array_equal(offsets.cpu().numpy(), ends):
         raise ValueError(f"{name}: the offsets do not count the bits of the masks; the file is damaged, pack the model again")
+    if claimed not in (None, ends[-1]):
+        raise ValueError(f"{name}: the header claims {claimed} stored values, the masks mark {ends[-1]}; the file is damaged")
     if values.numel() != kind.elements(int(ends[-1])):
         raise ValueError(f"{name}: the masks mark {ends[-1]} weights, found {values.numel()} elements of {kind.name} values")
 

@@ -43,10 +43,10 @@ class SparseQuantizer(HfQuantizer):
             found = f"device_map leaves {len(away)} tensors on the host or the disk, {away[0]} first"
             raise ValueError(f"{found}; packed layers are not offloaded: choose a device_map of GPUs only, or the CPU")
         if self.pre_quantized:
-            for name in self.quantization_config.layers:
+            for name, count in self.quantization_config.layers.items():
                 layer = model.get_submodule(name)
                 assert isinstance(layer, SparseLinear)
-                layer.check(name)
+                layer.check(name, count)
                 layer.requires_grad_(False)
                 layer.land()
         else:
