@@ -306,7 +306,7 @@ def plan(
         **{"train.weights": train},
     )  # fmt: skip
     for name, value in (("--memory", memory), ("--tflops", tflops)):
-        if value is not None and not value < 1e9:  # nor not a number
+        if value is not None and value > 1e9:
             raise ValueError(f"{name} is {value}, expected what a machine could have")
     made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
