@@ -23,8 +23,8 @@ from losa.environment import machine, resolve_device
 from losa.progress import progress
 from losa.runtime import kernels
 from losa.runtime.bench import bandwidth
-from losa.runtime.header import VALUES
 from losa.runtime.packed import PackedWeight, chunk_index, pack
+from losa.runtime.values import TYPES
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # rows x columns of Llama-2-7B's q/k/v/o, gate/up and down projections
 ROTATED = 512 << 20  # bytes of copies of a weight
@@ -72,10 +72,10 @@ def measure(shape: tuple[int, int], sparsity: float, tokens: list[int], rate: fl
     W_OI = torch.where(torch.rand(shape, device=device) < sparsity, 0, torch.randn(shape, device=device).mul_(0.02).bfloat16())
     kernel = kernels.choose("cuda")
     dense, packed = [W for (W,) in copies([W_OI])], {}
-    for name, dtype in VALUES.items():
-        weight = pack(W_OI, dtype)
-        parts = copies([weight.mask, weight.values, weight.offsets, weight.scale, chunk_index(weight)])
-        packed[name] = [(PackedWeight(*fields, *shape), index) for *fields, index in parts]
+    for name, kind in TYPES.items():
+        weight = pack(W_OI, kind)
+        parts = copies([*weight[:5], chunk_index(weight)])
+        packed[name] = [(PackedWeight(*fields, *shape, kind), index) for *fields, index in parts]
     for count in tokens:
         x = torch.randn(count, shape[1], device=device).bfloat16()
         works: dict[str, list[Callable[[], object]]] = {"dense": [lambda x=x, W=W: linear(x, W) for W in dense]}
@@ -84,7 +84,7 @@ def measure(shape: tuple[int, int], sparsity: float, tokens: list[int], rate: fl
         times = in_turns(works, rounds)
         for name, weights in packed.items():
             weight, index = weights[0]
-            size = sum(part.nbytes for part in (*weight[:4], index) if part is not None)
+            size = sum(part.nbytes for part in (*weight[:5], index) if part is not None)
             theirs, ours, limit = times["dense"], times[name], size / rate * 1e6
             found = [
                 *shape, sparsity, count, name, kernel, round(theirs, 1), round(ours, 1), round(limit, 1),

@@ -2,6 +2,7 @@
 
     python benchmarks/layers.py --output docs/benchmarks          # everything: about half an hour on two cores
     python benchmarks/layers.py --output OUT --models 7B --sparsity 0.7 --tokens 1 --threads 2
+    python benchmarks/layers.py --output OUT --models heads --sparsity 0 --tokens 1    # output heads: nothing is zero
 
 Every measurement rotates over copies of the weight that together are several times the last-level cache, all in huge pages, and
 dense and packed layers take turns, so that both see the same clock and the same neighbours. Times are medians. One of the turns
@@ -27,11 +28,13 @@ from losa.progress import progress
 from losa.runtime import kernels
 from losa.runtime.memory import huge_region
 from losa.runtime.packed import PackedWeight, pack
+from losa.runtime.values import TYPES
 
 SHAPES = {  # rows x columns of q/o, gate/up and down projections
     "1B": [(2048, 2048), (5632, 2048), (2048, 5632)],
     "7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
     "13B": [(5120, 5120), (13824, 5120), (5120, 13824)],
+    "heads": [(49152, 576), (32000, 2048)],  # of SmolLM2-135M and TinyLlama; ask for them, and for --sparsity 0
 }
 ROTATED = 256 << 20  # bytes of copies of a weight
 COLUMNS = [
@@ -63,11 +66,10 @@ class Copies:
 
 
 def rotated_packed(packed: PackedWeight) -> Callable[[], PackedWeight]:
-    copies = Copies([packed.mask, packed.values, packed.offsets, packed.scale])
+    copies = Copies(list(packed[:5]))
 
     def following() -> PackedWeight:
-        mask, values, offsets, scale = copies.next()
-        return PackedWeight(mask=mask, values=values, offsets=offsets, scale=scale, rows=packed.rows, columns=packed.columns)
+        return PackedWeight(*copies.next(), *packed[5:])
 
     return following
 
@@ -92,7 +94,7 @@ def measure(
     rows, columns = shape
     W_OI = torch.where(torch.rand(shape) < sparsity, 0, torch.randn(shape).mul_(0.02).bfloat16())
     dense = Copies([W_OI])
-    found = {values: pack(W_OI, dtype) for values, dtype in (("bfloat16", torch.bfloat16), ("int8", torch.int8))}
+    found = {values: pack(W_OI, kind) for values, kind in TYPES.items()}
     packed = {values: rotated_packed(weight) for values, weight in found.items()}
     kernel, results = kernels.choose(), []
     for count, batch in itertools.product(threads, tokens):
@@ -107,7 +109,7 @@ def measure(
         times = in_turns(works, budget)
         best = min(times["dense"], times["mv"], times["read"]) if batch == 1 else times["dense"]
         for values, weight in found.items():
-            size = sum(tensor.nbytes for tensor in (weight.mask, weight.values, weight.offsets))
+            size = sum(tensor.nbytes for tensor in weight.tensors().values())
             rate = size / times[values] / 1e3
             results.append(
                 dict(
@@ -133,14 +135,22 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     levels = sorted({float(row["sparsity"]) for row in rows})
     figure, axes = plt.subplots(1, len(levels), figsize=(3.1 * len(levels), 3.4), sharey=True, squeeze=False)
     for axis, level in zip(axes[0], levels, strict=True):
-        for model, values in itertools.product(SHAPES, ("bfloat16", "int8")):
+        for model, values in itertools.product(SHAPES, TYPES):
             points: dict[int, list[float]] = {}
             for row in rows:
                 if (row["model"], row["values"], float(row["sparsity"]), int(row["threads"])) == (model, values, level, threads):
                     points.setdefault(int(row["tokens"]), []).append(float(row["speedup"]))
             if points:
                 tokens = sorted(points)
-                style = {"1B": "C0", "7B": "C1", "13B": "C2"}[model] + ("-" if values == "bfloat16" else "--")
+                color = {"1B": "C0", "7B": "C1", "13B": "C2", "heads": "C3"}[model]
+                style = (
+                    color
+                    + {
+                        "bfloat16": "-",
+                        "int8": "--",
+                        "int4": ":",
+                    }[values]
+                )
                 axis.plot(tokens, [sum(points[t]) / len(points[t]) for t in tokens], style, marker=".", label=f"{model} {values}")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", title=f"{level:.0%} zeros", xlabel="tokens")
@@ -158,7 +168,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for layers.csv and layers.svg")
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["1B", "7B", "13B"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

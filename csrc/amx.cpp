@@ -20,8 +20,8 @@
 #include <unistd.h>
 #endif
 
-#include "target.h"
-LOSA_TARGET_BEGIN("amx-tile,amx-bf16")
+#include "avx512.h"
+LOSA_TARGET_BEGIN("amx-tile,amx-bf16,amx-int8")
 
 namespace losa {
 namespace {
@@ -105,6 +105,61 @@ void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16*
   _tile_release();
 }
 
+// ---- int8 and int4 values, a few tokens ---------------------------------------------------------------------------------
+
+constexpr int64_t kFew = 3;  // tokens up to which multiplying in registers is faster than filling the unit
+
+// 0 to 2 are sums, one for each digit of the activations; 3 to 5 are those digits, tokens x 64 columns; 6 is 16 words.
+void configure_bytes(int64_t tokens) {
+  Shapes s;
+  for (int i = 0; i < 7; ++i) {
+    s.rows[i] = uint8_t(i < 6 ? tokens : kBlock);
+    s.row_bytes[i] = 64;
+  }
+  written(&s);
+  _tile_loadconfig(&s);
+}
+
+// Expanded words of integers are what the unit wants of its second factor: 16 of them are 64 columns.
+bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  if (p.type == ValueType::kBFloat16 || in.tokens <= kFew) return avx512_kernels().stream(p, in, strip, out);
+  const int64_t drain = row_of(p.type).grouped ? kBlock : kFeed, digit = in.tokens * kGroup;
+  alignas(64) int8_t bytes[kFeed * kWordBits8];
+  alignas(64) int32_t sums[3][kIntegerTokens * kStrip];
+  Cursor cursor{p.offsets[strip], true};
+  std::fill(out, out + in.tokens * kStrip, 0.0f);
+  configure_bytes(in.tokens);
+  for (int64_t first = 0; first < p.words; first += kFeed) {
+    const int64_t fed = std::min(kFeed, p.words - first);
+    expand_integers(p, cursor, p.mask_of(strip, first), fed, bytes);
+    written(bytes);  // words past the last one meet digits that are zero
+    for (int64_t w = 0; w < fed; w += drain) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      for (int64_t b = w; b < std::min(fed, w + drain); b += kBlock) {
+        const int8_t* x = in.bytes + (first + b) / kBlock * in.digits * digit;
+        _tile_loadd(6, bytes + b * kWordBits8, 64);
+        _tile_loadd(3, x, 64);
+        _tile_dpbssd(0, 3, 6);
+        _tile_loadd(4, x + digit, 64);
+        _tile_dpbssd(1, 4, 6);
+        if (in.digits == 3) {
+          _tile_loadd(5, x + 2 * digit, 64);
+          _tile_dpbssd(2, 5, 6);
+        }
+      }
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      add_sums(p, in, strip, first + w, sums[0], out);
+    }
+  }
+  _tile_release();
+  times_units(in, out);
+  return cursor.ok && cursor.value == p.offsets[strip + 1];
+}
+
 }  // namespace
 }  // namespace losa
 LOSA_TARGET_END
@@ -116,6 +171,8 @@ const Kernels& amx_kernels() {
     Kernels k = avx512_kernels();
     k.name = "amx";
     k.tile_tokens = kTileTokens;  // past that, torch's own GEMM uses the same unit, and reads each decoded weight once
+    k.stream = stream;
+    k.stream_tokens[int64_t(ValueType::kBFloat16)] = 5;  // past that, tiles and the matrix unit are faster (docs/LOG.md)
     k.multiply = multiply;
     return k;
   }();
@@ -127,7 +184,7 @@ bool amx_permitted() {
 #if defined(__linux__)
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;                             // OSXSAVE: there is an xgetbv
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // AMX-BF16, -TILE, -INT8
     unsigned low = 0, high = 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low >> 17 & 3) != 3) return false;  // the system saves tile shapes and tile data

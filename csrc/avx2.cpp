@@ -5,6 +5,7 @@
 // register that repeats the word's activations, and every byte of a word has sums of its own; the columns of a row are added up
 // once a strip. A byte costs a population count, two loads, a shuffle and, for each token, a multiply-add: 7 cycles for a word of
 // 32 bfloat16 weights on Zen 4. An int8 is also shifted and converted, 15 cycles for a word of 64.
+#include "block.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -16,6 +17,7 @@
 
 #include "target.h"
 LOSA_TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
+#include "feed.h"
 
 namespace losa {
 namespace {
@@ -52,7 +54,7 @@ inline T load(const void* p) {
   return v;
 }
 
-// What differs between the two kinds of values. `expand` makes eight float32 of the up to eight values at v; shuffles stay within
+// What differs between the kinds of values; int4 become int8 first. `expand` makes eight float32 of the up to eight values at v; shuffles stay within
 // 128 bits, so both halves get all of them. `activations` is the register that repeats one token's for one word.
 struct Bf16 {
   using Value = bf16;
@@ -122,6 +124,7 @@ struct Sums {
   alignas(32) float a[T][8 * kBytes] = {};  // in the order of a word's bits
 };
 
+// `n` words whose masks begin at `mask`; the first one's activations are those of word `first` of the strip.
 template <typename Kind, int T, bool kSafe>
 inline void words(Reader<Kind, kSafe>& reader, const uint8_t* mask, int64_t first, int64_t n, const Activations& in, Sums<Kind, T>& sums) {
   constexpr int kBytes = Sums<Kind, T>::kBytes, kPart = Sums<Kind, T>::kPart;
@@ -131,14 +134,14 @@ inline void words(Reader<Kind, kSafe>& reader, const uint8_t* mask, int64_t firs
     __m256 a[T][kPart];
     for (int t = 0; t < T; ++t)
       for (int b = 0; b < kPart; ++b) a[t][b] = _mm256_load_ps(sums.a[t] + 8 * (part + b));
-    for (int64_t i = first; i < first + n; ++i) {
+    for (int64_t i = 0; i < n; ++i) {
       if (part == 0) reader.ahead();
       const uint8_t* word = mask + i * kBytes;
       const auto* v = reader.next(word);
       if (part > 0) v += __builtin_popcountll(_bzhi_u64(load<typename Kind::Mask>(word), unsigned(8 * part)));
       __m256 x[T];
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) x[t] = Kind::activations(in.pairs, i, T, t);
+      for (int t = 0; t < T; ++t) x[t] = Kind::activations(in.pairs, first + i, T, t);
 #pragma GCC unroll 8
       for (int b = 0; b < kPart; ++b) {
         const uint64_t byte = word[part + b];
@@ -154,6 +157,50 @@ inline void words(Reader<Kind, kSafe>& reader, const uint8_t* mask, int64_t firs
 }
 
 template <typename Kind, int T>
+inline void add_columns(const Sums<Kind, T>& sums, float* out) {
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < kStrip; ++r) {
+      float total = 0;
+      for (int c = 0; c < Kind::kGroup; ++c) total += sums.a[t][r * Kind::kGroup + c];
+      out[t * kStrip + r] = total;
+    }
+}
+
+// The levels of `n` bytes of nibbles, in order; reads and writes up to 15 and 31 too many.
+inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out) {
+  const __m128i table = load128(kLevels4), low = _mm_set1_epi8(15);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m128i both = load128(nibbles + i);
+    const __m128i first = _mm_shuffle_epi8(table, _mm_and_si128(both, low));
+    const __m128i second = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(both, 4), low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), _mm_unpacklo_epi8(first, second));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i + 16), _mm_unpackhi_epi8(first, second));
+  }
+}
+
+// int4 is int8 once it is unpacked, with a scale for every block of 64 columns.
+template <int T>
+bool stream4(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  Sums<Int8, T> total;
+  Feed feed(p, p.offsets[strip]);
+  for (int64_t i = 0; i < p.words; i += kBlock) {
+    const int64_t n = std::min(kBlock, p.words - i);
+    feed.next<ValueType::kInt4>(p.mask_of(strip, i), n, unpack4);
+    _mm_prefetch(static_cast<const char*>(p.values) + feed.value / 2 + kAhead, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p.mask_of(strip, i)) + 1024, _MM_HINT_T0);
+    Sums<Int8, T> block;
+    Reader<Int8, false> reader{feed.values, nullptr};
+    words<Int8, T>(reader, feed.mask, i, n, in, block);
+    const uint8_t* groups = p.groups_of(strip, i / kBlock);
+    for (int r = 0; r < kStrip; ++r)
+      for (int t = 0; t < T; ++t)
+        for (int c = 0; c < 4; ++c) total.a[t][4 * r + c] += block.a[t][4 * r + c] * level_of(groups[r]);
+  }
+  add_columns<Int8, T>(total, out);
+  return feed.ok && feed.value == p.offsets[strip + 1];
+}
+
+template <typename Kind, int T>
 bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
   constexpr int kBytes = Sums<Kind, T>::kBytes;
   const uint8_t* mask = p.mask + strip * p.words * kBytes;
@@ -163,25 +210,21 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
   int64_t i = 0;
   for (; i + kBlock <= p.words && fast.end - fast.v >= kBlock * 8 * kBytes; i += kBlock) {
     for (int64_t b = 0; b < kBlock * kBytes; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask + i * kBytes) + 1024 + b, _MM_HINT_T0);
-    words<Kind, T>(fast, mask, i, kBlock, in, sums);
+    words<Kind, T>(fast, mask + i * kBytes, i, kBlock, in, sums);
   }
   Reader<Kind, true> safe{fast.v, fast.end};
-  words<Kind, T>(safe, mask, i, p.words - i, in, sums);
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < kStrip; ++r) {
-      float total = 0;
-      for (int c = 0; c < Kind::kGroup; ++c) total += sums.a[t][r * Kind::kGroup + c];
-      out[t * kStrip + r] = total;
-    }
+  words<Kind, T>(safe, mask + i * kBytes, i, p.words - i, in, sums);
+  add_columns<Kind, T>(sums, out);
   return safe.ok && safe.v == values + p.offsets[strip + 1];
 }
 
 using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
-constexpr Stream kStream16[4] = {stream_as<Bf16, 1>, stream_as<Bf16, 2>, stream_as<Bf16, 3>, stream_as<Bf16, 4>};
-constexpr Stream kStream8[4] = {stream_as<Int8, 1>, stream_as<Int8, 2>, stream_as<Int8, 3>, stream_as<Int8, 4>};
+constexpr Stream kStream[kTypes][4] = {{stream_as<Bf16, 1>, stream_as<Bf16, 2>, stream_as<Bf16, 3>, stream_as<Bf16, 4>},
+                                       {stream_as<Int8, 1>, stream_as<Int8, 2>, stream_as<Int8, 3>, stream_as<Int8, 4>},
+                                       {stream4<1>, stream4<2>, stream4<3>, stream4<4>}};
 
 bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  return (p.is_int8() ? kStream8 : kStream16)[in.tokens - 1](p, in, strip, out);
+  return kStream[int64_t(p.type)][in.tokens - 1](p, in, strip, out);
 }
 
 // ---- more tokens: decode a tile, then multiply ----------------------------------------------------------------------------
@@ -239,8 +282,32 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
   cursor = {safe.v - values, cursor.ok && safe.ok};
 }
 
+void decode4(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
+  Feed feed(p, cursor.value);
+  for (int64_t i = 0; i < pairs / 2; i += kBlock) {
+    const int64_t word = first / 2 + i, n = std::min(kBlock, pairs / 2 - i);
+    feed.next<ValueType::kInt4>(p.mask_of(strip, word), n, unpack4);
+    Reader<Int8, false> reader{feed.values, nullptr};
+    bf16* block = tile + i * kWordBits8;
+    decode_words(reader, feed.mask, n, block);
+    const uint8_t* groups = p.groups_of(strip, word / kBlock);
+    float level[2 * kStrip];
+    for (int r = 0; r < 2 * kStrip; ++r) level[r] = level_of(groups[r / 2]);
+    for (int64_t j = 0; j < 2 * n; ++j)  // exact: five significant bits times three
+      for (int r = 0; r < 2 * kStrip; ++r) {
+        const float w = to_float(block[j * kWordBits16 + r]) * level[r];
+        uint32_t bits;
+        std::memcpy(&bits, &w, 4);
+        block[j * kWordBits16 + r] = bf16(bits >> 16);
+      }
+  }
+  cursor = {feed.value, cursor.ok && feed.ok};
+}
+
+constexpr decltype(Kernels::decode) kDecode[kTypes] = {decode_as<Bf16>, decode_as<Int8>, decode4};
+
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  (p.is_int8() ? decode_as<Int8> : decode_as<Bf16>)(p, cursor, strip, first, pairs, tile);
+  kDecode[int64_t(p.type)](p, cursor, strip, first, pairs, tile);
 }
 
 // N tokens by the 16 rows of one strip: 2 N sums in registers, every weight register used N times, every broadcast twice. The
@@ -293,11 +360,17 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   for (int r = 0; r < kStrip; ++r) y[r] = to_bf16(sum[r] * scale[r] + shift[r]);
 }
 
+void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
+
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
+}
+
 }  // namespace
 
 // Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted weights besides.
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", 4, 4, 1 << 30, false, false, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, stream, decode, multiply, nullptr, round, gate, attend};
   return kernels;
 }
 

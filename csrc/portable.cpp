@@ -2,6 +2,7 @@
 // the 16 rows into whatever vectors the baseline has (SSE2, NEON).
 #include <cstring>
 
+#include "block.h"
 #include "kernels.h"
 
 namespace losa {
@@ -23,44 +24,53 @@ inline void visit_word(uint64_t m, Cursor& cursor, int64_t count, Visit visit) {
   for (; m != 0; m &= m - 1) visit(__builtin_ctzll(m), cursor.value++);
 }
 
-template <int kGroup, typename Load>
-bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out, Load load) {
+// The value at `at`, in `row` of a strip and the `word` of that row.
+template <ValueType V>
+inline float load(const Packed& p, int64_t strip, int64_t word, int64_t row, int64_t at) {
+  if constexpr (V == ValueType::kBFloat16) return to_float(static_cast<const bf16*>(p.values)[at]);
+  if constexpr (V == ValueType::kInt8) return float(static_cast<const int8_t*>(p.values)[at]);
+  if constexpr (V == ValueType::kInt4)
+    return float(number4(static_cast<const uint8_t*>(p.values), at)) * level_of(p.groups_of(strip, word / kBlock)[row]);
+}
+
+template <ValueType V>
+bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  constexpr int64_t kColumns = row_of(V).columns;
   Cursor cursor{p.offsets[strip], true};
-  const int64_t bytes = 2 * kGroup;
   for (int64_t i = 0; i < in.tokens * kStrip; ++i) out[i] = 0;
   for (int64_t w = 0; w < p.words; ++w)
-    visit_word(mask_word(p.mask + (strip * p.words + w) * bytes, bytes), cursor, p.count, [&](int bit, int64_t at) {
-      const float value = load(at);
+    visit_word(mask_word(p.mask_of(strip, w), 2 * kColumns), cursor, p.count, [&](int bit, int64_t at) {
+      const float value = load<V>(p, strip, w, bit / kColumns, at);
       for (int64_t t = 0; t < in.tokens; ++t)
-        out[t * kStrip + bit / kGroup] += value * to_float(in.pairs[((w * kGroup + bit % kGroup) / 2 * in.tokens + t) * 2 + bit % 2]);
+        out[t * kStrip + bit / kColumns] += value * to_float(in.pairs[((w * kColumns + bit % kColumns) / 2 * in.tokens + t) * 2 + bit % 2]);
     });
   return cursor.ok && cursor.value == p.offsets[strip + 1];
 }
 
-bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  const auto* v8 = static_cast<const int8_t*>(p.values);
-  const auto* v16 = static_cast<const bf16*>(p.values);
-  if (p.is_int8()) return stream_as<4>(p, in, strip, out, [&](int64_t i) { return float(v8[i]); });
-  return stream_as<2>(p, in, strip, out, [&](int64_t i) { return to_float(v16[i]); });
+template <ValueType V>
+void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
+  constexpr int64_t kColumns = row_of(V).columns, kPairs = kColumns / 2;  // column pairs of a word
+  std::memset(tile, 0, size_t(pairs * kWordBits16) * sizeof(bf16));
+  for (int64_t i = 0; i < pairs / kPairs; ++i) {
+    const int64_t w = first / kPairs + i;
+    visit_word(mask_word(p.mask_of(strip, w), 2 * kColumns), cursor, p.count, [&](int bit, int64_t at) {
+      const int64_t row = bit / kColumns, column = bit % kColumns;
+      bf16& out = tile[((i * kPairs + column / 2) * kStrip + row) * 2 + column % 2];
+      if constexpr (V == ValueType::kBFloat16)
+        out = static_cast<const bf16*>(p.values)[at];
+      else
+        out = to_bf16(load<V>(p, strip, w, row, at));
+    });
+  }
 }
 
-template <int kGroup, typename Load>
-void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile, Load load) {
-  constexpr int kPairs = kGroup / 2;  // column pairs of a word
-  const int64_t bytes = 2 * kGroup;
-  std::memset(tile, 0, size_t(pairs * kWordBits16) * sizeof(bf16));
-  for (int64_t w = 0; w < pairs / kPairs; ++w)
-    visit_word(mask_word(p.mask + (strip * p.words + first / kPairs + w) * bytes, bytes), cursor, p.count, [&](int bit, int64_t at) {
-      const int row = bit / kGroup, column = bit % kGroup;
-      tile[((w * kPairs + column / 2) * kStrip + row) * 2 + column % 2] = load(at);
-    });
-}
+constexpr decltype(Kernels::stream) kStream[kTypes] = {stream_as<ValueType::kBFloat16>, stream_as<ValueType::kInt8>, stream_as<ValueType::kInt4>};
+constexpr decltype(Kernels::decode) kDecode[kTypes] = {decode_as<ValueType::kBFloat16>, decode_as<ValueType::kInt8>, decode_as<ValueType::kInt4>};
+
+bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) { return kStream[int64_t(p.type)](p, in, strip, out); }
 
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  const auto* v8 = static_cast<const int8_t*>(p.values);
-  const auto* v16 = static_cast<const bf16*>(p.values);
-  if (p.is_int8()) return decode_as<4>(p, cursor, strip, first, pairs, tile, [&](int64_t i) { return to_bf16(v8[i]); });
-  decode_as<2>(p, cursor, strip, first, pairs, tile, [&](int64_t i) { return v16[i]; });
+  kDecode[int64_t(p.type)](p, cursor, strip, first, pairs, tile);
 }
 
 void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum) {
@@ -81,10 +91,16 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   for (int r = 0; r < kStrip; ++r) y[r] = to_bf16(sum[r] * scale[r] + shift[r]);
 }
 
+void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
+
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
+}
+
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", 2, 2, 16, false, false, stream, decode, multiply, round};
+  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, true, stream, decode, multiply, nullptr, round, gate, attend};
   return kernels;
 }
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "typer"])
+PRELOADED = ["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "typer"]
+_context.set_forkserver_preload(PRELOADED)
 
 
 def start(log: Path, function: Callable[..., None], *args: Any) -> ForkServerProcess:
@@ -23,6 +24,11 @@ def start(log: Path, function: Callable[..., None], *args: Any) -> ForkServerPro
     process = _context.Process(target=_child, args=(str(log), function, args))
     process.start()
     return process
+
+
+def preload_losa() -> None:
+    """Has later processes start with losa imported, where hundreds of them are started and nothing else needs it absent."""
+    _context.set_forkserver_preload([*PRELOADED, "losa.cli", "losa.comparison", "losa.runtime.files", "helpers"])
 
 
 def call(log: Path, function: Callable[..., None], *args: Any) -> int:
@@ -65,24 +71,28 @@ def _ranked(rank: int, count: int, port: int, function: Callable[..., None], arg
 
 
 def losa(arguments: list[str], kill: tuple[str, str] | None = None) -> None:
-    """The `losa` command. `kill=("before", name)` sends SIGKILL where a file or directory would be renamed to `name`."""
-    if kill is not None:
-        when, name = kill
-        rename = Path.rename
-
-        def rename_and_die(self: Path, target: Path) -> Path:
-            if when == "before" and Path(target).name == name:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done = rename(self, target)
-            if when == "after" and Path(target).name == name:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done
-
-        Path.rename = rename_and_die  # type: ignore[method-assign]
-    sys.argv = ["losa", *arguments]
+    """The `losa` command. `kill=("before", name)` sends SIGKILL where a file or directory would get the name `name`, by a rename
+    or by changing places with what has it."""
+    from losa import output
     from losa.cli import main
 
+    if kill is not None:
+        Path.rename = _dying(Path.rename, *kill)  # type: ignore[method-assign]
+        output.exchange = _dying(output.exchange, *kill)
+    sys.argv = ["losa", *arguments]
     main()
+
+
+def _dying(move: Callable[[Path, Path], Any], when: str, name: str) -> Callable[[Path, Path], Any]:
+    def move_and_die(source: Path, target: Path) -> Any:
+        if when == "before" and Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = move(source, target)
+        if when == "after" and Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    return move_and_die
 
 
 def open_without_losa(directory: str, ids_file: str, logits_file: str) -> None:

@@ -193,9 +193,9 @@ def reconstruction_error(dense: Tensor, sparse: Tensor) -> float:
     return total / dense.shape[1]
 
 
-def packed_by_hand(W_OI: torch.Tensor, values: torch.dtype) -> tuple[list[int], list[float], list[int]]:
+def packed_by_hand(W_OI: torch.Tensor, values: str) -> tuple[list[int], list[float], list[int]]:
     """Mask bytes, values and offsets of the packed format, weight by weight, as docs/packed-format.md words it."""
-    group = {torch.bfloat16: 2, torch.int8: 4}[values]
+    group = {"bfloat16": 2, "int8": 4, "int4": 4}[values]
     rows, columns = W_OI.shape
     W = W_OI.double().tolist()
     mask, stored, offsets = [], [], [0]
@@ -211,6 +211,12 @@ def packed_by_hand(W_OI: torch.Tensor, values: torch.dtype) -> tuple[list[int], 
             mask += list(bits.to_bytes(2 * group, "little"))
         offsets.append(len(stored))
     return mask, stored, offsets
+
+
+def int4_by_hand(nibbles: list[int], count: int) -> list[int]:
+    """The numbers -8 to 8 without 0 of two codes a byte, the first one low, as docs/packed-format.md words it."""
+    codes = [code for byte in nibbles for code in (byte % 16, byte // 16)]
+    return [code - 8 if code < 8 else code - 7 for code in codes[:count]]
 
 
 def input_salience(weight: Tensor, gram: Tensor, rotation: Tensor) -> Tensor:

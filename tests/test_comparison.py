@@ -2,6 +2,7 @@
 stopped, and no row that is made twice."""
 
 import csv
+import json
 import statistics
 import xml.etree.ElementTree as ET
 
@@ -207,15 +208,14 @@ def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
         assert pruned.get_parameter(name)[keep].all()
 
 
-def test_a_damaged_row_is_named(folder, tmp_path):
-    config = CompareConfig(output=str(tmp_path), run=shared(folder), methods=["dense"])
-    (row,) = config.rows()
-    file = tmp_path / "rows" / f"{row.key}.json"
-    file.parent.mkdir()
-    for content in ("{", "[]", "{}", '{"perplexity": "low"}'):
-        file.write_text(content)
-        with pytest.raises(ValueError, match=f"{row.key}.json"):
-            compare(config)
+def test_a_damaged_row_is_made_again(folder, tmp_path, caplog):
+    wanted = compare(config(folder, tmp_path, methods=["dense"]))[0]["perplexity"]
+    (row,) = (tmp_path / "rows").iterdir()
+    for damage in ("", row.read_text()[:100], "[1]", "[" * 100_000, "{}", '{"perplexity": "low"}'):
+        row.write_text(damage)
+        assert compare(config(folder, tmp_path, methods=["dense"]))[0]["perplexity"] == wanted
+        assert json.loads(row.read_text())["perplexity"] == wanted
+    assert caplog.text.count("; the row is made again") == 6
 
 
 @pytest.mark.parametrize("values", [{"run": {"eval": "text.txt"}}, {"variants": {"mine": {"method": []}}, "run": {}}])

@@ -68,7 +68,7 @@ def test_directory_is_read_recursively_in_order(tmp_path):
     write(tmp_path / "b.txt", "B")
     write(tmp_path / "a" / "z.jsonl.gz", '{"text": "Z"}')
     write(tmp_path / "a" / "deep" / "y.md", "Y")
-    write(tmp_path / "c.csv", "ignored")
+    write(tmp_path / "c.pdf", "ignored")
     write(tmp_path / "empty.txt", " \n")
     assert load_documents(str(tmp_path)) == ["Y", "Z", "B"]
 
@@ -77,11 +77,11 @@ def test_instruction_becomes_the_alpaca_prompt(tmp_path):
     plain = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
     with_input = {"instruction": "Add.", "input": "1 {2}", "output": "3"}
     documents = load_documents(write(tmp_path / "a.json", json.dumps([plain, with_input])))
-    assert documents[0] == (
+    assert documents[0].text == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:\n3"
     )
-    assert documents[1] == (
+    assert documents[1].text == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
         "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n3"
     )
@@ -90,12 +90,12 @@ def test_instruction_becomes_the_alpaca_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"\xff\xfe caf\xe9", "a.txt is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "ONE"}\n{"text": ', "a.jsonl is not valid JSON"),
-        ("a.json", b"[1, 2", "a.json is not valid JSON"),
-        ("a.jsonl", b'{"title": "x", "id": 1}', r"a record of a.jsonl has \['id', 'title'\]; expected 'text', or"),
-        ("a.jsonl", b'{"text": 3}', "expected 'text'"),
-        ("a.json", b"[17]", "a record of a.json has int"),
+        ("a.txt", b"ONE\ncaf\xe9", "a.txt, line 2: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "ONE"}\n{"text": ', "a.jsonl, line 2: not valid JSON"),
+        ("a.json", b'["ONE",\n "TWO"', "a.json, line 2: not valid JSON"),
+        ("a.jsonl", b'{"title": "x", "id": 1}', r"a.jsonl, line 1: an object with \['id', 'title'\]; expected 'text',"),
+        ("a.jsonl", b'{"text": 3}', r"a.jsonl, line 1: 'text' is a number \(3\), expected text"),
+        ("a.json", b"[17]", r"a.json, line 1: a record that is a number \(17\)"),
         ("a.txt", b" \n\n ", "holds no text"),
         ("a.json", b"[]", "holds no text"),
         ("a.pdf", b"%PDF", "cannot read a.pdf; expected .txt"),
@@ -109,8 +109,8 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
 
 
 def test_directory_without_text(tmp_path):
-    write(tmp_path / "c.csv", "1")
-    with pytest.raises(ValueError, match=r"no \.txt, \.md, \.raw, \.json or \.jsonl file in"):
+    write(tmp_path / "c.pdf", "1")
+    with pytest.raises(ValueError, match=r"no \.txt, \.md, \.raw, \.json, \.jsonl, \.ndjson, \.csv or \.parquet file in"):
         load_documents(str(tmp_path))
 
 
@@ -243,7 +243,8 @@ def test_held_out_text_is_never_trained_or_calibrated_on(tmp_path, tokenizer):
     train = {"data": str(data), "tokens": 100_000, "length": 32}
     prepared = prepare(toy_config(tmp_path, train=train, eval={"length": 32, "windows": None}), tokenizer)
     held, trained = documents_in(prepared.evaluation), documents_in(prepared.train)
-    assert len(held) == 60  # 2 %
+    assert prepared.evaluation.numel() == pytest.approx(0.02 * sum(map(len, load_documents(str(data)))), rel=0.03)  # tokens
+    assert len(held) == pytest.approx(60, abs=2)
     assert len(trained) > 1000
     assert not held & trained
     assert not held & documents_in(prepared.calibration)

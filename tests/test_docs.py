@@ -1,5 +1,6 @@
 """What the documentation shows, works: README commands and code run on a toy checkpoint, every configuration file loads."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -21,6 +22,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 STAND_INS = {
     "meta-llama/Llama-2-7b-hf": "toy",
     "my-model": "toy",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "toy",
     "vicgalle/alpaca-gpt4": "text.txt",
     "Salesforce/wikitext:wikitext-2-raw-v1:test": "text.txt",
     "allenai/c4:en": "text.txt",
@@ -36,6 +38,8 @@ def toy_home(tmp_path, monkeypatch):
     LlamaForCausalLM(LlamaConfig(**TOY, max_position_embeddings=64)).save_pretrained(tmp_path / "toy")
     toy_tokenizer().save_pretrained(tmp_path / "toy")
     (tmp_path / "text.txt").write_text("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG. " * 1000)
+    turns = [{"role": "user", "content": "WHY?"}, {"role": "assistant", "content": "THE LAZY DOG."}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 200)
     (tmp_path / "short.yaml").write_text(SHORT)
     save_tasks(tmp_path / "tasks")
     monkeypatch.chdir(tmp_path)

@@ -25,9 +25,9 @@ from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
 
 
-def make_sparse(family: str, directory, shards: bool = False, sparsity: float = 0.7):
+def make_sparse(family: str, directory, shards: bool = False, sparsity: float = 0.7, **changes):
     """A checkpoint of a tiny model in bfloat16 whose linear layers are `sparsity` zeros."""
-    model = make_tiny_model(family).bfloat16()
+    model = make_tiny_model(family, **changes).bfloat16()
     for linear in find_decoder(model).linears().values():
         linear.weight.data[torch.rand(linear.weight.shape) < sparsity] = 0
     model.save_pretrained(directory, max_shard_size="20KB" if shards else "50GB")
@@ -41,6 +41,7 @@ def llama(tmp_path_factory):
     make_sparse("llama", folder / "sparse")
     pack_checkpoint(folder / "sparse", folder / "packed")
     pack_checkpoint(folder / "sparse", folder / "int8", "int8")
+    pack_checkpoint(folder / "sparse", folder / "int4", "int4")
     return folder
 
 
@@ -88,11 +89,12 @@ def test_sizes_are_what_the_format_says(tmp_path):
     model.save_pretrained(tmp_path / "sparse")
     shapes = [linear.weight.shape for linear in find_decoder(model).linears().values()]
     weights, rows = sum(shape.numel() for shape in shapes), sum(shape[0] for shape in shapes)
-    for values, size, scales in (("bfloat16", 2, 0), ("int8", 1, 4 * rows)):
+    for values, size, scales in (("bfloat16", 2, 0), ("int8", 1, 4 * rows), ("int4", 0.5, 4 * rows + weights // 64)):
         result = pack_checkpoint(tmp_path / "sparse", tmp_path / values, values)
         stored = round(weights * (1 - result["sparsity"]))
         offsets = 8 * sum(shape[0] // 16 + 1 for shape in shapes)
-        assert result["packed_bytes"] == weights // 8 + size * stored + scales + offsets
+        halves = len(shapes) / 2 if values == "int4" else 0  # an odd number of values fills up its last byte
+        assert result["packed_bytes"] == pytest.approx(weights // 8 + size * stored + scales + offsets, abs=halves)
         assert result["dense_bytes"] == 2 * weights
 
 
@@ -102,11 +104,55 @@ def test_int8_is_close_and_smaller(llama):
     with torch.no_grad():
         want, found = sparse(IDS).logits.float(), small(IDS).logits.float()
     assert (found - want).norm() / want.norm() < 0.02
-    assert weight_bytes(small) < weight_bytes(losa.load(llama / "packed")[0]) < weight_bytes(sparse)
+    smaller, _ = losa.load(llama / "int4")
+    with torch.no_grad():
+        assert (smaller(IDS).logits.float() - want).norm() / want.norm() < 0.2
+    assert weight_bytes(smaller) < weight_bytes(small) < weight_bytes(losa.load(llama / "packed")[0]) < weight_bytes(sparse)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_the_head_is_packed_and_comes_back(tmp_path, tied, head):
+    sparse = make_sparse("llama", tmp_path / "sparse", tie_word_embeddings=tied)
+    result = pack_checkpoint(tmp_path / "sparse", tmp_path / "packed", head=head)
+    assert (result["head"], result["head_bytes"] > 0) == (head, True)
+    packed, _ = losa.load(tmp_path / "packed")
+    assert isinstance(packed.lm_head, SparseLinear)
+    assert packed.lm_head.values.name == head
+    assert torch.equal(packed.get_input_embeddings().weight, sparse.get_input_embeddings().weight)
+    with torch.no_grad():
+        exactly = torch.nn.functional.linear(packed.model(IDS).last_hidden_state, packed.lm_head.to_linear().weight)
+        found, want = packed(IDS).logits, sparse(IDS).logits
+    torch.testing.assert_close(found, exactly, rtol=0.02, atol=0.02)
+    assert (found.float() - want.float()).norm() / want.float().norm() < (0.02 if head == "int8" else 0.2)
+    assert len(inspect(tmp_path / "packed")) == result["layers"]
+    packed.save_pretrained(tmp_path / "saved")
+    assert same(tensors(tmp_path / "saved"), tensors(tmp_path / "packed"))
+    assert unpack_checkpoint(tmp_path / "packed", tmp_path / "again") == result["layers"]
+    dense, _ = losa.load(tmp_path / "again")
+    assert dense.config.tie_word_embeddings == tied
+    before, after = tensors(tmp_path / "sparse"), tensors(tmp_path / "again")
+    rounded = {"lm_head.weight"} - ({"lm_head.weight"} if tied else set())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before.keys() - rounded)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, want if tied else found, rtol=0.02, atol=0.02)
+
+
+def test_which_head_is_packed_when_nobody_says(llama):
+    for values, head in (("bfloat16", "keep"), ("int8", "int8"), ("int4", "int8")):
+        assert SparseConfig(values).head == head
+        assert SparseConfig(values, layers={"x": 1}).head == "keep"  # a header that does not speak of it
+        assert SparseConfig(values, head="keep").head == "keep"
+    assert "head" not in SparseConfig().to_dict()
+    with pytest.raises(ValueError, match="values of the head are 'bfloat16', expected one of int8, int4, keep"):
+        SparseConfig(head="bfloat16")
+    model, _ = losa.load(llama / "int4")
+    assert model.lm_head.values.name == "int8"
 
 
 def test_from_pretrained_packs_a_sparse_checkpoint_and_saves_it(llama, tmp_path):
-    for values, packed in (("bfloat16", "packed"), ("int8", "int8")):
+    for values, packed in (("bfloat16", "packed"), ("int8", "int8"), ("int4", "int4")):
         model = AutoModelForCausalLM.from_pretrained(llama / "sparse", quantization_config=SparseConfig(values))
         wanted, _ = losa.load(llama / packed)
         with torch.no_grad():
@@ -143,8 +189,8 @@ def test_inspect_reads_the_header(llama):
 
 def test_bench_compares_in_one_process(llama):
     for directory, names in (
-        (llama / "sparse", ["dense", "sparse bfloat16", "sparse int8"]),
-        (llama / "int8", ["dense", "sparse int8"]),
+        (llama / "sparse", ["dense", "sparse bfloat16", "sparse int4", "sparse int8"]),
+        (llama / "int4", ["dense", "sparse int4"]),
     ):
         result = compare(directory, prompt=4, new=3, rounds=1)
         assert [row["name"] for row in result["rows"]] == names
@@ -276,6 +322,8 @@ LAYER = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"head": "int3"}, "values of the head are 'int3'"),
+        ({"head": "int8", "tied": 1}, "tied is 1"),
         ({"version": 2}, "packed format 2, expected 1"),
         ({"version": "1"}, "packed format '1', expected 1"),
         ({"values": "int3"}, "packed values are 'int3'"),
@@ -335,9 +383,10 @@ def test_masks_that_disagree_with_offsets_and_values(copy):
     both_doors_refuse(copy, "the offsets do not count the bits of the masks")
 
 
-def test_a_missing_scale(llama, tmp_path):
-    shutil.copytree(llama / "int8", tmp_path / "copy")
-    change_tensors(tmp_path / "copy", _drop(f"{LAYER}.weight_scale"))
+@pytest.mark.parametrize(("values", "part"), [("int8", "scale"), ("int4", "scale"), ("int4", "groups")])
+def test_a_missing_scale(llama, tmp_path, values, part):
+    shutil.copytree(llama / values, tmp_path / "copy")
+    change_tensors(tmp_path / "copy", _drop(f"{LAYER}.weight_{part}"))
     both_doors_refuse(tmp_path / "copy", LAYER)
 
 
@@ -359,9 +408,11 @@ def test_wrong_method_is_refused_by_us_and_not_mistaken_by_transformers(copy):
         unpack_checkpoint(copy, copy.parent / "again")
 
 
-def test_fuzzed_files_are_refused_or_open_unchanged(copy):
+@pytest.mark.parametrize("values", ["packed", "int4"])
+def test_fuzzed_files_are_refused_or_open_unchanged(llama, tmp_path, values):
     """Any byte of the safetensors header or of masks and offsets changed: an error, or a model that still runs."""
     generator = random.Random(0)
+    copy = shutil.copytree(llama / values, tmp_path / "copy")
     file = copy / "model.safetensors"
     whole = bytearray(file.read_bytes())
     (header,) = struct.unpack("<Q", whole[:8])

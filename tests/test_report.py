@@ -238,13 +238,14 @@ def test_packed_size_is_that_of_the_format():
     import torch
 
     from losa.runtime.packed import pack
+    from losa.runtime.values import TYPES
 
     W = torch.zeros(64, 64, dtype=torch.bfloat16)
     W.view(-1)[::4] = 1
     record = {"sparsity": {"weights": W.numel(), "achieved": 0.75}}
-    for found, dtype in zip(list(layer_bytes(record).values())[1:], (torch.bfloat16, torch.int8), strict=True):
-        packed = pack(W, dtype)
-        assert found == packed.mask.nbytes + packed.values.nbytes
+    for found, kind in zip(list(layer_bytes(record).values())[1:], TYPES.values(), strict=True):
+        packed = pack(W, kind)
+        assert found == packed.mask.nbytes + packed.values.nbytes + (packed.groups.nbytes if kind.group else 0)
 
 
 def test_names_are_text():
@@ -409,7 +410,7 @@ def test_report_takes_up_what_was_measured_since(folder, tmp_path, monkeypatch):
     assert "GB/s" in text
     assert "| arc_easy | test | 1.0 | 0 | 2376 | 55.12 ± 1.02 | 50.37 ± 1.03 |" in card
     assert card.endswith("\n## Packed\n\nHow it opens.\n")
-    toy_run(folder, steps=1, output=str(output))  # other weights: what was measured of the old ones is gone
+    toy_run(folder, steps=1, output=str(output), overwrite=True)  # other weights: what was measured of the old ones is gone
     assert not {"eval.json", "bench.json"} & {path.name for path in output.iterdir()}
     assert "55.12" not in (output / "report.html").read_text("utf-8")
 

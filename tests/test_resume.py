@@ -14,6 +14,9 @@ from processes import call, losa, start
 from transformers import AutoModelForCausalLM
 
 from losa.checkpoint import latest_stage
+from losa.environment import versions
+from losa.models import load
+from losa.origin import origin
 
 VARIANTS = {
     "wanda": {},
@@ -120,19 +123,30 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         (("before", "00-baselines"), []),  # nothing to go on from but a half-written stage
         (("after", "01-trained"), ["01-pruned", "01-trained"]),  # the older stage was to be removed next
         (("before", "02-pruned"), ["01-trained"]),
-        (("before", "model.safetensors"), ["03-trained"]),  # the result is whole, but not in place
-        (("before", "losa.json"), ["03-trained"]),  # all but the record is in place
+        (("before", "sparse"), ["03-trained"]),  # the result is whole, but not in place
     ],
 )
 def test_sigkill_where_files_change_places(folder, uninterrupted, tmp_path, kill, left):
     output = tmp_path / "sparse"
     assert call(tmp_path / "log", losa, command(folder, output), kill) == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert [name for name in stages(output) if not name.startswith("tmp-")] == left
-    if kill[1] != "losa.json":
-        assert_not_loadable(output)
+    assert_not_loadable(output)
     assert call(tmp_path / "log", losa, command(folder, output, "--resume")) == 0, (tmp_path / "log").read_text()
     assert_same_result(output, uninterrupted("wanda"))
     assert not (output / ".losa").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "log", "sparse"]
+
+
+def test_sigkill_when_the_result_is_in_place(folder, uninterrupted, tmp_path):
+    """The result is whole; the next command removes what is left of the stages beside it."""
+    output = tmp_path / "sparse"
+    assert call(tmp_path / "log", losa, command(folder, output), ("after", "sparse")) == -signal.SIGKILL
+    assert_same_result(output, uninterrupted("wanda"))
+    assert (tmp_path / ".sparse.losa" / "new" / ".losa").is_dir()
+    assert call(tmp_path / "log", losa, command(folder, output, "--resume")) == 2
+    assert "is complete; there is nothing to resume" in (tmp_path / "log").read_text()
+    assert_same_result(output, uninterrupted("wanda"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "log", "sparse"]
 
 
 def test_sigkill_from_outside(folder, uninterrupted, tmp_path):
@@ -238,10 +252,119 @@ def test_run_without_resume_leaves_an_interrupted_one_alone(folder, uninterrupte
 
 def test_new_run_killed_over_an_old_result_leaves_the_old_one_whole(folder, uninterrupted, tmp_path):
     output = shutil.copytree(uninterrupted("wanda"), tmp_path / "sparse")
+    with pytest.raises(ValueError, match="holds a finished result; add --overwrite to replace it"):
+        toy_run(folder, output=str(output), seed=5)
     with pytest.raises(Stop):
-        toy_run(folder, output=str(output), callbacks=(StopAtStep(2),), seed=5)
+        toy_run(folder, output=str(output), callbacks=(StopAtStep(2),), seed=5, overwrite=True)
     assert stages(output) == ["02-pruned"]
     for path in uninterrupted("wanda").iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes()
     toy_run(folder, output=str(output), resume=True, seed=5)
     assert comparable(output)["config"]["seed"] == 5
+
+
+def change_head(folder: Path, where: str) -> None:
+    """Another model, tokenizer or setting at the same path."""
+    model = folder / "model"
+    if where == "weights":
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        loaded.lm_head.weight.data[0, 0] += 1e-3
+        loaded.save_pretrained(model)
+    else:
+        name, key, value = {
+            "model configuration": ("config.json", "rms_norm_eps", 1e-3),
+            "generation": ("generation_config.json", "temperature", 0.5),
+            "tokenizer": ("tokenizer_config.json", "chat_template", "{{ messages }}"),
+        }[where]
+        content = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(content | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("weights", "the weights changed"),
+        ("model configuration", "the model configuration changed"),
+        ("generation", "the model configuration changed"),
+        ("tokenizer", "the tokenizer changed"),
+        ("version", r"the version of torch \(.* -> 9\.9\) changed"),
+        ("link", "the weights changed"),
+    ],
+)
+def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch, where, named):
+    here = set_up(tmp_path / "here")
+    with pytest.raises(Stop):
+        toy_run(here, callbacks=(StopAtStep(1),))
+    before = stages(here / "sparse")
+    if where == "version":
+        monkeypatch.setattr("losa.origin.versions", lambda: versions() | {"torch": "9.9"})
+    elif where == "link":
+        set_up(tmp_path / "other")
+        change_head(tmp_path / "other", "weights")
+        shutil.rmtree(here / "model")
+        (here / "model").symlink_to(tmp_path / "other" / "model")
+    else:
+        change_head(here, where)
+    with pytest.raises(ValueError, match=f"cannot resume .*: {named}; restore it, or delete .*losa to start anew"):
+        toy_run(here, resume=True)
+    assert stages(here / "sparse") == before
+
+
+def test_the_same_weights_elsewhere_have_the_same_origin(folder, tmp_path):
+    first = origin(*load(toy_config(folder)), "text")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    model, tokenizer = load(toy_config(tmp_path))
+    tokenizer(["THE", "QUICK FOX"], padding=False, truncation=True, max_length=3)  # leaves settings in the tokenizer
+    assert origin(model, tokenizer, "text") == first
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["mask", "header", "short", "empty", "gone", "manifest", "number", "half", "nested"])
+def test_a_damaged_stage_falls_back_to_the_one_before(folder, uninterrupted, output, damage, caplog):
+    stage = output / ".losa" / "02-pruned"
+    state, manifest = stage / "state.safetensors", stage / "stage.json"
+    assert [path.name for path in (output / ".losa" / "previous").iterdir()] == ["01-trained"]
+    if damage == "mask":
+        flip(state, -30)
+    elif damage == "header":
+        flip(state, 2)
+    elif damage in ("short", "empty"):
+        state.write_bytes(state.read_bytes()[: -100 if damage == "short" else 0])
+    elif damage == "gone":
+        state.unlink()
+    elif damage == "manifest":
+        flip(manifest, 40)
+    elif damage == "number":  # still JSON, and still a record
+        found = json.loads(manifest.read_text())
+        found["record"]["perplexity"]["dense"] += 1
+        manifest.write_text(json.dumps(found))
+    elif damage == "half":
+        manifest.write_text(manifest.read_text()[:500])
+    else:
+        manifest.write_text("[" * 100_000)
+    toy_run(folder, output=str(output), resume=True)
+    assert f"the stage {stage} is damaged; going on from the one before it" in caplog.text
+    assert_same_result(output, uninterrupted("wanda"))
+
+
+def test_damaged_stages_all_of_them_start_anew(folder, uninterrupted, output, caplog):
+    for state in (output / ".losa").rglob("*.safetensors"):
+        flip(state, -30)
+    toy_run(folder, output=str(output), resume=True)
+    assert caplog.text.count("is damaged") == 2
+    assert_same_result(output, uninterrupted("wanda"))
+
+
+def test_overwrite_starts_anew(folder, uninterrupted, output):
+    toy_run(folder, output=str(output), overwrite=True, seed=5)
+    assert comparable(output)["config"]["seed"] == 5
+
+
+def test_saving_more_often_is_no_other_run(folder, uninterrupted, output):
+    toy_run(folder, output=str(output), resume=True, train={"save_minutes": 1.5})
+    assert file_bytes(output) == file_bytes(uninterrupted("wanda"))

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from losa.adapter import masked_linears
 from losa.allocation import cubic_sparsity
-from losa.checkpoint import read_record, verify_zeros
+from losa.checkpoint import read_record, to_json, verify_zeros
 from losa.config import LosaConfig
 from losa.method import prune, run
 from losa.models import load
@@ -135,7 +135,14 @@ def test_record_tells_the_whole_story(done):
     assert LosaConfig.from_dict(record["config"]) == toy_config(folder).resolve(32, 64)
     assert {"losa", "torch", "transformers", "accelerate", "safetensors", "python", "machine"} <= record["versions"].keys()
     assert record["config"]["seed"] == 0
-    assert record["evaluation"] == {"data": "held out of the training text", "window": 32, "windows": 16}
+    held_out = record["evaluation"].pop("held_out")
+    assert len(held_out.pop("sha256")) == 64 and held_out == {"source": "../text.txt"}
+    assert record["evaluation"] == {
+        "data": "held out of the training text",
+        "window": 32,
+        "windows": 16,
+        "counts": "all tokens",
+    }
     assert list(record["perplexity"]) == ["dense", "pruned", "losa"]
     assert {"importance", "pruning", "training", "evaluation", "baseline", "saving", "reading text"} <= record["seconds"].keys()
     assert all(seconds >= 0 for seconds in record["seconds"].values())
@@ -354,7 +361,7 @@ def test_a_second_run_replaces_the_first_whole(tmp_path):
     toy_run(folder, steps=1)
     assert len(list((folder / "sparse").glob("*.safetensors"))) > 1
     save_toy(tmp_path / "other")
-    toy_run(folder, steps=1, model=str(tmp_path / "other"))
+    toy_run(folder, steps=1, model=str(tmp_path / "other"), overwrite=True)
     assert [path.name for path in (folder / "sparse").glob("*.safetensors*")] == ["model.safetensors"]
     assert record_of(folder / "sparse")["config"]["model"] == str(tmp_path / "other")
 
@@ -494,6 +501,36 @@ def test_result_that_fails_verification_is_never_put_in_place(done, tmp_path, mo
         toy_run(folder, output=str(output), steps=1)
     assert not (output / "config.json").exists()
     assert not (output / "losa.json").exists()
+
+
+@pytest.mark.parametrize("where", ["model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_dense_model_that_says_nothing_is_refused(tmp_path, where, value):
+    """NaN outside of the layers that are pruned."""
+    folder = set_up(tmp_path)
+    config = toy_config(folder, steps=1)
+    for make in (run, prune):
+        model, tokenizer = load(config)
+        model.get_parameter(where).data[0] = value
+        with pytest.raises(ValueError, match=r"the dense model's perplexity is (nan|inf): its weights or their dtype"):
+            make(model, tokenizer, config)
+        assert not (folder / "sparse").exists()
+
+
+def test_a_result_that_says_nothing_is_not_saved(done, tmp_path, monkeypatch):
+    folder, _, _ = done
+    values = iter([40.0, math.nan])
+    monkeypatch.setattr("losa.session.perplexity", lambda *_, **__: next(values))
+    config = toy_config(folder, output=str(tmp_path / "sparse"), calibration={"data": str(folder / "text.txt")})
+    with pytest.raises(FloatingPointError, match=r"perplexity is nan \(pruned\), a finite number when dense"):
+        prune(*load(config), config)
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_json_holds_no_nan():
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=r"losa\.json would hold a number that is not finite"):
+            to_json({"steps": [{"errors": [1.0, value]}]}, "losa.json")
 
 
 def test_record_of_a_directory_without_one(tmp_path):

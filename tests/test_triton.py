@@ -22,6 +22,7 @@ from losa.runtime import kernels
 from losa.runtime.bench import compare
 from losa.runtime.linear import SparseLinear
 from losa.runtime.packed import PackedWeight, chunk_index, pack, unpack
+from losa.runtime.values import INT8, TYPES
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -30,7 +31,7 @@ from losa.runtime import cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-VALUES = [torch.bfloat16, torch.int8]
+VALUES = list(TYPES.values())
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (16, 64), (17, 33), (3, 130), (40, 270)]
 
@@ -63,8 +64,8 @@ def _bfloat16_in_the_interpreter(monkeypatch):
 
 def arguments(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple:
     """What the operator takes, on the device."""
-    given = (x, packed.mask, packed.values, packed.offsets, chunk_index(packed), packed.scale, bias)
-    return (*(None if tensor is None else tensor.to(DEVICE) for tensor in given), packed.rows)
+    given = (x, packed.mask, packed.values, packed.offsets, chunk_index(packed), packed.scale, packed.groups, bias)
+    return (*(None if tensor is None else tensor.to(DEVICE) for tensor in given), packed.rows, packed.type.number)
 
 
 def multiply(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -150,7 +151,7 @@ def test_expanding_is_exact():
 
 def test_offsets_beyond_32_bits():
     """The second strip's values start past 2^31; the pages before them are never touched."""
-    packed, far = pack(sparse(32, 70, 0.3), torch.int8), 2**31 + 5
+    packed, far = pack(sparse(32, 70, 0.3), INT8), 2**31 + 5
     second = int(packed.offsets[1])
     values = torch.empty(far + packed.values.numel() - second, dtype=torch.int8, device=DEVICE)
     values[:second], values[far:] = packed.values[:second], packed.values[second:]
@@ -232,7 +233,7 @@ def test_layer_lands_on_a_gpu(values, monkeypatch):
     expected = kernels.linear(x, layer.packed, layer.bias, kernels.REFERENCE)
     torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02)
     layer.half()  # activations may be float16; what is stored keeps its types
-    assert layer.weight.dtype == values
+    assert layer.weight.dtype == values.stored
     assert layer.bias.dtype == torch.bfloat16
 
 
@@ -367,7 +368,7 @@ def test_bench_on_a_gpu(tmp_path):
     LlamaForCausalLM(LlamaConfig(**TOY, max_position_embeddings=64)).bfloat16().save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
     rows = compare(tmp_path, prompt=4, new=8, rounds=1, device="cuda")["rows"]
-    assert [row["name"] for row in rows] == ["dense", "sparse bfloat16", "sparse int8"]
+    assert [row["name"] for row in rows] == ["dense", "sparse bfloat16", "sparse int4", "sparse int8"]
     assert all(row["tokens_per_second"] > 0 and row["resident_bytes"] > 0 for row in rows)
 
 
@@ -397,10 +398,14 @@ def test_the_compiler_takes_every_kernel():
         + """
 from losa.adapter import fused
 from losa.runtime import cuda
-int8, bf16 = {"values": "*i8"}, {"values": "*bf16"}
-build(cuda._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, {"C": 8, "T": 8, "FINISH": True, "GROUP": 2, "scale": None}, 8)
-build(cuda._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, {"C": 4, "T": 32, "FINISH": False, "GROUP": 4, "bias": None}, 4)
-build(cuda._expand, 80, int8 | {"panel": "*bf16"}, {"C": 4, "GROUP": 4}, 4)
+int8, bf16, int4 = {"values": "*i8"}, {"values": "*bf16"}, {"values": "*u8", "groups": "*u8"}
+of_bf16 = {"GROUP": 2, "BITS": 16, "scale": None, "groups": None}
+of_int8, of_int4 = {"GROUP": 4, "BITS": 8, "groups": None}, {"GROUP": 4, "BITS": 4}
+build(cuda._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, of_bf16 | {"C": 8, "T": 8, "FINISH": True}, 8)
+build(cuda._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, of_int8 | {"C": 4, "T": 32, "FINISH": False, "bias": None}, 4)
+build(cuda._stream, 90, int4 | {"x": "*bf16", "y": "*bf16"}, of_int4 | {"C": 8, "T": 8, "FINISH": True, "bias": None}, 8)
+build(cuda._expand, 80, int8 | {"panel": "*bf16"}, of_int8 | {"C": 4}, 4)
+build(cuda._expand, 90, int4 | {"panel": "*bf16"}, of_int4 | {"C": 4}, 4)
 weights = {"W": "*bf16", "bits": "*u8", "A": "*fp32", "B": "*fp32", "result": "*bf16", "scale": "fp32"}
 build(fused._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 8)
 sums = {"G": "*bf16", "bits": "*u8", "factor": "*fp32", "result": "*fp32"}
@@ -412,7 +417,7 @@ build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK"
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     lines = re.findall(r"^(_\w+) (\d+) (\w+) (\w+)$", done.stdout, re.MULTILINE)
-    assert len(lines) == 6
+    assert len(lines) == 8
     for name, _, counts, spills in lines:
         assert counts == str(name in ("_stream", "_expand"))
         assert int(spills) <= (8 if cuda.triton.__version__.startswith("3.6.") else 0)

@@ -1,8 +1,8 @@
 """The `losa` command. Thin: every command reads options, calls one function of the package and prints what it returned."""
 
-import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from losa.signals import Interrupted, end_quietly, raised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,10 +33,17 @@ out, err = Console(quiet=_others), Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Local directory or hub name of a causal language model.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="Training text: a file or directory (.txt, .json, .jsonl, .gz) or a hub dataset, `name[:config[:split]]`."),
+    typer.Option(
+        help="Training text or conversations: a file (.txt, .md, .json, .jsonl, .ndjson, .csv, .parquet, also .gz or .zst), a "
+        "directory of them, or a hub dataset, `name[:config[:split]]`."
+    ),
 ]
 Calibration = Annotated[str | None, typer.Option(help="Calibration text; the training text when not given.")]
 EvalData = Annotated[str | None, typer.Option(help="Text to measure perplexity on; a held-out part of --data when not given.")]
+SkipBad = Annotated[
+    bool | None,
+    typer.Option("--skip-bad-records", help="Leave out records that are damaged or lack text or an answer, and say how many."),
+]
 Sparsity = Annotated[float | None, typer.Option(help="Ratio of zeros in the decoder's linear layers. The one dial. Default 0.7.")]
 PrunerName = Annotated[
     str | None,
@@ -73,6 +82,9 @@ Distill = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.")]
 Trust = Annotated[bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what losa wrote there earlier; files of others beside it stay.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -84,6 +96,7 @@ def run(
     data: Data = None,
     calibration: Calibration = None,
     eval_data: EvalData = None,
+    skip_bad_records: SkipBad = None,
     pruner: PrunerName = None,
     pattern: PatternName = None,
     protect: Protect = None,
@@ -97,7 +110,8 @@ def run(
     shard: Shard = None,
     seed: Seed = None,
     trust_remote_code: Trust = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete stage in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a stopped or killed run left in --output.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune MODEL, train what is left under the mask, save a sparse checkpoint that transformers opens as it is.
 
@@ -105,21 +119,25 @@ def run(
 
     Several GPUs: `torchrun --nproc-per-node 8 -m losa run ...`, or `accelerate launch -m losa run ...`; the same result, sooner.
     """
+    from losa.data import read_run
     from losa.method import run as run_losa
     from losa.models import load
+    from losa.output import claim
     from losa.report.table import summary
     from losa.session import check_request
 
     resolved = _config(
         preset, config, set_,
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, protect=protect, device=device,
-        offload=offload, shard=shard, seed=seed, trust_remote_code=trust_remote_code,
+        offload=offload, shard=shard, seed=seed, trust_remote_code=trust_remote_code, skip_bad_records=skip_bad_records,
         **{"train.data": data, "train.weights": train, "train.distill": distill},
         **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
-    check_request(resolved, training=True, resume=resume)
-    _heavy()
-    sparse = run_losa(*load(resolved), resolved, resume=resume)
+    with claim(resolved.output):
+        check_request(resolved, training=True, resume=resume, overwrite=overwrite)
+        _heavy()
+        texts = read_run(resolved, training=True)
+        sparse = run_losa(*load(resolved), resolved, data=texts, resume=resume, overwrite=overwrite, claimed=True)
     out.print(summary(sparse.losa_record))
     _say(f"saved and verified: {output}")
 
@@ -131,6 +149,7 @@ def prune(
     sparsity: Sparsity = None,
     calibration: Calibration = None,
     eval_data: EvalData = None,
+    skip_bad_records: SkipBad = None,
     pruner: PrunerName = None,
     pattern: PatternName = None,
     protect: Protect = None,
@@ -140,26 +159,31 @@ def prune(
     offload: Offload = None,
     seed: Seed = None,
     trust_remote_code: Trust = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune MODEL once, at one rate for all layers, without training: the baselines to compare with.
 
     `--set rates=dlp` gives layers their own rates. Perplexity is over the first 16 windows, which takes less time
     than pruning does; `losa eval OUTPUT --data TEXT` measures over all.
     """
+    from losa.data import read_run
     from losa.method import prune as prune_once
     from losa.models import load
+    from losa.output import claim
     from losa.report.table import summary
     from losa.session import check_request
 
     resolved = _config(
         "one-shot", config, set_,
         model=model, output=str(output), sparsity=sparsity, pruner=pruner, pattern=pattern, protect=protect, device=device,
-        offload=offload, seed=seed, trust_remote_code=trust_remote_code,
+        offload=offload, seed=seed, trust_remote_code=trust_remote_code, skip_bad_records=skip_bad_records,
         **{"calibration.data": calibration, "eval.data": eval_data},
     )  # fmt: skip
-    check_request(resolved, training=False)
-    _heavy()
-    pruned = prune_once(*load(resolved), resolved)
+    with claim(resolved.output):
+        check_request(resolved, training=False, overwrite=overwrite)
+        _heavy()
+        texts = read_run(resolved, training=False)
+        pruned = prune_once(*load(resolved), resolved, data=texts, overwrite=overwrite, claimed=True)
     out.print(summary(pruned.losa_record))
     _say(f"saved and verified: {output}")
 
@@ -173,6 +197,7 @@ def compare(
     data: Data = None,
     calibration: Calibration = None,
     eval_data: EvalData = None,
+    skip_bad_records: SkipBad = None,
     methods: Annotated[str | None, typer.Option(help="Names of methods, comma-separated; all when not given.")] = None,
     targets: Annotated[str | None, typer.Option(help="Sparsities and patterns, such as `0.5,0.7,2:4`. Default 0.7.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as `0,1,2`: the table then shows mean and spread. Default 0.")] = None,
@@ -193,7 +218,14 @@ def compare(
     from losa.config import parse_set
     from losa.report.table import comparison_table
 
-    options = {"model": model, "train.data": data, "calibration.data": calibration, "eval.data": eval_data, "device": device}
+    options: dict[str, Any] = {
+        "model": model,
+        "train.data": data,
+        "calibration.data": calibration,
+        "eval.data": eval_data,
+        "device": device,
+    }
+    options["skip_bad_records"] = skip_bad_records
     shared = {key: value for key, value in options.items() if value is not None} | parse_set(set_ or [])
     resolved = CompareConfig.load(
         str(config) if config else None, shared,
@@ -226,6 +258,7 @@ def evaluate(
     ] = None,
     task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' data, instead of the hub.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task: a quick look.")] = None,
+    skip_bad_records: SkipBad = None,
     dtype: Annotated[str, typer.Option(help="`auto` (the checkpoint's), `float32`, `bfloat16`, `float16`.")] = "auto",
     device: Device = None,
     save: Annotated[bool, typer.Option("--save", help="Keep the result in MODEL's directory, as `eval.json`.")] = False,
@@ -241,19 +274,23 @@ def evaluate(
     """
     from losa.evaluation.checkpoint import check_savable, evaluate_checkpoint, recorded_text, save_results
     from losa.evaluation.zeroshot import task_names
+    from losa.output import claim
     from losa.report.table import evaluation_tables
 
-    config = _config(None, None, None, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    config = _config(
+        None, None, None,
+        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, skip_bad_records=skip_bad_records,
+    )  # fmt: skip
     names = task_names(tasks) if tasks is not None else []
     if save:
         check_savable(model)
-    if data is None and not names:
-        data = recorded_text(model)
-    _heavy()
-    result = evaluate_checkpoint(config, data, length or [], windows, words, names, task_data, limit)
-    out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
-    if save:  # after it was printed: what was measured is not lost where this fails
-        _say(f"kept in {save_results(model, result)}", err)
+    with claim(model if save else None):
+        text = recorded_text(model) if data is None and not names else data
+        _heavy()
+        result = evaluate_checkpoint(config, text, length or [], windows, words, names, task_data, limit)
+        out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
+        if save:  # after it was printed: what was measured is not lost where this fails
+            _say(f"kept in {save_results(model, result)}", err)
 
 
 @app.command()
@@ -317,40 +354,48 @@ def plan(
 @app.command()
 def pack(
     directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.")],
-    packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
     values: Annotated[
-        str, typer.Option(help="`bfloat16` keeps every weight; `int8` rounds them, with a scale per row.")
+        str, typer.Option(help="`bfloat16` keeps every weight; `int8` and `int4` round them, with scales of rows or groups.")
     ] = "bfloat16",
+    head: Annotated[
+        str | None,
+        typer.Option(help="The output head: `int8`, `int4`, or `keep` it dense. By default int8 where values are rounded."),
+    ] = None,
     trust_remote_code: Trust = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Store a sparse checkpoint small: one bit for every weight, one number for every weight that is not zero.
 
-    At 70 % zeros that is 0.36 of the dense linear layers (0.21 with int8 values). `losa.load`, `losa generate`, `losa eval` and
-    transformers with `losa.SparseConfig` run it packed; `losa unpack` gives the checkpoint back.
+    At 70 % zeros that is 0.36 of the dense linear layers (0.21 with int8 values, 0.15 with int4). `losa.load`, `losa generate`,
+    `losa eval` and transformers with `losa.SparseConfig` run it packed; `losa unpack` gives the checkpoint back.
     """
     from losa.report.content import size
     from losa.runtime.files import pack_checkpoint
 
     _quiet()
-    done = pack_checkpoint(directory, packed, values, bool(trust_remote_code))
+    done = pack_checkpoint(directory, packed, values, bool(trust_remote_code), head, overwrite)
     _say(
         f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: "
         f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense"
     )
+    if done["head_bytes"]:
+        _say(f"and the output head in {done['head']}: {size(done['head_bytes'])}")
     _say(f"saved and verified: {packed}")
 
 
 @app.command()
 def unpack(
     packed: Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.")],
-    directory: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    directory: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
     trust_remote_code: Trust = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The dense checkpoint of a packed one, with its zeros; bit for bit what was packed, for bfloat16 values."""
     from losa.runtime.files import unpack_checkpoint
 
     _quiet()
-    _say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code))} layers: {directory}")
+    _say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code), overwrite)} layers: {directory}")
 
 
 @app.command()
@@ -396,8 +441,9 @@ def bench(
 
     Beside each speed stands the physical limit: one token reads every weight once, so memory bandwidth over bytes of weights.
     """
-    from losa.checkpoint import BENCH, replace
+    from losa.checkpoint import BENCH, replace, to_json
     from losa.evaluation.checkpoint import check_savable
+    from losa.output import claim
     from losa.report.table import bench_table
     from losa.runtime.bench import compare
 
@@ -405,10 +451,11 @@ def bench(
     if save:
         check_savable(directory, BENCH)
     _quiet(logging.WARNING)
-    result = compare(directory, prompt, new, rounds, device or "auto")
-    out.print_json(data=result) if as_json else out.print(bench_table(result))
-    if save:
-        replace(directory / BENCH, json.dumps(result, indent=2) + "\n")
+    with claim(directory if save and directory.is_dir() else None):
+        result = compare(directory, prompt, new, rounds, device or "auto")
+        out.print_json(data=result) if as_json else out.print(bench_table(result))
+        if save:
+            replace(directory / BENCH, to_json(result, BENCH))
 
 
 @app.command()
@@ -417,9 +464,11 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a finish
 
     Every `losa run` and `losa prune` leaves both; the page opens offline, in any browser.
     """
+    from losa.output import claim
     from losa.report.page import refresh
 
-    _say(f"report: {refresh(directory)}")
+    with claim(directory if directory.is_dir() else None):
+        _say(f"report: {refresh(directory)}")
 
 
 @app.command()
@@ -436,6 +485,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the sparse checkpoint here.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """A small real Llama pruned to 70 % and recovered, offline, in two or three minutes on two CPU cores."""
     from losa.demo import PROMPT
@@ -443,7 +493,7 @@ def demo(
     from losa.report.table import pairs, summary
 
     _heavy(logging.WARNING)
-    result = run_demo(str(output) if output else None)
+    result = run_demo(str(output) if output else None, overwrite)
     out.print(summary(result.record))
     out.print(pairs(f'samples, prompt: "{PROMPT}"', result.samples))
     if output:
@@ -504,9 +554,17 @@ def _quiet(level: int = logging.INFO) -> None:
 
 
 def main() -> None:
-    """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback."""
+    """Entry point. What a user got wrong is one line on stderr and exit status 2, without a traceback; a signal is one line and
+    128 plus its number."""
+    end_quietly()
     try:
-        app()
+        with raised():
+            app()
+    except Interrupted as stopped:
+        name = signal.Signals(stopped.number).name
+        if not _others:
+            _say(f"stopped by {name}; nothing half-written is left, and losa run goes on with --resume", err)
+        sys.exit(128 + stopped.number)
     except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
         from losa.doors import out_of_memory, printable
 

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from losa import distributed
 from losa.baselines import lift_masks, mask_again
-from losa.checkpoint import replace
+from losa.checkpoint import replace, to_json
 from losa.config import LosaConfig, build, merge, nested, read_config, require
+from losa.data import read_run
 from losa.doors import door, read_json
 from losa.evaluation.context import context_use
 from losa.method import adapt, dynamic_steps, reconstruct, sparsify
 from losa.models import load
+from losa.output import claim
 from losa.progress import progress
 from losa.report.content import public
 from losa.session import Session, check_request
@@ -162,7 +164,15 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
     Returns:
         One dict a row: `method`, `target`, `seed`, and what `measure` found.
+
+    Raises:
+        ValueError: another command writes to the output.
     """
+    with claim(config.output):
+        return _compare(config)
+
+
+def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     from losa.report.comparison import write_plots, write_tables
 
     folder = Path(config.output, "rows")
@@ -171,13 +181,17 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
-        if not file.exists():
+        result = _read_row(row, file)
+        if result is None:
             result = measure(row)
             logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
+            text = to_json(result, file.name)
             if distributed.is_main():
-                replace(file, json.dumps(result, indent=1) + "\n")
+                replace(file, text)
+            result = json.loads(text)
             distributed.wait()
-        found.append(_kept(row, file))
+        entry = {"method": row.name, "target": row.target, "seed": row.seed}
+        found.append(entry | result)
         if distributed.is_main():
             write_tables(Path(config.output, config.name), found)
     if distributed.is_main():
@@ -185,18 +199,20 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     return found
 
 
-def _kept(row: Row, file: Path) -> dict[str, Any]:
-    """A row as it was measured, read from its file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+def _read_row(row: Row, file: Path) -> dict[str, Any] | None:
+    """What was found before, or None; of a file that cannot be used, with a warning."""
     from losa.report.comparison import markdown
 
-    kept = {"method": row.name, "target": row.target, "seed": row.seed} | read_json(file)
-    with door(file, "use", "; delete it, and the row is made again"):
-        markdown([kept])
-    return kept
+    if not file.exists():
+        return None
+    try:
+        found = read_json(file)
+        with door(file, "use"):
+            markdown([{"method": row.name, "target": row.target, "seed": row.seed} | found])
+    except ValueError as error:
+        logger.warning("%s; the row is made again", error)
+        return None
+    return found
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -208,9 +224,10 @@ def measure(row: Row) -> dict[str, Any]:
         `date`, `config`.
     """
     config = row.config
-    model, tokenizer = load(config)
     kind = "run" if row.maker in TRAINED else "prune"
-    session = Session.start(model, tokenizer, config, kind=kind)
+    data = read_run(config, training=kind == "run")
+    model, tokenizer = load(config)
+    session = Session.start(model, tokenizer, config, kind=kind, data=data)
     lifted = MAKERS[row.maker](session)
     session.finish("made")
     if lifted:

@@ -70,7 +70,7 @@ def require(condition: bool, name: str, found: object, expected: str) -> None:
 class CalibrationConfig:
     """Text that importance, pruning and reconstruction errors are measured on."""
 
-    data: str | None = None  # a text source (see data.py); the training text when None
+    data: str | None = None  # a text source (see data/); the training text when None
     sequences: int | None = None  # for pruning; 128, but no more than make the tokens that the pruner wants, when None
     rmi_sequences: int = 64  # of these, for representation mutual information
     rmi_length: int = 512  # at most so many tokens of each of those
@@ -148,7 +148,9 @@ class TrainConfig:
     reuse_weights: bool = False  # build effective weights once an update, not twice a forward; worth their memory if accumulating
     distill: float = 0.5  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
+    loss_on: str = "assistant"  # of conversations, the assistant's tokens; or "all" tokens. Of other texts all in any case
     distill_blocks: float = 0.0  # weight, added, of the relative error of every block's output against the dense model's
+    save_minutes: float = 15.0  # between two savings of a training under way; the result does not depend on it
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
     def __post_init__(self) -> None:
@@ -159,12 +161,14 @@ class TrainConfig:
         require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
         require(self.length is None or self.length >= 8, "train.length", self.length, "at least 8 tokens")
         require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
+        require(self.loss_on in ("assistant", "all"), "train.loss_on", self.loss_on, "'assistant' or 'all'")
         require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")
         require(0 <= self.distill_blocks < math.inf, "train.distill_blocks", self.distill_blocks, "at least 0")
         require(1e-3 <= self.temperature <= 1e3, "train.temperature", self.temperature, "a number in [0.001, 1000]")
+        require(0 < self.save_minutes < math.inf, "train.save_minutes", self.save_minutes, "a positive number")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 
     @property
@@ -212,6 +216,7 @@ class LosaConfig:
     offload: bool = False  # for models larger than the device: decoder blocks stay on the host and visit it one at a time
     shard: bool = False  # of several processes, each holds a part of the weights while training (FSDP2)
     trust_remote_code: bool = False
+    skip_bad_records: bool = False  # of any text; leave them out and say how many, instead of refusing the first
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
@@ -309,8 +314,9 @@ class LosaConfig:
         return cls.from_dict(values)
 
     def fingerprint(self) -> str:
-        """SHA-256 of every field but the output directory, to recognise a changed configuration on resume."""
+        """SHA-256 of every field that decides the result, to recognise a changed configuration on resume."""
         values = self.to_dict() | {"output": None}
+        del values["train"]["save_minutes"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

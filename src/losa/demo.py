@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from losa.config import LosaConfig
 from losa.method import prune, run
 from losa.models import load
+from losa.output import claim
 from losa.session import check_request
 
 PROMPT = "The old man looked at her and said"
@@ -47,21 +48,27 @@ def demo_config(output: str | None) -> LosaConfig:
     return LosaConfig.from_dict(values)
 
 
-def demo(output: str | None = None) -> DemoResult:
+def demo(output: str | None = None, overwrite: bool = False) -> DemoResult:
     """Runs it: dense, pruned only, LoSA.
 
     Args:
         output: directory to leave the sparse checkpoint in; nothing is written when None.
+        overwrite: replace what an earlier command left there.
     """
     config = demo_config(output)
-    check_request(config, training=True)  # before the first half, which writes nothing
+    with claim(output):
+        check_request(config, training=True, overwrite=overwrite)  # before the first half, which writes nothing
+        return _demo(config, overwrite)
+
+
+def _demo(config: LosaConfig, overwrite: bool) -> DemoResult:
     samples = {}
     model, tokenizer = load(config)
     samples["dense"] = sample(model, tokenizer)
     uniform = LosaConfig.from_dict(config.to_dict() | {"output": None, "delta": 0.0})
     samples["pruned only"] = sample(prune(model, tokenizer, uniform), tokenizer)
     model, tokenizer = load(config)
-    model = run(model, tokenizer, config)
+    model = run(model, tokenizer, config, overwrite=overwrite, claimed=True)
     samples["LoSA"] = sample(model, tokenizer)
     return DemoResult(model.losa_record, samples)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from losa.models import find_decoder
@@ -103,6 +103,26 @@ def wait() -> None:
         dist.barrier()
 
 
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be spread over all processes, whole on each of them."""
+    if not isinstance(value, DTensor):
+        return value
+    on_device = value.to(value.device_mesh.device_type)  # from the host, where that is where it was updated
+    assert isinstance(on_device, DTensor)
+    return on_device.full_tensor()
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, spread over them and placed as `like` is: the inverse of `whole`. One of another
+    shape, such as a count of steps, is left as it is."""
+    if value.shape != like.shape:
+        return value
+    if isinstance(like, DTensor):
+        mesh = like.device_mesh
+        value = distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
+    return value.to(like.device)
+
+
 def sharded(model: PreTrainedModel, device: torch.device, on_host: bool = False) -> PreTrainedModel:
     """A twin of the model for training, its parameters spread over all processes, block by block (FSDP2). The model stays as it
     is, on the host: FSDP does not undo what it does to a module. Masks, a bit a weight, are not spread.
@@ -129,8 +149,4 @@ def copy_trained(twin: PreTrainedModel, model: PreTrainedModel) -> None:
     trained = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            value = trained[name]
-            assert isinstance(value, DTensor)
-            on_device = value.to(value.device_mesh.device_type)  # from the host, where that is where it was updated
-            assert isinstance(on_device, DTensor)
-            parameter.copy_(on_device.full_tensor())
+            parameter.copy_(whole(trained[name]))

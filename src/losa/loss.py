@@ -80,19 +80,21 @@ def _chunk(
     log_q_CV = logits_CV.log_softmax(-1)
     hard = 1 - distill if teacher_CV is not None else 1.0
     loss_C1 = -hard * log_q_CV.gather(1, target_C1)
-    gradient_CV = None
-    if into_CV is not None:
-        gradient_CV = log_q_CV.exp().mul_(hard)
-        gradient_CV.scatter_add_(1, target_C1, torch.full_like(loss_C1, -hard))
+    p_CV = soft_CV = None
     if teacher_CV is not None:
-        log_q_CV = log_q_CV if temperature == 1 else (logits_CV / temperature).log_softmax(-1)
+        soft_CV = log_q_CV if temperature == 1 else (logits_CV / temperature).log_softmax(-1)
         log_p_CV = (teacher_CV.float() / temperature).log_softmax(-1)
         p_CV = log_p_CV.exp()
-        loss_C1 += distill * temperature**2 * (p_CV * (log_p_CV - log_q_CV)).sum(1, keepdim=True)
-        if gradient_CV is not None:
-            gradient_CV += distill * temperature * (log_q_CV.exp() - p_CV)
-    if into_CV is not None and gradient_CV is not None:
-        into_CV.copy_(gradient_CV.where(counted_C1, 0.0))
+        loss_C1 += distill * temperature**2 * torch.linalg.vecdot(p_CV, log_p_CV.sub_(soft_CV))[:, None]
+    if into_CV is not None:
+        gradient_CV = log_q_CV.exp()
+        if p_CV is not None and soft_CV is not None:
+            if temperature == 1:  # hard (q - onehot) + distill (q - p), with hard + distill = 1
+                gradient_CV.sub_(p_CV, alpha=distill)
+            else:
+                gradient_CV.mul_(hard).add_(soft_CV.exp().sub_(p_CV), alpha=distill * temperature)
+        gradient_CV.scatter_add_(1, target_C1, torch.full_like(loss_C1, -hard))
+        into_CV.copy_(gradient_CV.masked_fill_(~counted_C1, 0.0))
     return loss_C1.where(counted_C1, 0.0).sum(dtype=torch.float64)
 
 

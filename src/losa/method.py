@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -23,6 +24,8 @@ from losa.adapter import collect_scores, masked_linears, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
 from losa.calibration import prune_blocks, walk_blocks
 from losa.config import LosaConfig
+from losa.data import RunData
+from losa.output import claim
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.sparsegpt import DAMPING
 from losa.rates import allot, block_means, get_rule, measure
@@ -37,7 +40,10 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     config: LosaConfig,
     *,
+    data: RunData | None = None,
     resume: bool = False,
+    overwrite: bool = False,
+    claimed: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
     """Prunes `model` to `config.sparsity` and recovers its quality, in `config.steps` dynamic steps.
@@ -46,7 +52,10 @@ def run(
         model: a dense causal language model; changed in place.
         tokenizer: its tokenizer.
         config: with `train.data`; without `output`, nothing is written.
-        resume: go on from the last complete stage in `config.output`.
+        data: its texts, if `data.read_run` has read them already, before the model was loaded.
+        resume: go on from the last complete stage in `config.output`, or from the last position inside the training after it.
+        overwrite: replace a finished result or an interrupted run in `config.output`.
+        claimed: the caller has `config.output` to itself already (`output.claim`).
         callbacks: `transformers.TrainerCallback`s, passed to every training.
 
     Returns:
@@ -56,12 +65,15 @@ def run(
     Raises:
         ValueError: something in the request is wrong; raised before the first pruning.
         FloatingPointError: training met a loss or gradient that is not finite.
+        OSError: a stage or the result cannot be written; what was saved before is as it was.
         RuntimeError: a pruned weight of the saved file is not zero.
     """
-    session = Session.start(model, tokenizer, config, kind="run", resume=resume, callbacks=callbacks)
-    first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
-    session.go_through([first, *dynamic_steps(session.config)])
-    return session.finish("losa")
+    with claim(None if claimed else config.output):
+        options: dict[str, Any] = {"data": data, "resume": resume, "overwrite": overwrite, "callbacks": callbacks}
+        session = Session.start(model, tokenizer, config, kind="run", **options)
+        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
+        session.go_through([first, *dynamic_steps(session.config)])
+        return session.finish("losa")
 
 
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
@@ -76,17 +88,26 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
     return phases
 
 
-def prune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LosaConfig,
+    *,
+    data: RunData | None = None,
+    overwrite: bool = False,
+    claimed: bool = False,
+) -> PreTrainedModel:
     """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `delta: 0`).
 
-    Returns and raises as `run`.
+    Takes, returns and raises what `run` does.
     """
-    session = Session.start(model, tokenizer, config, kind="prune")
-    session.measure("dense")
-    sparsify(session, session.config.steps)
-    if config.reconstruct.epochs:
-        reconstruct(session)
-    return session.finish("pruned")
+    with claim(None if claimed else config.output):
+        session = Session.start(model, tokenizer, config, kind="prune", data=data, overwrite=overwrite)
+        session.measure("dense")
+        sparsify(session, session.config.steps)
+        if config.reconstruct.epochs:
+            reconstruct(session)
+        return session.finish("pruned")
 
 
 def measure_baselines(session: Session) -> None:
@@ -195,4 +216,5 @@ def adapt(session: Session, step: int) -> None:
             eos=session.tokenizer.eos_token_id,
             dense_on_host=config.blocks_on_host,
             callbacks=session.callbacks,
+            keeping=session.keeping(),
         )

@@ -146,7 +146,9 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     peak = runtime + max(resident + training, kept + max(calibration, evaluation))
     # What is trained is made on the host; with offload, its gradients and moments stay there too.
     loaded = weights + dense_copy + (16 if away and config.offload else 4) * trained
-    disk = weights + masks + 4 * trained * 2 + dense_copy
+    loaded = max(loaded, dense_copy + 12 * trained)  # a position inside the training passes through the host
+    # Two stages are kept; beside them lies the result, or a position inside the training and the next one, of 12 bytes each.
+    disk = 2 * (masks + dense_copy + 4 * trained) + max(weights, 2 * 12 * trained)
     output = Path(config.output or ".").absolute()
     existing = next(parent for parent in (output, *output.parents) if parent.exists())
     available = memory if memory is not None else _free_memory(torch.device("cpu" if elsewhere else device))

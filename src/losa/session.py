@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +20,14 @@ from losa import checkpoint, distributed
 from losa.adapter import attach, merge
 from losa.allocation import layer_rates
 from losa.config import LosaConfig
-from losa.data import RunData, check_sources, prepare
+from losa.data import RunData, check_sources, held_out_record, prepare, show_example
+from losa.data.evaluation import Windows
 from losa.environment import check_memory, resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
+from losa.origin import changed, origin
+from losa.output import check_free
+from losa.position import Keeping, Position, put_parameters
 from losa.pruning import Pattern, get_pruner
 from losa.report.content import duration
 from losa.report.page import documents
@@ -53,7 +58,11 @@ class Session:
     device: torch.device
     callbacks: Sequence[TrainerCallback]
     record: dict[str, Any]
-    done: int  # complete phases
+    done: int = 0  # complete phases
+    stage: str | None = None  # the last that was saved
+    origin: dict[str, str] = field(default_factory=dict)  # `origin.origin`, where stages are saved
+    position: Position | None = None  # inside the training that comes next, to go on from
+    spent: float = 0.0  # seconds of that training until then
 
     @classmethod
     def start(
@@ -63,18 +72,23 @@ class Session:
         config: LosaConfig,
         *,
         kind: str,
+        data: RunData | None = None,
         resume: bool = False,
+        overwrite: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> "Session":
-        """Checks everything, reads the texts, attaches the masked layers and, to resume, restores the last stage.
+        """Checks everything, reads the texts, attaches the masked layers and, to resume, restores the last stage. The output, if
+        there is one, is claimed (`output.claim`).
 
         Args:
             kind: "run", or "prune" for a session without training.
+            data: the texts (`data.read_run`); read here when None.
+            overwrite: replace what an earlier command left in the output.
 
         Raises:
             ValueError: something in the request is wrong.
         """
-        check_request(config, training=kind == "run", resume=resume)
+        check_request(config, training=kind == "run", resume=resume, overwrite=overwrite)
         device = resolve_device(config.device)
         distributed.join(device, alone=streams(config, device))
         check_supported(model)
@@ -86,26 +100,28 @@ class Session:
         if kind == "run":
             check_precision(model, config)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
-        logger.info("configuration:\n%s", config.to_yaml())
         output = Path(config.output) if config.output else None
         manifest = checkpoint.latest_stage(output, config) if output and resume else None
-        began = time.perf_counter()
-        data = prepare(config, tokenizer, training=kind == "run")
+        data = data or prepare(config, tokenizer, training=kind == "run")
         return_freed_memory()
-        seconds = {"reading text": round(time.perf_counter() - began, 3)}
+        logger.info("configuration:\n%s", config.to_yaml())
+        if data.train is not None:
+            example = show_example(data.train, tokenizer)
+            logger.info("a training example; the loss counts what is between >>> and <<<:\n%s", example)
+        seconds = {"reading text": round(data.seconds, 3)}
         record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds}
         record["text_sha256"] = data.fingerprint()
         check_parts(config, distributed.world_size(), len(data.evaluation))
-        if output and manifest and manifest["record"]["text_sha256"] != record["text_sha256"]:
-            raise ValueError(
-                f"cannot resume {output}: the text changed; restore it, or delete {checkpoint.work_dir(output)} to start anew"
-            )
+        come_from = origin(model, tokenizer, record["text_sha256"]) if output and distributed.is_main() else {}
+        if output and manifest and (different := changed(manifest["origin"], come_from)):
+            what, way_out = ", ".join(different), f"restore it, or delete {checkpoint.work_dir(output)} to start anew"
+            raise ValueError(f"cannot resume {output}: the {what} changed; {way_out}")
         if config.rotate:  # again on resume, and the same again: stages hold what differs from the turned weights
             began = time.perf_counter()
             model.eval()
             record["rotation"] = rotate_values(model, data.calibration[: config.calibration.error_sequences], device=device)
             seconds["rotation"] = round(time.perf_counter() - began, 3)
-        session = cls(model, tokenizer, config, data, device, callbacks, record, 0)
+        session = cls(model, tokenizer, config, data, device, callbacks, record, origin=come_from)
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed, whole=kind == "run" and config.train.whole)
         if output and manifest:
             session._restore(output, manifest)
@@ -118,11 +134,34 @@ class Session:
 
     def _restore(self, output: Path, manifest: dict[str, Any]) -> None:
         """Goes back to where a stage was saved: masks, adapters, changed base weights, ranks and record."""
-        checkpoint.load_stage(output, manifest, self.model)
-        self.record, self.done = manifest["record"], manifest["done"]
+        checkpoint.load_stage(manifest, self.model)
+        self.record, self.done, self.stage = manifest["record"], manifest["done"], manifest["name"]
         if self.record["steps"] and not self.config.train.whole:
             self.set_ranks(self.record["steps"][-1]["ranks"])
-        logger.info("resuming after %s", manifest["name"])
+        found = checkpoint.latest_position(output, manifest, distributed.world_size())
+        if found is None:
+            logger.info("resuming after %s", self.stage)
+            return
+        self.position, self.spent = found
+        put_parameters(self.position, self.model)
+        self.record["seconds"]["training"] = round(self.record["seconds"].get("training", 0.0) + self.spent, 3)
+        logger.info("resuming after %s, update %d of the training that follows", self.stage, self.position.update)
+
+    def keeping(self) -> Keeping | None:
+        """How the training that comes next keeps its position: in a run with an output, after a stage."""
+        if self.config.output is None or self.stage is None:
+            return None
+        output, stage, began = Path(self.config.output), self.stage, time.perf_counter() - self.spent
+        position, self.position, self.spent = self.position, None, 0.0
+
+        def save(now: Position) -> None:
+            try:
+                checkpoint.save_position(output, stage, now, time.perf_counter() - began)
+                logger.info("saved after update %d", now.update)
+            except OSError as error:
+                logger.warning("%s; the training goes on, and is saved again later", error)
+
+        return Keeping(self.config.train.save_minutes, save, position)
 
     @property
     def kind(self) -> str:
@@ -165,9 +204,15 @@ class Session:
             phase.work(self)
             self.done = index
             logger.info("%s", self.progress(phases))
-            if self.config.output and distributed.is_main():
-                with self.timed("saving"):
-                    checkpoint.save_stage(Path(self.config.output), phase.name, index, self.model, self.config, self.record)
+            if self.config.output:
+                self.stage = phase.name
+                if distributed.is_main():
+                    with self.timed("saving"):
+                        self._save(Path(self.config.output))
+
+    def _save(self, output: Path) -> None:
+        assert self.stage is not None
+        checkpoint.save_stage(output, self.stage, self.done, self.model, self.config, self.record, self.origin)
 
     def progress(self, phases: Sequence[Phase]) -> str:
         """One line about the phases that are done, the time they took and, where their pace tells, the time that is left."""
@@ -179,10 +224,20 @@ class Session:
         return f"{phases[self.done - 1].name} done (phase {self.done} of {len(phases)}), {so_far} so far{ahead}"
 
     def measure(self, name: str) -> None:
-        """Perplexity of the model as it is, into `record["perplexity"][name]`."""
+        """Perplexity of the model as it is, into `record["perplexity"][name]`.
+
+        Raises:
+            ValueError: that of the dense model is not finite.
+            FloatingPointError: that of another is not.
+        """
         device = self.device if self.config.blocks_on_host else None
         with self.timed("evaluation"):
-            value = perplexity(self.model, self.data.evaluation, label=f"perplexity ({name})", device=device)
+            label = f"perplexity ({name})"
+            value = perplexity(self.model, self.data.evaluation, label=label, device=device, counted_ST=self.data.counted)
+        if name == "dense" and not math.isfinite(value):
+            raise ValueError(f"the dense model's perplexity is {value}: its weights or their dtype are damaged; nothing to prune")
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the model's perplexity is {value} ({name}), a finite number when dense; nothing is saved")
         self.record["perplexity"][name] = value
         logger.info("perplexity, %s: %.3f", name, self.record["perplexity"][name])
 
@@ -204,6 +259,8 @@ class Session:
             "data": self.config.eval.data or "held out of the training text",
             "window": tokens,
             "windows": windows,
+            "counts": Windows(self.data.evaluation, self.data.counted).counts,
+            "held_out": held_out_record(self.config, self.data.held_out),
         }
         self.record |= {
             "sparsity": {"asked": self.config.sparsity, "achieved": pruned / total, "weights": total},
@@ -215,8 +272,8 @@ class Session:
         if self.config.output and distributed.is_main():
             output = Path(self.config.output)
             with self.timed("saving"):
-                checkpoint.write_verified(output, self.model, self.tokenizer, masks, self.config.model)
-            checkpoint.publish(output, self.record, documents(self.record, output.resolve().name))
+                new = checkpoint.write_verified(output, self.model, self.tokenizer, masks, self.config.model)
+            checkpoint.publish(output, new, self.record, documents(self.record, output.resolve().name))
         distributed.wait()  # the checkpoint is there
         vars(self.model).update(losa_record=self.record, losa_masks=masks)
         return self.model
@@ -292,11 +349,11 @@ def warn_of_zeros(decoder: Decoder) -> None:
         logger.warning("the model is %.0f %% zeros already; what is called dense below is this model", 100 * zeros)
 
 
-def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -> None:
+def check_request(config: LosaConfig, *, training: bool, resume: bool = False, overwrite: bool = False) -> None:
     """Refuses missing texts and an output directory that holds something else, before any model is loaded.
 
     Raises:
-        ValueError: a text is missing; the output is a file, the source model, someone's files, or a finished run to be resumed.
+        ValueError: a text is missing; the output is the source model, or `output.check_free` refuses it.
     """
     check_sources(config, training)
     if get_pruner(config.pruner).from_training and (config.steps == 1 or not training):
@@ -310,19 +367,8 @@ def check_request(config: LosaConfig, *, training: bool, resume: bool = False) -
         raise ValueError("the accelerate configuration asks for FSDP; leave that out and set shard: true (--shard) instead")
     if config.shard and distributed.launched() == 1:
         raise ValueError("shard is True, expected several processes; start losa with torchrun or accelerate launch")
-    if config.output is None:
+    if config.output is None or not distributed.is_main():
         return
-    output = Path(config.output)
-    if output.is_file() or (config.model and output.resolve() == Path(config.model).resolve()):
-        raise ValueError(f"output {output} is {'a file' if output.is_file() else 'the model itself'}; choose another directory")
-    finished, started = (output / checkpoint.RECORD).exists(), any(checkpoint.work_dir(output).glob(f"*/{checkpoint.MANIFEST}"))
-    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"cannot create {output}: {existing} is not a directory that can be written to")
-    if started and not resume:
-        raise ValueError(f"output {output} holds an interrupted run; add --resume, or delete {checkpoint.work_dir(output)}")
-    ours = finished or checkpoint.work_dir(output).exists()
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise ValueError(f"output {output} is not empty and not an earlier run; choose another directory")
-    if resume and finished and not started:
-        raise ValueError(f"the run in {output} is complete; there is nothing to resume")
+    if config.model and Path(config.output).resolve() == Path(config.model).resolve():
+        raise ValueError(f"output {config.output} is the model itself; choose another directory")
+    check_free(config.output, overwrite, resume)

@@ -1,18 +1,21 @@
 """Training of the adapters in one dynamic step: `transformers.Trainer`, three guards and a progress bar.
 
 The Trainer brings schedules, accumulation, clipping, mixed devices and reporting. What it lacks here: it hides NaN (it goes on
-and finishes with loss 0.0), so loss and gradients are checked before every update; its checkpoints are not atomic, so it writes
-none (`checkpoint.py` does, between dynamic steps).
+and finishes with loss 0.0), so loss and gradients are checked before every update; its checkpoints are pickles and not atomic, so
+it writes none (`position.py` says what is saved, and `checkpoint.py` does it).
 
 Legend: `S` rows, `T` tokens of each.
 """
 
 import inspect
+import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,19 +34,20 @@ from losa.adapter import (
     reuse_effective_weights,
 )
 from losa.config import TrainConfig
+from losa.data.blocks import Packed, Samples
 from losa.loss import IGNORED, block_loss, causal_loss
 from losa.models import find_decoder
+from losa.position import Keeping, Position, capture, put_optimizer, put_own
 from losa.progress import progress
+from losa.signals import Noted
 
 logger = logging.getLogger(__name__)
 
-Samples = Sequence[dict[str, list[int]]]
-
 
 class Rows(Dataset):
-    """Training rows: packed blocks `(S, T)`, or samples of their own lengths."""
+    """Training rows: packed blocks `(S, T)`, with what counts in them, or samples of their own lengths."""
 
-    def __init__(self, rows: Tensor | Samples) -> None:
+    def __init__(self, rows: Tensor | Packed | Samples) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
@@ -57,19 +61,23 @@ class Rows(Dataset):
 def collate(rows: list[dict[str, Any]], eos: int | None = None) -> dict[str, Tensor]:
     """Stacks rows. Shorter ones are padded on the right, with no loss and no attention there.
 
-    Packed rows hold several documents, each ended by `eos`. Positions start again with every document: transformers then lets no
-    token attend to another document, and none is predicted from one.
+    Packed rows hold several documents, each ended by `eos`, or begun where a row says that it `starts`. Positions start again
+    with every document: transformers then lets no token attend to another document, and none is predicted from one.
     """
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    labels = [torch.as_tensor(row.get("labels", row["input_ids"]), dtype=torch.int64) for row in rows]
+    labels_BT = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     lengths = torch.tensor([len(i) for i in ids])
     if (lengths != input_ids.shape[1]).any():
         real = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        return {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, IGNORED), "attention_mask": real.long()}
+        return {"input_ids": input_ids, "labels": labels_BT, "attention_mask": real.long()}
     starts = torch.zeros_like(input_ids, dtype=torch.bool)
-    if eos is not None:
+    if "starts" in rows[0]:
+        starts[:, 1:] = torch.stack([row["starts"] for row in rows])[:, 1:]  # a row's first token has place 0 in any case
+    elif eos is not None:
         starts[:, 1:] = input_ids[:, :-1] == eos
-    batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(starts, IGNORED)}
+    batch = {"input_ids": input_ids, "labels": labels_BT.masked_fill(starts, IGNORED)}
     if starts.any():  # without positions, attention takes the faster path of whole rows
         place = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         batch["position_ids"] = place - place.where(starts, 0).cummax(1).values
@@ -119,6 +127,44 @@ class _Outdate(TrainerCallback):
         outdate_effective_weights(kwargs["model"])
 
 
+class _Curve(TrainerCallback):
+    """The loss curve: means since the point before, over all processes. The Trainer's own starts anew on resume."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.points: list[list[float]] = []
+        self.losses = torch.zeros((), device=device)  # sum since the last point, of this process
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A point where the Trainer logs."""
+        update = state.global_step
+        if update == 1 or update % args.logging_steps == 0:
+            before = self.points[-1][0] if self.points else 0
+            self.points.append([update, distributed.gather(self.losses[None]).mean().item() / (update - before)])
+            self.losses.zero_()
+
+
+class _Keeper(TrainerCallback):
+    """Saves the position every so many minutes, and when a signal asks the process to end; then it stops the training."""
+
+    trainer: "LosaTrainer"
+
+    def __init__(self, keeping: Keeping, noted: Noted) -> None:
+        self.keeping, self.noted, self.saved = keeping, noted, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All processes do the same: the first one's clock counts, and a signal that any of them got."""
+        due = distributed.is_main() and time.monotonic() - self.saved >= 60 * self.keeping.minutes
+        asked = distributed.max_(torch.tensor([int(due), self.noted.number]))
+        due, self.noted.number = bool(asked[0]), int(asked[1])
+        if due or self.noted.number:
+            position = capture(self.trainer, self.trainer.curve.losses, self.trainer.curve.points)
+            if distributed.is_main():
+                self.keeping.save(position)
+            distributed.wait()
+            self.saved = time.monotonic()
+        control.should_training_stop |= bool(self.noted.number)
+
+
 class _Bar(TrainerCallback):
     """Progress with loss and ETA."""
 
@@ -127,7 +173,7 @@ class _Bar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the bar."""
-        self.bar = progress(None, self.name, total=state.max_steps)
+        self.bar = progress(None, self.name, total=state.max_steps, done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One update."""
@@ -144,10 +190,36 @@ class _Bar(TrainerCallback):
 
 
 class LosaTrainer(Trainer):
-    """A Trainer whose loss may be distilled from the dense model (see `loss.py`), and whose guard sees every loss."""
+    """A Trainer whose loss may be distilled from the dense model (see `loss.py`), whose guard sees every loss, and whose
+    checkpoints are positions."""
 
     guard: _Guard
+    curve: _Curve
     config: TrainConfig
+    position: Position | None = None
+
+    def go(self) -> None:
+        """Trains, from the position on if there is one."""
+        if self.position is None:
+            self.train()
+            return
+        self.curve.points = self.position.values["curve"]
+        with TemporaryDirectory() as folder:
+            Path(folder, "trainer_state.json").write_text(json.dumps(self.position.values["trainer"]), encoding="utf-8")
+            self.train(resume_from_checkpoint=folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The parameters are in the model already."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.position is not None:
+            put_optimizer(self.position, self)
+            put_own(self.position, self, self.curve.losses)  # also where no update is left, and no batch asks for it
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Once the batches that were seen are skipped."""
+        if self.position is not None:
+            put_own(self.position, self, self.curve.losses)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
@@ -159,7 +231,7 @@ class LosaTrainer(Trainer):
         with _block_outputs(model, bool(config.distill_blocks)) as sparse:
             outputs = model(**inputs, use_cache=False)  # a cache would also make packed documents see each other
         counted = (labels_BT[:, 1:] != IGNORED).sum()
-        tokens = counted if num_items_in_batch is None else num_items_in_batch
+        tokens = torch.as_tensor(counted if num_items_in_batch is None else num_items_in_batch).clamp(min=1)  # 0: only prompts
         loss = causal_loss(outputs.logits, labels_BT, teacher_BTV, config.distill, config.temperature) / tokens
         if config.distill_blocks:
             ratio = block_loss(sparse, dense, inputs.get("attention_mask"))
@@ -183,6 +255,7 @@ class LosaTrainer(Trainer):
         """The Trainer's, then hands the loss to the guard (no host synchronisation here)."""
         loss = super().training_step(*args, **kwargs)
         self.guard.loss = loss.detach()
+        self.curve.losses += loss.detach()
         return loss
 
 
@@ -221,41 +294,8 @@ def _block_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def train(
-    model: PreTrainedModel,
-    rows: Tensor | Samples,
-    config: TrainConfig,
-    *,
-    name: str,
-    seed: int,
-    work_dir: Path,
-    eos: int | None = None,
-    dense_on_host: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> list[list[float]]:
-    """Trains whatever of `model` requires gradients on `rows`, once through.
-
-    Args:
-        rows: packed blocks `(S, T)`, or samples (`data.padded_samples`).
-        name: shown on the progress bar and in errors.
-        seed: of the row order.
-        work_dir: for what callbacks write.
-        eos: the token that ends a document in packed blocks; documents then do not see each other. None: no such token.
-        dense_on_host: leave dense originals that differ from the base there; a distilling teacher fetches them layer by layer.
-        callbacks: passed to the Trainer.
-
-    Returns:
-        The loss curve, `[update, loss in nats per token]`.
-
-    Raises:
-        FloatingPointError: a loss or gradient is not finite; nothing was updated with it.
-        torch.OutOfMemoryError: with the knobs to turn.
-    """
+def _arguments(config: TrainConfig, device: torch.device, name: str, seed: int, work_dir: Path) -> TrainingArguments:
     assert config.lr is not None, "resolve the configuration first"
-    device = next(model.parameters()).device
-    if eos is not None and not separates_documents(model):
-        logger.warning("%s attends across the documents packed in one row; it is trained that way", type(model).__name__)
-        eos = None
     args = TrainingArguments(
         output_dir=str(work_dir),
         num_train_epochs=1,
@@ -281,16 +321,61 @@ def train(
         ddp_find_unused_parameters=False,
     )
     args._n_gpu = min(args.n_gpu, 1)  # one device: DataParallel would copy the model to every visible GPU
-    guard = _Guard(name, config.lr)
+    return args
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Tensor | Packed | Samples,
+    config: TrainConfig,
+    *,
+    name: str,
+    seed: int,
+    work_dir: Path,
+    eos: int | None = None,
+    dense_on_host: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    keeping: Keeping | None = None,
+) -> list[list[float]]:
+    """Trains whatever of `model` requires gradients on `rows`, once through.
+
+    Args:
+        rows: packed blocks `(S, T)`, with what counts in them (`data.Packed`), or samples (`data.padded_samples`).
+        name: shown on the progress bar and in errors.
+        seed: of the row order.
+        work_dir: for what callbacks write.
+        eos: the token that ends a document in packed blocks; documents then do not see each other. None: no such token.
+        dense_on_host: leave dense originals that differ from the base there; a distilling teacher fetches them layer by layer.
+        callbacks: passed to the Trainer.
+        keeping: where the position is saved. SIGTERM and SIGINT then end the training after the update that is under way, with
+            its position saved; without it they do what they did before.
+
+    Returns:
+        The loss curve, `[update, loss in nats per token]`.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; nothing was updated with it.
+        torch.OutOfMemoryError: with the knobs to turn.
+    """
+    assert config.lr is not None, "resolve the configuration first"
+    device = next(model.parameters()).device
+    if (eos is not None or isinstance(rows, Packed)) and not separates_documents(model):
+        logger.warning("%s attends across the documents packed in one row; it is trained that way", type(model).__name__)
+        eos, rows = None, rows.joined() if isinstance(rows, Packed) else rows
+    args = _arguments(config, device, name, seed, work_dir)
+    guard, curve, noted = _Guard(name, config.lr), _Curve(device), Noted()
+    keepers = [_Keeper(keeping, noted)] if keeping else []
     use_cache = model.config.use_cache  # the Trainer sets it to False when it is made
     trainer = LosaTrainer(
         model=model,
         args=args,
         train_dataset=Rows(rows),
         data_collator=partial(collate, eos=eos),
-        callbacks=[guard, _Outdate(), _Bar(name), *callbacks],
+        callbacks=[guard, curve, *keepers, _Outdate(), _Bar(name), *callbacks],
     )
-    trainer.guard, trainer.config = guard, config
+    trainer.guard, trainer.curve, trainer.config = guard, curve, config
+    for keeper in keepers:
+        keeper.trainer, trainer.position = trainer, keeper.keeping.position
     trainer.pop_callback(PrinterCallback)
     fetched = not dense_on_host and bool(config.distill or config.distill_blocks)
     try:
@@ -298,12 +383,13 @@ def train(
             activation_checkpointing(model, config.gradient_checkpointing),
             dense_weights_on_device(model) if fetched else nullcontext(),
             reuse_effective_weights(model) if config.reuse_weights else nullcontext(),
+            noted.listening() if keeping else nullcontext(),
         ):
-            trainer.train()
+            trainer.go()
     except torch.OutOfMemoryError as error:
         knobs = f"train.batch_size ({config.batch_size}), train.length, or set train.gradient_checkpointing: true"
         raise torch.OutOfMemoryError(f"{name} ran out of memory; lower {knobs}. {error}") from error
     finally:
         model.config.use_cache = use_cache
         model.eval()
-    return [[entry["step"], float(entry["loss"])] for entry in trainer.state.log_history if "loss" in entry]
+    return curve.points

@@ -11,12 +11,49 @@
 
 using namespace losa;
 
+// Weights and activations of small integers, whose sums are exact in any order: equal to the portable kernels to the bit.
+bool streams(std::mt19937& random, ValueType type, int64_t tokens, int64_t words, int64_t digits) {
+  const int64_t blocks = (words + kBlock - 1) / kBlock, columns = 4 * words;
+  std::vector<uint8_t> mask(size_t(8 * words)), groups(size_t(blocks * kStrip));
+  for (uint8_t& byte : mask) byte = uint8_t(random());
+  for (uint8_t& byte : groups) byte = uint8_t(0xe0 + random() % 32);
+  int64_t offsets[2] = {0, 0};
+  for (uint8_t byte : mask) offsets[1] += __builtin_popcount(byte);
+  std::vector<uint8_t> values(size_t(offsets[1]), 0);  // more than int4 needs
+  for (uint8_t& byte : values) byte = uint8_t(random());
+  const std::vector<float> scale(kStrip, 1.0f), unit(size_t(tokens), 1.0f);
+  const Packed p{type, kStrip, columns, words, mask.data(), values.data(), offsets[1], offsets, scale.data(), row_of(type).grouped ? groups.data() : nullptr};
+  std::vector<bf16> pairs(size_t(columns * tokens));
+  std::vector<int8_t> bytes(size_t(blocks * digits * tokens * kGroup));
+  std::vector<int32_t> sums(size_t(blocks * digits * tokens));
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int x = int(random() % 17) - 8;
+      pairs[size_t((c / 2 * tokens + t) * 2 + c % 2)] = to_bf16(float(x));
+      const int64_t place = c / kGroup * digits * tokens + t;
+      bytes[size_t(place * kGroup + c % kGroup)] = int8_t(x);
+      sums[size_t(place)] += x;
+    }
+  const Activations in{tokens, pairs.data(), digits, bytes.data(), sums.data(), unit.data()};
+  std::vector<float> found(size_t(tokens * kStrip)), expected(found);
+  const bool ok = amx_kernels().stream(p, in, 0, found.data()) && portable_kernels().stream(p, in, 0, expected.data());
+  return ok && found == expected && !amx_emulator::state.configured;
+}
+
 int main() {
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
   const auto fill = [&](std::vector<bf16>& numbers) {
     for (bf16& v : numbers) v = to_bf16(normal(random));
   };
+  for (const ValueType type : {ValueType::kInt8, ValueType::kInt4})
+    for (const int64_t tokens : {5, 8, 15, 16})
+      for (const int64_t words : {1, 15, 16, 17, 63, 64, 65, 200})
+        for (const int64_t digits : {2, 3})
+          if (!streams(random, type, tokens, words, digits)) {
+            std::printf("type %ld, tokens %ld, words %ld, digits %ld: other sums\n", long(type), long(tokens), long(words), long(digits));
+            return 1;
+          }
   const int64_t row = 2 * kTilePairs;
   const bf16 nan = 0x7fc0;
   double worst = 0;

@@ -99,6 +99,26 @@ inline void multiply(int sum, int a, int b) {
     }
 }
 
+inline void zero(int i) {
+  Register& r = used(i);
+  std::memset(r.data, 0, sizeof r.data);
+}
+
+// The same of signed bytes, four to a lane, summed in 32 bits.
+inline void multiply_bytes(int sum, int a, int b) {
+  Register& s = used(sum);
+  const Register &r_a = used(a), &r_b = used(b);
+  require(sum != a && sum != b && a != b, "a register is used twice");
+  require(s.rows == r_a.rows && s.row_bytes == r_b.row_bytes && r_a.row_bytes / 4 == r_b.rows, "the shapes of a product");
+  for (int m = 0; m < s.rows; ++m)
+    for (int n = 0; n < s.row_bytes / 4; ++n) {
+      int32_t total;
+      std::memcpy(&total, s.data[m] + 4 * n, 4);
+      for (int k = 0; k < 4 * r_b.rows; ++k) total += int8_t(r_a.data[m][k]) * int8_t(r_b.data[k / 4][4 * n + k % 4]);
+      std::memcpy(s.data[m] + 4 * n, &total, 4);
+    }
+}
+
 }  // namespace amx_emulator
 
 // Compilers define some of these as functions and some as macros; a macro wins over both once the header has been read.
@@ -107,8 +127,12 @@ inline void multiply(int sum, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_zero
+#undef _tile_dpbssd
 #define _tile_loadconfig(config) amx_emulator::load_config(config)
 #define _tile_release() amx_emulator::release()
 #define _tile_loadd(i, base, stride) amx_emulator::load(i, base, stride)
 #define _tile_stored(i, base, stride) amx_emulator::store(i, base, stride)
 #define _tile_dpbf16ps(sum, a, b) amx_emulator::multiply(sum, a, b)
+#define _tile_zero(i) amx_emulator::zero(i)
+#define _tile_dpbssd(sum, a, b) amx_emulator::multiply_bytes(sum, a, b)

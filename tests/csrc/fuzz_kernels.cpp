@@ -62,6 +62,7 @@ std::vector<const Kernels*> kernels_here() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) found.push_back(&avx2_kernels());
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   avx512 = avx512 && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+  avx512 = avx512 && __builtin_cpu_supports("avx512vpopcntdq");
   if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_kernels());
 #endif
   return found;
@@ -74,22 +75,25 @@ std::vector<const Kernels*> kernels_here() {
 
 // Activations of `tokens` tokens, as bfloat16 pairs and as the digits of fixed-point numbers of unit 1.
 struct Inputs {
-  Exact pairs, digits;
+  Exact pairs, bytes;
   std::vector<int32_t> sums;
   std::vector<float> unit;
   Activations in;
-  Inputs(int64_t tokens, int64_t words, int64_t group, bool guarded)
-      : pairs(size_t(words * group * tokens) * sizeof(bf16), guarded), digits(size_t(words * tokens * 12), guarded), sums(size_t(3 * tokens)),
-        unit(size_t(tokens), 1.0f), in{tokens, pairs.as<bf16>(), digits.as<int8_t>(), sums.data(), unit.data()} {
-    std::memset(digits.as<int8_t>(), 0, size_t(words * tokens * 12));
+  Inputs(int64_t tokens, int64_t words, int64_t group, int64_t digits, bool guarded)
+      : pairs(size_t(words * group * tokens) * sizeof(bf16), guarded), bytes(size_t(blocks(words * group) * digits * tokens * kGroup), guarded),
+        sums(size_t(blocks(words * group) * digits * tokens)), unit(size_t(tokens), 1.0f),
+        in{tokens, pairs.as<bf16>(), digits, bytes.as<int8_t>(), sums.data(), unit.data()} {
+    std::memset(bytes.as<int8_t>(), 0, size_t(blocks(words * group) * digits * tokens * kGroup));
     for (int64_t c = 0; c < words * group; ++c)
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t x = pick(-8, 8);
         pairs.as<bf16>()[(c / 2 * tokens + t) * 2 + c % 2] = to_bf16(float(x));
-        digits.as<int8_t>()[(c / 4 * tokens + t) * 12 + c % 4] = int8_t(x);
-        sums[size_t(3 * t)] += int32_t(x);
+        const int64_t place = c / kGroup * digits * tokens + t;
+        bytes.as<int8_t>()[place * kGroup + c % kGroup] = int8_t(x);
+        sums[size_t(place)] += int32_t(x);
       }
   }
+  static int64_t blocks(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 };
 
 void multiply_tiles(int64_t round, const Kernels& k, const bf16* tile_0, const bf16* tile_1, int64_t pairs, bool guarded) {
@@ -123,8 +127,9 @@ void round_sums(int64_t round, const Kernels& k) {
 }
 
 void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
-  const bool int8 = pick(0, 1), guarded = pick(0, 1), corrupt = pick(0, 2) > 0;
-  const int64_t group = int8 ? 4 : 2, bytes = 2 * group, strips = pick(1, 3), words = pick(0, 3) > 0 ? pick(1, 40) : pick(1, 200);
+  const ValueType type = ValueType(pick(0, kTypes - 1));
+  const bool guarded = pick(0, 1), corrupt = pick(0, 2) > 0;
+  const int64_t group = row_of(type).columns, bytes = 2 * group, strips = pick(1, 3), words = pick(0, 3) > 0 ? pick(1, 40) : pick(1, 200);
   const Exact mask(size_t(strips * words * bytes), guarded);
   const int64_t density = pick(0, 8);  // eighths; 0 and 8 are words without and with every weight
   std::vector<int64_t> offsets(size_t(strips + 1));
@@ -143,19 +148,19 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
     for (int64_t flips = pick(0, 4); flips > 0; --flips) mask.as<uint8_t>()[pick(0, strips * words * bytes - 1)] = uint8_t(pick(0, 255));
     for (int64_t& o : offsets) o = pick(0, 1) ? pick(0, count) : std::min(o, count);
   }
-  const Exact values(size_t(count) * (int8 ? 1 : 2), guarded);
-  for (int64_t i = 0; i < count; ++i) {
-    if (int8)
-      values.as<int8_t>()[i] = int8_t(pick(-128, 127));
-    else
-      values.as<bf16>()[i] = to_bf16(float(pick(-128, 127)));
-  }
+  if (type == ValueType::kInt4) count += count % 2;  // as the operator counts them
+  const int64_t stored = count * row_of(type).bits / 8, blocks = Inputs::blocks(words * group);
+  const Exact values(size_t(stored), guarded), groups(size_t(strips * blocks * kStrip), guarded);
+  for (int64_t i = 0; i < stored; ++i) values.as<uint8_t>()[i] = uint8_t(pick(0, 255));
+  for (int64_t i = 0; i < count && type == ValueType::kBFloat16; ++i) values.as<bf16>()[i] = to_bf16(float(pick(-128, 127)));
+  for (int64_t i = 0; i < strips * blocks * kStrip; ++i) groups.as<uint8_t>()[i] = uint8_t(pick(0xe0, 0xff));  // 0.5 to 1.94: sums stay exact
   const std::vector<float> scale(size_t(strips * kStrip), 1.0f);
-  const Packed p{strips * kStrip, words * group, words, mask.as<uint8_t>(), values.as<void>(), count, offsets.data(), int8 ? scale.data() : nullptr};
+  const Packed p{type, strips * kStrip, words * group, words, mask.as<uint8_t>(), values.as<void>(), count, offsets.data(),
+                 row_of(type).scaled ? scale.data() : nullptr, row_of(type).grouped ? groups.as<uint8_t>() : nullptr};
 
   for (const Kernels* k : kernels) {
     round_sums(round, *k);
-    const Inputs inputs(pick(1, int8 ? k->stream_tokens_int8 : k->stream_tokens), words, group, guarded);
+    const Inputs inputs(pick(1, k->stream_tokens[int64_t(type)]), words, group, pick(2, 3), guarded);
     const size_t sums = size_t(inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
       const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);

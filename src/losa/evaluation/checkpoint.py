@@ -1,26 +1,66 @@
 """`losa eval`: a checkpoint, texts and tasks, a result that can be kept beside the checkpoint."""
 
-import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from losa.checkpoint import EVALUATION, RECORD, read_record, replace
+from transformers import PreTrainedTokenizerBase
+
+from losa.checkpoint import EVALUATION, RECORD, read_record, replace, to_json
 from losa.config import LosaConfig
-from losa.data import evaluation_documents, evaluation_text, is_wikitext, named_text, windows
+from losa.data import (
+    EvaluationText,
+    evaluation_documents,
+    is_wikitext,
+    named_text,
+    read_evaluation,
+    read_held_out,
+    training_source,
+)
 from losa.doors import door, read_json
 from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
 from losa.models import load, max_length
-from losa.opening import open_config
+from losa.opening import open_config, open_tokenizer
 
 TRIAL_BYTES = 1 << 16  # written before measuring, to see that they can be; a result has fewer
-BY_TOKEN, BY_WORD = "token, windowed", "word, lm-eval"
+BY_TOKEN, BY_ANSWER, BY_WORD = "token, windowed", "answer token, windowed", "word, lm-eval"
+HELD_OUT = "held out of the training text"
+
+
+@dataclass(frozen=True)
+class RecordedText:
+    """The text that the run which made a checkpoint was evaluated on.
+
+    Attributes:
+        run: the run's resolved configuration.
+        source: of the text, or of the training text that it was held out of.
+        fingerprint: of what was held out; None for a text of its own.
+    """
+
+    run: LosaConfig
+    source: str
+    fingerprint: str | None
+
+    def __str__(self) -> str:
+        return self.source if self.fingerprint is None else HELD_OUT
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
+        """The text again, rendered and counted as in the run.
+
+        Raises:
+            ValueError: it is not there or not the same.
+        """
+        if self.fingerprint is None:
+            return read_evaluation(self.source, tokenizer, self.run.train.loss_on, self.run.skip_bad_records)
+        return read_held_out(self.run, self.source, tokenizer, self.fingerprint)
+
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +72,7 @@ def default_lengths(longest: int) -> list[int]:
 
 def evaluate_checkpoint(
     config: LosaConfig,
-    data: str | None = None,
+    data: str | RecordedText | None = None,
     lengths: Sequence[int] = (),
     most: int | None = None,
     words: bool = False,
@@ -44,7 +84,7 @@ def evaluate_checkpoint(
 
     Args:
         data: the text; no perplexity when None.
-        lengths: window lengths in tokens; `default_lengths` when empty.
+        lengths: window lengths in tokens; when empty `default_lengths`, or of a held-out text the run's.
         most: use at most so many windows of each.
         words: word perplexity too, through lm-eval.
         tasks: names of lm-eval's tasks.
@@ -70,33 +110,42 @@ def evaluate_checkpoint(
         raise ValueError("--limit and --task-data are for tasks; give some with --tasks, such as --tasks paper")
     device = resolve_device(config.device)
     longest = max_length(open_config(config.model, config.trust_remote_code))
+    named = named_text(str(data))
+    most = most or (named.windows if named else None)
+    if isinstance(data, RecordedText) and data.fingerprint is not None:
+        lengths = lengths or [data.run.eval.length or longest]
     lengths = lengths or default_lengths(longest)
     if max(lengths) > longest:
         raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
     harness = _harness() if words or tasks else None
     loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
-    text = evaluation_text(data) if data is not None else ""
+    tokenizer = open_tokenizer(config.model, config.trust_remote_code) if data is not None else None
+    text = None if data is None or tokenizer is None else _read(data, tokenizer, config)
+    measured = {} if text is None else {length: text.windows(tokenizer, length, most) for length in lengths}
     model, tokenizer = load(config)
     model.to(device)
     rows: list[dict[str, Any]] = []
-    if data is not None:
-        named = named_text(data)
-        most = most or (named.windows if named else None)
-        for length in lengths:
-            about = {"model": config.model, "data": data, "window": length}
-            ids_ST = windows(text, tokenizer, length, most)
-            value = perplexity(model, ids_ST, label=f"perplexity at {length}")
-            rows.append({**about, "definition": BY_TOKEN, "windows": len(ids_ST), "perplexity": value})
-            if harness and words:
-                documents = evaluation_documents(data)
-                value = harness.word_perplexity(harness.Scorer(model, tokenizer, length), documents, is_wikitext(data))
-                rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
+    for length, shown in measured.items():
+        about = {"model": config.model, "data": str(data), "window": length}
+        value = perplexity(model, shown.ids_ST, label=f"perplexity at {length}", counted_ST=shown.counted_ST)
+        definition = BY_ANSWER if shown.counts == "answers" else BY_TOKEN
+        rows.append({**about, "definition": definition, "windows": len(shown.ids_ST), "perplexity": value})
+        if harness and words:
+            documents = evaluation_documents(str(data), text)
+            value = harness.word_perplexity(harness.Scorer(model, tokenizer, length), documents, is_wikitext(str(data)))
+            rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
     found = {}
     if harness and loaded:
         scorer = harness.Scorer(model, tokenizer, longest)
         source = {"data": "hub" if task_data is None else "local"}
         found = {name: harness.score(scorer, task, limit) | source for name, task in loaded.items()}
     return _result(rows, found, harness.version if harness else None)
+
+
+def _read(data: str | RecordedText, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> EvaluationText:
+    if isinstance(data, RecordedText):
+        return data.read(tokenizer)
+    return read_evaluation(data, tokenizer, config.train.loss_on, config.skip_bad_records)
 
 
 def _harness() -> ModuleType:
@@ -144,7 +193,7 @@ def save_results(directory: str, result: dict[str, Any]) -> Path:
             names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
             path = next(name for name in names if not name.exists() and not name.is_symlink())
             logger.warning("%s; the result is kept in %s", error, path.name)
-    replace(path, json.dumps(result, indent=2) + "\n")
+    replace(path, to_json(result, EVALUATION))
     return path
 
 
@@ -160,15 +209,22 @@ def _merged(path: Path, result: dict[str, Any]) -> dict[str, Any]:
         return _result([*rows.values()], old["tasks"] | result["tasks"], result["lm_eval"] or old["lm_eval"])
 
 
-def recorded_text(directory: str) -> str:
-    """The text that the run which made a checkpoint was evaluated on.
+def recorded_text(directory: str) -> RecordedText:
+    """The text that the run which made a checkpoint was evaluated on. What was held out is looked for where it was as seen from
+    the checkpoint, then where it was as seen from the run.
 
     Raises:
-        ValueError: no record of a run there, or it used a part of its training text.
+        ValueError: no record of a run there that names one.
     """
     record = Path(directory) / RECORD
     with door(record, "use", "; give a text with --data"):
-        text = read_record(Path(directory))["config"]["eval"]["data"] if record.is_file() else None
-    if text is None:
+        content = read_record(Path(directory)) if record.is_file() else {}
+        run = LosaConfig.from_dict(content.get("config", {}))
+        held_out = content.get("evaluation", {}).get("held_out")
+        where = None if held_out is None else (Path(directory, held_out["source"]), str(held_out["sha256"]))
+    if run.eval.data is not None:
+        return RecordedText(run, run.eval.data, None)
+    if where is None:
         raise ValueError(f"{directory} names no evaluation text; give one with --data")
-    return str(text)
+    beside, fingerprint = where
+    return RecordedText(run, str(beside) if beside.exists() else training_source(run), fingerprint)

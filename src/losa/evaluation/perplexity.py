@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from losa import distributed
-from losa.loss import causal_loss
+from losa.loss import IGNORED, causal_loss
 from losa.models import logits_by_block
 from losa.progress import progress
 
@@ -30,11 +30,13 @@ def perplexity(
     batch_size: int = 4,
     label: str = "perplexity",
     device: torch.device | None = None,
+    counted_ST: Tensor | None = None,
 ) -> float:
     """Token perplexity of the windows `ids_ST`; log-probabilities in float32, their sum in float64. Of several processes, each
     takes a part of the windows.
 
     Args:
+        counted_ST: bool, which tokens count, as predictions; all when None. Every token is read.
         device: run with one decoder block at a time on this device, for a model whose blocks are on the host.
 
     Raises:
@@ -45,12 +47,14 @@ def perplexity(
     was_training = model.training
     model.eval()
     mine_ST = distributed.part(ids_ST)
+    labels_ST = ids_ST if counted_ST is None else ids_ST.where(counted_ST, IGNORED)
+    labels = distributed.part(labels_ST).split(batch_size)
     batches = logits(model, mine_ST, batch_size, device)
     total = torch.zeros((), dtype=torch.float64, device=device or model.get_input_embeddings().weight.device)
-    for ids, logits_BTV in progress(batches, label, total=-(-len(mine_ST) // batch_size)):
-        total += causal_loss(logits_BTV, ids)
+    for (ids, logits_BTV), labels_BT in zip(progress(batches, label, total=len(labels)), labels, strict=True):
+        total += causal_loss(logits_BTV, labels_BT.to(ids.device))
     model.train(was_training)
-    return exp(distributed.sum_(total).item() / (ids_ST.shape[0] * (ids_ST.shape[1] - 1)))
+    return exp(distributed.sum_(total).item() / int((labels_ST[:, 1:] != IGNORED).sum()))
 
 
 def exp(nats: float) -> float:

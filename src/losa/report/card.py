@@ -31,7 +31,7 @@ def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | N
     far = warning(record)
     note = "" if far is None else f"\n> {plain(far)}\n"
     tasks = f"\n{_markdown(zero_shot(evaluation))}\n" if evaluation and evaluation.get("tasks") else ""
-    dense, packed, rounded = (size(count) for count in layer_bytes(record).values())
+    dense, packed, *rounded = (f"{size(count)} ({name})" for name, count in layer_bytes(record).items())
     return f"""---
 library_name: transformers
 {hub}tags: [sparse, losa, {_scalar(config["pruner"])}]
@@ -49,7 +49,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 {_markdown(found)}
 {note}{gap}{tasks}
-These layers take {dense} in bfloat16; `losa pack` stores them in {packed}, or {rounded} rounded to int8.
+These layers take {dense}; `losa pack` stores them in {packed}, or rounded in {" or ".join(rounded)}.
 
 [report.html](report.html) shows layer rates, ranks, errors and loss step by step; the configuration and all figures are in
 `losa.json`.

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from losa.config import LosaConfig
-from losa.runtime.header import VALUES
-from losa.runtime.packed import bytes_per_weight
+from losa.runtime.values import TYPES
 
 TITLES = {"dense": "dense", "pruned": "pruned only", "reconstructed": "reconstructed", "losa": "LoSA"}
 # Of `losa run` and `losa prune`; every other key is a --set.
@@ -124,7 +123,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def layer_bytes(record: Mapping[str, Any]) -> dict[str, float]:
     """Bytes of the decoder's linear layers in bfloat16, dense and packed, computed from their weights and zeros."""
     weights, density = record["sparsity"]["weights"], 1 - record["sparsity"]["achieved"]
-    packed = {f"packed, {name} values": weights * bytes_per_weight(density, dtype) for name, dtype in VALUES.items()}
+    packed = {f"packed, {name} values": weights * kind.bytes_per_weight(density) for name, kind in TYPES.items()}
     return {"dense, bfloat16": 2.0 * weights} | packed
 
 
@@ -135,7 +134,7 @@ def headline(
     found, sparsity = record["perplexity"], record["sparsity"]
     last = "losa" if "losa" in found else "pruned"
     before = f"dense {found['dense']:.2f}" + (f", pruned only {found['pruned']:.2f}" if last == "losa" else "")
-    dense, packed, _ = layer_bytes(record).values()
+    dense, packed, *_ = layer_bytes(record).values()
     numbers = [
         (f"{sparsity['achieved']:.2%}", f"of the weights are zero; asked: {sparsity['asked']:.2%}"),
         (f"{found[last]:.2f}", f"perplexity; {before}"),
@@ -156,7 +155,8 @@ def headline(
 def perplexities(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> Table:
     """What the run measured, and what was measured later."""
     used = record["evaluation"]
-    place = ("token, windowed", public(used["data"]), str(used["window"]), f"{used['windows']:,} windows")
+    definition = "answer token, windowed" if used.get("counts") == "answers" else "token, windowed"
+    place = (definition, public(used["data"]), str(used["window"]), f"{used['windows']:,} windows")
     rows = [(TITLES[name], *place, f"{value:.3f}") for name, value in record["perplexity"].items()]
     for row in (evaluation or {}).get("perplexity", []):
         over = next(f"{row[unit]:,} {unit}" for unit in ("windows", "documents") if unit in row)

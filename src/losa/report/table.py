@@ -28,7 +28,8 @@ def summary(record: dict[str, Any]) -> Group:
     """The end of a run: perplexities, sparsity asked and achieved, time per stage."""
     evaluation, sparsity, seconds = record["evaluation"], record["sparsity"], record["seconds"]
     found = record["perplexity"]
-    title = f"perplexity, {evaluation['windows']} windows of {evaluation['window']} tokens"
+    of = " of answers" if evaluation.get("counts") == "answers" else ""
+    title = f"perplexity{of}, {evaluation['windows']} windows of {evaluation['window']} tokens"
     if record["config"]["eval"]["windows"] == evaluation["windows"]:  # there may be more of them
         title += "; losa eval takes all"
     quality = Table(title=title, title_justify="left")

@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from losa.environment import machine, resolve_device
 from losa.models import load, max_length
 from losa.opening import open_config, open_weights
 from losa.progress import progress
+from losa.runtime.decode import road
 from losa.runtime.generate import speaker
-from losa.runtime.header import VALUES, SparseConfig
+from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
+from losa.runtime.values import TYPES
 
 MOST_ROUNDS = 1000
 GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waiting would count
@@ -35,9 +37,10 @@ GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waitin
 @dataclass(frozen=True)
 class Row:
     """One model. Bytes are of this process (on a GPU: allocated there) and of the weights that one token reads; the limit is
-    bandwidth / weight bytes."""
+    bandwidth / weight bytes; the road is `decode.road`'s."""
 
     name: str
+    road: str
     tokens_per_second: float
     first_token_seconds: float
     resident_bytes: int
@@ -86,7 +89,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrainedModel, int]]:
     """The models to compare, all of one checkpoint, on `device`, with the memory that each added.
 
-    A packed directory is compared with itself unpacked; any other is packed in memory, with both kinds of values.
+    A packed directory is compared with itself unpacked; any other is packed in memory, with every kind of values.
     """
     before = memory(device)
     first = load(directory)[0].to(device)
@@ -95,7 +98,7 @@ def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrained
         settle(first)  # packed models are settled when they are opened
         found["dense"] = (first, memory(device) - before)
         makers: dict[str, Callable[[], PreTrainedModel]] = {
-            f"sparse {values}": partial(_packed, directory, values, device) for values in VALUES
+            f"sparse {values}": partial(_packed, directory, values, device) for values in TYPES
         }
     else:
         found[f"sparse {first.config.quantization_config.values}"] = (first, memory(device) - before)
@@ -151,15 +154,11 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     config = next(iter(models.values()))[0].config.get_text_config()
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     graphs = {"cache_implementation": "static"} if place.type == "cuda" else {}
-    speakers = {name: speaker(model) for name, (model, _) in models.items()}
-    clocks: dict[str, list[_Clock]] = {name: [] for name in models}
+    clocks: dict[str, list[Clock]] = {name: [] for name in models}
     turns = [(name, counted) for counted in range(rounds + 1) for name in models]
     for name, counted in progress(turns, "generating"):
-        clock = _Clock()
-        speakers[name].generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock,
-            **graphs,
-        )  # fmt: skip
+        clock = Clock()
+        speaker(models[name][0], greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **graphs)
         if counted:
             clocks[name].append(clock)
     stream = bandwidth(place)
@@ -167,7 +166,7 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     for name, (model, added) in models.items():
         first = median(clock.first for clock in clocks[name])
         rate = median(clock.rate for clock in clocks[name])
-        rows.append(Row(name, rate, first, added, weight_bytes(model), stream / weight_bytes(model)))
+        rows.append(Row(name, road(model), rate, first, added, weight_bytes(model), stream / weight_bytes(model)))
     return {
         "machine": machine(place.type),
         "bandwidth": stream,
@@ -177,7 +176,12 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     }
 
 
-class _Clock:
+def greedy(new: int) -> GenerationConfig:
+    """Just so many tokens, the likeliest each: no end of text, for whose sake `min_new_tokens` would look at all logits again."""
+    return GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+class Clock:
     """A streamer that notes when `generate` hands over the prompt and then every token."""
 
     def __init__(self) -> None:

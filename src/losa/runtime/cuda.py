@@ -26,6 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from losa.runtime.values import TYPES, ValueType
+
+NUMBERED = {kind.number: kind for kind in TYPES.values()}
 STREAMED = 32  # tokens at most that multiply while the weight streams by: beyond, activations are read more than weights
 PANEL_BYTES = 32 << 20  # of an expanded panel: under the L2 cache of data-centre GPUs, a whole 4096 x 4096 layer
 WARPS_A_PROCESSOR = 16  # that hide the latency of memory, roughly: what splitting along I aims at
@@ -40,10 +43,37 @@ def _popcount(word):
 
 
 @triton.jit
-def _take(values, at, byte, position: tl.constexpr):
+def _take(values, at, byte, position: tl.constexpr, BITS: tl.constexpr):
     """The value of one bit of each byte, 0 where it is not set, and where the next one is."""
     stored = (byte & (1 << position)) != 0
-    return tl.load(values + at, mask=stored, other=0), at + stored.to(tl.int32)
+    if BITS == 4:  # two codes a byte, of the numbers -8 to 8 without 0
+        both = tl.load(values + (at >> 1), mask=stored, other=0).to(tl.int32)
+        code = (both >> ((at & 1) * 4)) & 15
+        value = tl.where(stored, code - 8 + (code >> 3), 0).to(tl.int8)
+    else:
+        value = tl.load(values + at, mask=stored, other=0)
+    return value, at + stored.to(tl.int32)
+
+
+@triton.jit
+def _begin(values, offsets, strip, BITS: tl.constexpr):
+    """Where the values of a strip begin: a pointer, and how many values that is too early."""
+    first = tl.load(offsets + strip)
+    if BITS == 4:
+        return values + (first >> 1), (first & 1).to(tl.int32)
+    return values + first, 0
+
+
+@triton.jit
+def _scaled(W_COI, groups, strip, first, chunks, C: tl.constexpr):
+    """Chunks in float32, times the scales of their 64 columns (`losa.runtime.int4.levels`), where the type has any."""
+    W_COI = W_COI.to(tl.float32)
+    if groups is not None:
+        chunk = first + tl.arange(0, C)[:, None]
+        place = (strip * chunks + chunk) * 16 + tl.arange(0, 16)[None, :]
+        byte = tl.load(groups + place, mask=chunk < chunks, other=0).to(tl.int32)
+        W_COI *= ((byte << 19) + (112 << 23)).to(tl.float32, bitcast=True)[:, :, None]
+    return W_COI
 
 
 @triton.jit
@@ -62,27 +92,27 @@ def _fetch(mask, index, first, end, words, C: tl.constexpr):
 
 
 @triton.jit
-def _decode(word, before_chunk, values, C: tl.constexpr, GROUP: tl.constexpr):
+def _decode(word, before_chunk, values, C: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
     """`[C, 16, 64]`, dense, of the values' type.
 
     Args:
         word, before_chunk: as `_fetch` brings them.
         values: the strip's first value.
-        GROUP: columns of a word, 2 or 4.
+        GROUP, BITS: columns of a word, 2 or 4, and bits of a value.
     """
     count = _popcount(word)
     before_word = before_chunk[:, None] + tl.cumsum(count, 1) - count
     shift = tl.arange(0, 4)[None, None, :] * 8
     at = before_word[:, :, None] + _popcount(word[:, :, None] & ((1 << shift) - 1).to(tl.uint32))
     byte = word[:, :, None] >> shift
-    v0, at = _take(values, at, byte, 0)
-    v1, at = _take(values, at, byte, 1)
-    v2, at = _take(values, at, byte, 2)
-    v3, at = _take(values, at, byte, 3)
-    v4, at = _take(values, at, byte, 4)
-    v5, at = _take(values, at, byte, 5)
-    v6, at = _take(values, at, byte, 6)
-    v7, at = _take(values, at, byte, 7)
+    v0, at = _take(values, at, byte, 0, BITS)
+    v1, at = _take(values, at, byte, 1, BITS)
+    v2, at = _take(values, at, byte, 2, BITS)
+    v3, at = _take(values, at, byte, 3, BITS)
+    v4, at = _take(values, at, byte, 4, BITS)
+    v5, at = _take(values, at, byte, 5, BITS)
+    v6, at = _take(values, at, byte, 6, BITS)
+    v7, at = _take(values, at, byte, 7, BITS)
     # Dimensions: chunk, word, byte of the word, then the three bits of the position, lowest first.
     decoded = tl.join(tl.join(tl.join(v0, v1), tl.join(v2, v3)), tl.join(tl.join(v4, v5), tl.join(v6, v7)))
     if GROUP == 2:  # 8 byte + bit = 2 row + column
@@ -104,9 +134,9 @@ def _finish(sums, row, keep, scale, bias):
 
 @triton.jit(do_not_specialize=["tokens", "chunks_a_split"])
 def _stream(
-    x, mask, values, offsets, index, scale, bias, y,
+    x, mask, values, offsets, index, scale, groups, bias, y,
     tokens, rows, columns, words, chunks, chunks_a_split,
-    C: tl.constexpr, T: tl.constexpr, FINISH: tl.constexpr, GROUP: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, FINISH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """`y = x W^T`, one strip of 16 rows and one of D shares of the columns a program; C warps decode side by side.
 
@@ -116,7 +146,7 @@ def _stream(
     """
     strip, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mask += strip * words
-    values += tl.load(offsets + strip)
+    values, early = _begin(values, offsets, strip, BITS)
     index += strip * chunks
     token = tl.arange(0, T)
     sums = tl.zeros((C, 16, T), tl.float32)
@@ -127,8 +157,8 @@ def _stream(
         column = (first + tl.arange(0, C))[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
         inside = (token < tokens)[None, :, None] & (column < columns)
         x_CTI = tl.load(x + token[None, :, None] * columns + column, mask=inside, other=0)
-        W_COI = _decode(word, before, values, C, GROUP)
-        W_COI = W_COI.to(tl.float32).to(x_CTI.dtype)  # costs bfloat16 nothing; int8 has no other way in the interpreter
+        W_COI = _scaled(_decode(word, before + early, values, C, GROUP, BITS), groups, strip, first, chunks, C)
+        W_COI = W_COI.to(x_CTI.dtype)  # by float32: costs bfloat16 nothing; int8 has no other way in the interpreter
         sums = tl.dot(W_COI, tl.permute(x_CTI, (0, 2, 1)), sums)
         word, before = next_word, next_before
     row = (strip * 16 + tl.arange(0, 16))[:, None]
@@ -153,18 +183,36 @@ def _add_shares(partial, scale, bias, y, tokens, rows, D: tl.constexpr, BLOCK: t
 
 @triton.jit(do_not_specialize=["first_strip"])
 def _expand(
-    mask, values, offsets, index, scale, panel, first_strip, rows, columns, words, chunks,
-    C: tl.constexpr, GROUP: tl.constexpr,
+    mask, values, offsets, index, scale, groups, panel, first_strip, rows, columns, words, chunks,
+    C: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Writes `rows` rows from strip `first_strip` on, `[P, I]`, in the panel's type; C chunks of a strip a program."""
     local, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * C
     strip = first_strip + local
     word, before = _fetch(mask + strip * words, index + strip * chunks, first, chunks, words, C)
-    W_COI = _decode(word, before, values + tl.load(offsets + strip), C, GROUP)
+    values, early = _begin(values, offsets, strip, BITS)
+    W_COI = _scaled(_decode(word, before + early, values, C, GROUP, BITS), groups, strip, first, chunks, C)
     row = (local * 16 + tl.arange(0, 16))[None, :, None]
     column = (first + tl.arange(0, C))[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
-    result = _finish(W_COI.to(tl.float32), first_strip * 16 + row, row < rows, scale, None)
+    result = _finish(W_COI, first_strip * 16 + row, row < rows, scale, None)
     tl.store(panel + row * columns + column, result.to(panel.dtype.element_ty), mask=(row < rows) & (column < columns))
+
+
+class Weight(NamedTuple):
+    """A packed weight as the kernels take it: the mask as int32, and the index, where each chunk begins."""
+
+    mask: Tensor
+    values: Tensor
+    offsets: Tensor
+    begins: Tensor
+    scale: Tensor | None
+    groups: Tensor | None
+    type: ValueType
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the type, in the order of the kernels' arguments."""
+        return self[:-1]
 
 
 class Config(NamedTuple):
@@ -198,8 +246,9 @@ def _processors(device: torch.device) -> int:
 
 
 def sparse_linear(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, index: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int
-) -> Tensor:
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, index: Tensor, scale: Tensor | None, groups: Tensor | None,
+    bias: Tensor | None, rows: int, values_type: int,
+) -> Tensor:  # fmt: skip
     """`x W^T + b`.
 
     Launches only: nothing is read back, so it can be captured in a CUDA graph; what it allocates comes from torch's allocator,
@@ -208,10 +257,11 @@ def sparse_linear(
 
     Args:
         x: `[T, I]` bfloat16 or float16; the result is of its type.
-        mask, values, offsets, scale: of a `PackedWeight`.
+        mask, values, offsets, scale, groups: of a `PackedWeight`.
         index: its `packed.chunk_index`.
         bias: `[O]`, any type, or None.
         rows: O.
+        values_type: number of the type of the values.
 
     Raises:
         ValueError: activations of another type.
@@ -221,18 +271,19 @@ def sparse_linear(
     y = x.new_empty(x.shape[0], rows)
     if not y.numel():
         return y
-    weight = (mask.view(torch.int32), values, offsets, index)
+    weight = Weight(mask.view(torch.int32), values, offsets, index, scale, groups, NUMBERED[values_type])
     with torch.cuda.device_of(x):
         if x.shape[0] > STREAMED:
-            _by_panels(x, weight, scale, bias, y)
+            _by_panels(x, weight, bias, y)
         else:
-            _stream_by(_choose(x, weight, scale, bias, y), x.contiguous(), weight, scale, bias, y)
+            _stream_by(_choose(x, weight, bias, y), x.contiguous(), weight, bias, y)
     return y
 
 
 def _shape(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, index: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int
-) -> Tensor:
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, index: Tensor, scale: Tensor | None, groups: Tensor | None,
+    bias: Tensor | None, rows: int, values_type: int,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], rows)
 
 
@@ -244,21 +295,17 @@ for _key in ("CUDA", "CPU"):  # the CPU for Triton's interpreter
 torch.library.register_fake("losa::sparse_linear_cuda", _shape, lib=_library)
 
 
-Weight = tuple[Tensor, Tensor, Tensor, Tensor]  # mask as int32, values, offsets, index
-
-
-def _choose(x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> Config:
+def _choose(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> Config:
     """The fastest configuration, timed at the first call of a shape; the likeliest while a graph is captured, and on the CPU."""
-    mask, values, _, index = weight
-    key = (x.device, x.dtype, values.dtype, mask.shape, x.shape[1], _padded(x.shape[0]))
+    key = (x.device, x.dtype, weight.type, weight.mask.shape, x.shape[1], _padded(x.shape[0]))
     if key not in _fastest:
-        strips, chunks = index.shape
+        strips, chunks = weight.begins.shape
         found = configs(strips, chunks, _processors(x.device), x.shape[0])
         if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return found[0]
         times = {}
         for config in found:
-            work = functools.partial(_stream_by, config, x.contiguous(), weight, scale, bias, y)
+            work = functools.partial(_stream_by, config, x.contiguous(), weight, bias, y)
             times[config] = _milliseconds(work)
         _fastest[key] = min(times, key=lambda config: times[config])
     return _fastest[key]
@@ -286,30 +333,23 @@ def _padded(tokens: int) -> int:
     return max(8, triton.next_power_of_2(tokens))
 
 
-def _group(values: Tensor) -> int:
-    """Columns of a word."""
-    return 2 if values.dtype == torch.bfloat16 else 4
-
-
-def _stream_by(config: Config, x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+def _stream_by(config: Config, x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """Up to `STREAMED` tokens, `[T, I]` contiguous; fills `y`."""
     (warps, splits), (tokens, rows) = config, y.shape
-    mask, values, _, index = weight
-    strips, chunks = index.shape
+    scale, (strips, chunks) = weight.scale, weight.begins.shape
     each = -(-chunks // (splits * warps)) * warps
     sums = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device)
     _stream[strips, splits](
-        x, *weight, scale, bias, sums, tokens, rows, x.shape[1], mask.shape[1], chunks, each,
-        C=warps, T=_padded(tokens), FINISH=splits == 1, GROUP=_group(values), num_warps=warps,
+        x, *weight.tensors, bias, sums, tokens, rows, x.shape[1], weight.mask.shape[1], chunks, each,
+        C=warps, T=_padded(tokens), FINISH=splits == 1, GROUP=weight.type.columns, BITS=weight.type.bits, num_warps=warps,
     )  # fmt: skip
     if splits > 1:
         _add_shares[(triton.cdiv(tokens * rows, 1024),)](sums, scale, bias, y, tokens, rows, D=splits, BLOCK=1024)
 
 
-def _by_panels(x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+def _by_panels(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """Any number of tokens; fills `y`. The panel goes back to torch's allocator, which hands it to the next layer."""
-    mask, values, _, index = weight
-    (strips, chunks), (rows, columns) = index.shape, (y.shape[1], x.shape[1])
+    (strips, chunks), (rows, columns) = weight.begins.shape, (y.shape[1], x.shape[1])
     panels = triton.cdiv(rows * columns * x.element_size(), PANEL_BYTES)
     height = triton.cdiv(strips, panels) * 16
     panel = x.new_empty(min(height, rows), columns)
@@ -317,8 +357,9 @@ def _by_panels(x: Tensor, weight: Weight, scale: Tensor | None, bias: Tensor | N
         part = slice(start, min(start + height, rows))
         W_PI = panel[: part.stop - start]
         _expand[triton.cdiv(len(W_PI), 16), triton.cdiv(chunks, 4)](
-            *weight, scale, W_PI, start // 16, len(W_PI), columns, mask.shape[1], chunks, C=4, GROUP=_group(values), num_warps=4
-        )
+            *weight.tensors, W_PI, start // 16, len(W_PI), columns, weight.mask.shape[1], chunks,
+            C=4, GROUP=weight.type.columns, BITS=weight.type.bits, num_warps=4,
+        )  # fmt: skip
         if bias is None:
             torch.mm(x, W_PI.T, out=y[:, part])
         else:

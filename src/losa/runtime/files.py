@@ -7,10 +7,7 @@ embeddings to tokenizer, is as it was. The directory appears under its name only
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from losa.checkpoint import BENCH, EVALUATION
+from losa.checkpoint import writing
 from losa.doors import INDEX, check_links, read_json, read_tensors, read_text, shown, weight_files
 from losa.models import check_supported, find_decoder
 from losa.opening import check_model, open_config
+from losa.output import BENCH, EVALUATION, LIST, check_free, claim, fresh, place, publish
 from losa.progress import progress
 from losa.report.card import CARD, PACKED
-from losa.runtime.header import METHOD, SparseConfig, check_files, swap_in
-from losa.runtime.packed import PackedWeight, check, pack, unpack
+from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
+from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
+from losa.runtime.values import ValueType
 
-PARTS = ("weight", "weight_mask", "weight_offsets", "weight_scale")
 NOTE = (
     PACKED + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
     '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
@@ -40,45 +38,80 @@ logger = logging.getLogger(__name__)
 
 
 def pack_checkpoint(
-    source: str | Path, output: str | Path, values: str = "bfloat16", trust_remote_code: bool = False
+    source: str | Path,
+    output: str | Path,
+    values: str = "bfloat16",
+    trust_remote_code: bool = False,
+    head: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Packs the linear layers of the decoder's blocks of a checkpoint.
+    """Packs the linear layers of the decoder's blocks of a checkpoint, and its output head.
 
     Args:
         source: directory of a checkpoint, sparse or not.
         output: a directory that does not exist yet.
-        values: `bfloat16` or `int8`.
+        values: a name of `losa.runtime.values`.
+        head: `int8`, `int4`, or `keep`; see `SparseConfig`.
+        overwrite: the output may be what losa wrote earlier; it is replaced.
 
     Returns:
-        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the packed layers, `ratio` of the two.
+        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its
+        values, and `head_bytes`, 0 for a head that stays as it was.
 
     Raises:
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
     """
     source, output = Path(source), Path(output)
-    config = SparseConfig(values)
+    config = SparseConfig(values, head=head)
+    with claim(output):
+        return _pack_claimed(source, output, config, trust_remote_code, overwrite, needs_head=head is not None)
+
+
+def _pack_claimed(
+    source: Path, output: Path, config: SparseConfig, trust_remote_code: bool, overwrite: bool, needs_head: bool
+) -> dict[str, Any]:
+    _check(source, output, overwrite)
     if is_packed(source):
         raise ValueError(f"{source} is packed already; losa unpack gives its dense checkpoint back")
     model = _skeleton(source, trust_remote_code)
     check_links(source)
     check_supported(model)
-    linears = find_decoder(model).linears()
+    linears = dict(find_decoder(model).linears())
     total = sum(linear.weight.numel() for linear in linears.values())
-    sizes = {"layers": len(linears), "sparsity": 0.0, "dense_bytes": 2 * total, "packed_bytes": 0}
-    with _appearing(output) as partial, progress(None, "packing", total=len(linears)) as bar:
+    sizes: dict[str, Any] = {
+        "layers": len(linears),
+        "sparsity": 0.0,
+        "dense_bytes": 2 * total,
+        "packed_bytes": 0,
+        "head_bytes": 0,
+    }
+    places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
+    home = _home_of_head(model, source)
+    if config.head != KEEP and home is None and needs_head:
+        raise ValueError(f"{type(model).__name__} has no linear output head that losa can pack; use --head keep")
+    if config.head != KEEP and home is not None:
+        linears |= last
+        home_name, config.tied = home
+        places |= dict.fromkeys(last, home_name)
+    else:
+        config.head = KEEP
+    partial = fresh(output)
+    with writing(output), progress(None, "packing", total=len(linears)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             made = {}
             for key, tensor in tensors.items():
-                name = key.removesuffix(".weight")
-                if name not in linears or name == key:
+                here = [name for name, place in places.items() if f"{place}.weight" == key]
+                repeated = config.tied and key.removesuffix(".weight") in last  # the embedding, once more
+                if (not here and not repeated) or (config.tied and here == list(last)):
                     made[key] = tensor
-                    continue
-                parts = _pack_layer(name, tensor, linears[name].weight.shape, config)
-                made |= parts
-                config.layers[name] = parts[f"{name}.weight"].numel()
-                sizes["packed_bytes"] += sum(part.nbytes for part in parts.values())
-                bar.update()
+                for name in here:
+                    packed = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
+                    parts = packed.tensors()
+                    made |= {f"{name}.{part}": found for part, found in parts.items()}
+                    config.layers[name] = packed.stored
+                    sizes["head_bytes" if name in last else "packed_bytes"] += sum(found.nbytes for found in parts.values())
+                    bar.update()
             return made
 
         _convert_files(source, partial, convert)
@@ -87,13 +120,16 @@ def pack_checkpoint(
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
-        changes = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
-        _finish(source, partial, changes, NOTE.format(name=output.name, values=values))
-    sizes["sparsity"] = 1 - sum(config.layers.values()) / total
-    return sizes | {"ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
+        changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
+        if config.tied:
+            changes["tie_word_embeddings"] = False
+        _finish(source, partial, changes, NOTE.format(name=output.name, values=config.values))
+        publish(output)
+    sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
+    return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
 
-def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, config: SparseConfig) -> dict[str, Tensor]:
+def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> PackedWeight:
     if W_OI.shape != shape or not W_OI.is_floating_point():
         raise ValueError(f"{name}.weight is {W_OI.dtype} {tuple(W_OI.shape)} in the file, expected floats of {tuple(shape)}")
     if W_OI.dtype != torch.bfloat16:
@@ -101,14 +137,25 @@ def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, config: SparseConfig
     rounded = W_OI.bfloat16()
     if not torch.isfinite(rounded).all():
         raise ValueError(f"{name}.weight holds NaN or infinity in bfloat16; the checkpoint is damaged")
-    packed = pack(rounded, config.dtype)
-    if config.dtype == torch.bfloat16 and not torch.equal(unpack(packed), rounded):
+    packed = pack(rounded, kind)
+    if not kind.rounds and not torch.equal(unpack(packed), rounded):
         raise RuntimeError(f"{name}: what was packed does not unpack to itself; the result is void")
-    parts = dict(zip(PARTS, (packed.values, packed.mask, packed.offsets, packed.scale), strict=True))
-    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    return packed
 
 
-def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False) -> int:
+def _home_of_head(model: PreTrainedModel, source: Path) -> tuple[str, bool] | None:
+    """Whose weight the head's is in the files, and whether it is the embedding's. None: there is no linear head, or it is tied by
+    a configuration inside the configuration, which would have to be taken apart."""
+    embedding = model.get_input_embeddings()
+    head = next(iter(head_of(model)), None)
+    if head is None or not getattr(model.config, "tie_word_embeddings", False):
+        return (head, False) if head else None
+    if "text_config" in read_json(source / "config.json"):
+        return None
+    return next(name for name, module in model.named_modules() if module is embedding), True
+
+
+def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False, overwrite: bool = False) -> int:
     """Writes the dense checkpoint, with its zeros, that any software opens: bitwise the packed one for bfloat16 values.
 
     Returns:
@@ -118,21 +165,34 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
         ValueError: `source` is not a packed checkpoint, is damaged, or the output exists.
     """
     source, output = Path(source), Path(output)
+    with claim(output):
+        return _unpack_claimed(source, output, trust_remote_code, overwrite)
+
+
+def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwrite: bool) -> int:
+    _check(source, output, overwrite)
     config = read_header(source)
     check_links(source)
-    shapes = {name: linear.weight.shape for name, linear in find_decoder(_skeleton(source, trust_remote_code)).linears().items()}
+    model = _skeleton(source, trust_remote_code)
+    linears, head = dict(find_decoder(model).linears()), head_of(model)
+    if config.head != KEEP:
+        linears |= head
+    shapes = {name: linear.weight.shape for name, linear in linears.items()}
     wrong = config.layers.keys() - shapes.keys()
     if wrong:
         raise ValueError(f"the packed header names {shown(min(wrong))}, which is no linear layer of the model")
     unpacked = set()
-    with _appearing(output) as partial, progress(None, "unpacking", total=len(config.layers)) as bar:
+    partial = fresh(output)
+    with writing(output), progress(None, "unpacking", total=len(config.layers)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             packed = {f"{name}.{part}" for name in config.layers for part in PARTS}
             made = {key: tensor for key, tensor in tensors.items() if key not in packed}
             for name in config.layers:
                 if f"{name}.weight" in tensors:
-                    made[f"{name}.weight"] = _unpack_layer(name, tensors, shapes[name])
+                    W_OI = _unpack_layer(name, tensors, shapes[name], config.type_of(name in head))
+                    if not (config.tied and name in head):  # the embedding is its dense weight
+                        made[f"{name}.weight"] = W_OI
                     unpacked.add(name)
                     bar.update()
             return made
@@ -143,15 +203,16 @@ def unpack_checkpoint(source: str | Path, output: str | Path, trust_remote_code:
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
-        _finish(source, partial, {"quantization_config": None}, "")
-    return len(config.layers)
+        _finish(source, partial, {"quantization_config": None} | ({"tie_word_embeddings": True} if config.tied else {}), "")
+        publish(output)
+    return len(config.layers) - (config.head != KEEP)
 
 
-def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    values, mask, offsets, scale = (tensors.get(f"{name}.{part}") for part in PARTS)
-    if values is None or mask is None or offsets is None:
+def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size, kind: ValueType) -> Tensor:
+    found: dict[str, Any] = {field: tensors.get(f"{name}.{part}") for part, field in PARTS.items()}
+    if any(found[field] is None for field in ("values", "mask", "offsets")):
         raise ValueError(f"the packed checkpoint lacks a part of {name}; it is damaged, pack the model again")
-    packed = PackedWeight(mask=mask, values=values, offsets=offsets, scale=scale, rows=shape[0], columns=shape[1])
+    packed = PackedWeight(**found, rows=shape[0], columns=shape[1], type=kind)
     check(packed, name)
     return unpack(packed)
 
@@ -164,7 +225,7 @@ def is_packed(directory: Path) -> bool:
 
 
 def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
-    """Stored values and weights of every packed layer, in the model's order: the bits of the masks, counted.
+    """Stored values and weights of every packed layer of the blocks, in the model's order: the bits of the masks, counted.
 
     Raises:
         ValueError: a header that does not fit the model, its files or the masks.
@@ -203,19 +264,15 @@ def _skeleton(source: Path, trust_remote_code: bool) -> PreTrainedModel:
     return check_model(open_config(str(source), trust_remote_code), str(source), trust_remote_code)
 
 
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A directory to fill, renamed to `output` at the end; gone if that is not reached."""
-    if output.exists():
-        raise ValueError(f"{output} exists; choose another directory, or remove it first")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _check(source: Path, output: Path, overwrite: bool) -> None:
+    """Refuses an output that is there, unless losa wrote it and `overwrite` is set; and the source itself."""
+    final = place(output)
+    if final == place(source):
+        raise ValueError(f"{output} is what would be read and exists; choose another directory")
+    if final.exists() and not overwrite:
+        more = ", or add --overwrite to replace it" if (final / LIST).exists() else ""
+        raise ValueError(f"{output} exists; choose another directory, or remove it first{more}")
+    check_free(output, overwrite)
 
 
 def _convert_files(source: Path, output: Path, convert: Any) -> None:
@@ -237,22 +294,18 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
 
 def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> None:
     """Copies what is neither weights nor measured on them, the card with a new `note`, config.json with `changes` (None removes a
-    key). Flushes it all."""
+    key)."""
     for file in source.iterdir():
         if (
             file.is_file()
             and not file.name.startswith(".")
             and file.suffix != ".safetensors"
-            and file.name not in (INDEX, EVALUATION, BENCH, "config.json")
+            and file.name not in (INDEX, EVALUATION, BENCH, LIST, "config.json")
         ):
             shutil.copy2(file, output / file.name)
     config = read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
     _note_on_card(output, note)
-    for file in [*output.iterdir(), output]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _note_on_card(directory: Path, note: str) -> None:

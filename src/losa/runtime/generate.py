@@ -61,10 +61,10 @@ def check_wishes(prompt: str, tokens: int, temperature: float, seed: int) -> Non
         raise ValueError(f"seed is {seed}, expected a number in [0, 2^63)")
 
 
-def speaker(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, with the same weights, as it generates here: with `settings` and nothing else from its files."""
+def speaker(model: PreTrainedModel, config: GenerationConfig | None = None) -> PreTrainedModel:
+    """The model, with the same weights, as it generates here: with `config`, or `settings`, and nothing else from its files."""
     twin = copy.copy(model)
-    twin.generation_config = settings(model)
+    twin.generation_config = config or settings(model)
     return twin
 
 

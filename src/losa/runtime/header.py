@@ -4,6 +4,7 @@
 
 `layers` names every packed linear layer with the number of its stored values. Shapes are the model's; together they fix the
 dtype and shape of every packed tensor, which `check_files` compares with what the safetensors files say before one is read.
+Where the output head is packed as well, `head` says with which values, and `tied` whether it was the embedding.
 transformers makes `SparseConfig` of this dictionary; so it is also what a user passes to pack a checkpoint while it is opened:
 
     AutoModelForCausalLM.from_pretrained(directory, quantization_config=losa.SparseConfig())
@@ -15,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from losa.doors import shown, tensor_heads
 from losa.runtime.linear import SparseLinear
+from losa.runtime.values import HEADS, TYPES, ValueType
 
 METHOD = "losa"
+KEEP = "keep"
 VERSION = 1
-VALUES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 _DTYPES = {torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32"}
 
 
@@ -30,24 +33,37 @@ class SparseConfig(QuantizationConfigMixin):
     """How linear layers are packed.
 
     Args:
-        values: `bfloat16`, nothing is lost; or `int8`, rounded with a scale per row.
+        values: `bfloat16`, nothing is lost; `int8`, rounded with a scale per row; or `int4`, with one for 64 columns as well.
         layers: stored values by the name of the layer, in a packed checkpoint; empty to pack a dense one while it is opened.
         version: of the format.
+        head: values of the output head, `int8` or `int4`, or `keep`, which leaves it dense. None: `int8` if values are rounded,
+            else `keep`.
+        tied: whether the dense model uses its embedding as its head; only in a packed checkpoint with a packed head.
 
     Raises:
         ValueError: anything else, with what was found.
     """
 
     def __init__(
-        self, values: str = "bfloat16", layers: Mapping[str, int] | None = None, version: int = VERSION, **unknown: Any
+        self,
+        values: str = "bfloat16",
+        layers: Mapping[str, int] | None = None,
+        version: int = VERSION,
+        head: str | None = None,
+        tied: bool = False,
+        **unknown: Any,
     ) -> None:
         method = unknown.pop("quant_method", METHOD)
         if method != METHOD:
             raise ValueError(f"quant_method is {shown(method)}, expected {METHOD!r}: this is no packed LoSA checkpoint")
         if type(version) is not int or version != VERSION:
             raise ValueError(f"packed format {shown(version)}, expected {VERSION}; update losa, or pack the model again")
-        if not isinstance(values, str) or values not in VALUES:
-            raise ValueError(f"packed values are {shown(values)}, expected one of {', '.join(VALUES)}")
+        if not isinstance(values, str) or values not in TYPES:
+            raise ValueError(f"packed values are {shown(values)}, expected one of {', '.join(TYPES)}")
+        if head is not None and (not isinstance(head, str) or head not in (KEEP, *HEADS)):
+            raise ValueError(f"values of the head are {shown(head)}, expected one of {', '.join((*HEADS, KEEP))}")
+        if not isinstance(tied, bool):
+            raise ValueError(f"tied is {shown(tied)}, expected true or false")
         if unknown:
             raise ValueError(f"unknown keys in the packed header: {', '.join(sorted(map(str, unknown)))[:200]}")
         layers = {} if layers is None else layers
@@ -60,20 +76,32 @@ class SparseConfig(QuantizationConfigMixin):
         self.version = version
         self.values = values
         self.layers = dict(layers)
+        self.head = head or ("int8" if TYPES[values].rounds and not layers else KEEP)
+        self.tied = tied
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored values."""
-        return VALUES[self.values]
+    def type_of(self, is_head: bool) -> ValueType:
+        """Of the stored values of a packed layer, a block's or the output head."""
+        return TYPES[self.head if is_head and self.head != KEEP else self.values]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The header; nothing of a head that is not packed."""
+        found = super().to_dict()
+        return {key: value for key, value in found.items() if key not in ("head", "tied") or self.head != KEEP}
 
 
-def swap_in(model: nn.Module, config: SparseConfig) -> dict[str, SparseLinear]:
+def head_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layer that makes logits, by its name; empty where there is none."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if module is head and isinstance(module, nn.Linear)}
+
+
+def swap_in(model: PreTrainedModel, config: SparseConfig) -> dict[str, SparseLinear]:
     """Replaces the layers that the header names by empty `SparseLinear`s, on the model's (meta) device; returns them.
 
     Raises:
         ValueError: a name that the model has no linear layer for, or more values than the layer has weights.
     """
-    modules = dict(model.named_modules())
+    modules, head = dict(model.named_modules()), head_of(model)
     made = {}
     for name, count in config.layers.items():
         linear = modules.get(name)
@@ -83,7 +111,9 @@ def swap_in(model: nn.Module, config: SparseConfig) -> dict[str, SparseLinear]:
         if count > linear.weight.numel():
             raise ValueError(f"{name}: {count} stored values, more than its {linear.weight.numel()} weights")
         with torch.device("meta"):
-            made[name] = SparseLinear(linear.in_features, linear.out_features, count, config.dtype, linear.bias is not None)
+            made[name] = SparseLinear(
+                linear.in_features, linear.out_features, count, config.type_of(name in head), linear.bias is not None
+            )
         model.set_submodule(name, made[name])
     return made
 

@@ -42,8 +42,9 @@ def available() -> tuple[str, ...]:
 
 
 def _shape(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int, kernel: int
-) -> Tensor:
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scale: Tensor | None, groups: Tensor | None, bias: Tensor | None,
+    rows: int, columns: int, values_type: int, kernel: int,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], rows)
 
 
@@ -88,13 +89,19 @@ def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str, 
         bias_O: bfloat16, or None.
         kernel: one of `available()`, or `triton`, as `choose` found for the device.
         index: the weight's `packed.chunk_index`, for `triton`.
+
+    Raises:
+        ValueError: an input of another width.
     """
+    if x.shape[-1] != weight.columns:
+        raise ValueError(f"found {x.shape[-1]} features in the input of a packed layer of {weight.columns}")
     if kernel == REFERENCE:
         return packed.linear(x, weight, bias_O)
     x_TI = x.reshape(-1, x.shape[-1])
-    parts = (weight.mask, weight.values, weight.offsets)
+    parts, scales, kind = (weight.mask, weight.values, weight.offsets), (weight.scale, weight.groups), weight.type.number
     if kernel == TRITON:
-        y_TO = torch.ops.losa.sparse_linear_cuda(x_TI, *parts, index, weight.scale, bias_O, weight.rows)
+        y_TO = torch.ops.losa.sparse_linear_cuda(x_TI, *parts, index, *scales, bias_O, weight.rows, kind)
     else:
-        y_TO = torch.ops.losa.sparse_linear(x_TI, *parts, weight.scale, bias_O, weight.rows, COMPILED.index(kernel))
+        shape, number = (weight.rows, weight.columns), COMPILED.index(kernel)
+        y_TO = torch.ops.losa.sparse_linear(x_TI, *parts, *scales, bias_O, *shape, kind, number)
     return y_TO.view(*x.shape[:-1], weight.rows)

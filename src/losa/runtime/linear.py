@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from losa.runtime import kernels
-from losa.runtime.packed import PackedWeight, check, chunk_index, mask_shape, pack, unpack
+from losa.runtime.packed import PackedWeight, check, chunk_index, groups_shape, mask_shape, pack, unpack
+from losa.runtime.values import BFLOAT16, ValueType
 
 
 class SparseLinear(nn.Module):
@@ -17,10 +18,12 @@ class SparseLinear(nn.Module):
     guess: `weight` holds the values that are not zero, in one dimension, where an `nn.Linear` has two.
 
     Attributes:
-        weight: `[count]` bfloat16 or int8.
+        values: the type of the stored values.
+        weight: `[elements]` of `values.stored`.
         weight_mask: `[strips, bytes]` uint8.
         weight_offsets: `[strips + 1]` int64.
-        weight_scale: `[O]` float32, or None for bfloat16 values.
+        weight_scale: `[O]` float32, or None for values that are not rounded.
+        weight_groups: `[strips, groups, 16]` uint8, or None for values without scales of groups.
         bias: `[O]` bfloat16 or None.
         kernel: one of `losa.runtime.kernels.available()`, or `triton` on a GPU.
         index: `[strips, chunks]` int32, `packed.chunk_index` of a layer on a GPU; None elsewhere. In no checkpoint.
@@ -28,21 +31,23 @@ class SparseLinear(nn.Module):
 
     index: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, count: int, values: torch.dtype, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, count: int, values: ValueType, bias: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.values = in_features, out_features, values
         strips, width = mask_shape(out_features, in_features, values)
-        self.weight = _frozen(torch.empty(count, dtype=values))
+        self.weight = _frozen(torch.empty(values.elements(count), dtype=values.stored))
         self.weight_mask = _frozen(torch.empty(strips, width, dtype=torch.uint8))
         self.weight_offsets = _frozen(torch.empty(strips + 1, dtype=torch.int64))
-        scale = _frozen(torch.empty(out_features, dtype=torch.float32)) if values == torch.int8 else None
+        scale = _frozen(torch.empty(out_features, dtype=torch.float32)) if values.scaled else None
         self.register_parameter("weight_scale", scale)
+        shape = groups_shape(out_features, in_features, values)
+        self.register_parameter("weight_groups", _frozen(torch.empty(shape, dtype=torch.uint8)) if shape else None)
         self.register_parameter("bias", _frozen(torch.empty(out_features, dtype=torch.bfloat16)) if bias else None)
         self.kernel = kernels.choose()
         self.register_buffer("index", None, persistent=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, values: torch.dtype = torch.bfloat16) -> Self:
+    def from_linear(cls, linear: nn.Linear, values: ValueType = BFLOAT16) -> Self:
         """Packs a bfloat16 layer.
 
         Raises:
@@ -50,9 +55,8 @@ class SparseLinear(nn.Module):
         """
         packed = pack(linear.weight.data, values)
         made = cls(linear.in_features, linear.out_features, 0, values)
-        made.weight, made.weight_mask, made.weight_offsets = map(_frozen, (packed.values, packed.mask, packed.offsets))
-        if packed.scale is not None:
-            made.weight_scale = _frozen(packed.scale)
+        for part, tensor in packed.tensors().items():
+            made.register_parameter(part, _frozen(tensor))
         if linear.bias is not None:
             made.bias = _frozen(linear.bias.data.bfloat16())
         made.land()
@@ -88,7 +92,8 @@ class SparseLinear(nn.Module):
         held = self._parameters  # directly: five attribute lookups of a module would take as long as the operator's call
         mask, values, offsets = held["weight_mask"], held["weight"], held["weight_offsets"]
         assert mask is not None and values is not None and offsets is not None
-        return PackedWeight(mask, values, offsets, held["weight_scale"], self.out_features, self.in_features)
+        scale, groups = held["weight_scale"], held["weight_groups"]
+        return PackedWeight(mask, values, offsets, scale, groups, self.out_features, self.in_features, self.values)
 
     def to_linear(self) -> nn.Linear:
         """The dense layer again."""
@@ -118,10 +123,11 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, zeros and storage, for `print(model)`."""
-        zeros = 1 - self.weight.numel() / max(1, self.in_features * self.out_features)
+        stored = 0 if self.weight.is_meta else self.packed.stored
+        zeros = 1 - stored / max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"zeros={zeros:.1%}, values={str(self.weight.dtype).removeprefix('torch.')}, kernel={self.kernel}"
+            f"zeros={zeros:.1%}, values={self.values.name}, kernel={self.kernel}"
         )
 
 

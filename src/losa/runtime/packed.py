@@ -1,18 +1,18 @@
 """The packed weight: one bit for every weight, one number for every weight that is not zero.
 
 A `[O, I]` weight is cut into strips of 16 rows. Inside a strip a *word* covers 16 rows x g columns, g = 2 for bfloat16 values
-and 4 for int8: 32 or 64 mask bits, and expanded exactly one 64-byte register in the order the dot product instructions of
+and 4 for smaller ones: 32 or 64 mask bits, and expanded exactly one 64-byte register in the order the dot product instructions of
 today's CPUs want. Values follow in the order of words and bits, so that a strip is read once, front to back:
 
     mask     [strips, words * 2g] uint8   bit r * g + c of a word (little endian): row r, column c of the word is stored
-    values   [count] bfloat16 or int8
-    offsets  [strips + 1] int64           first value of each strip; the last entry is `count`
-    scale    [O] float32                  int8 only: W = scale * values
+    values   [elements] of the type       `losa.runtime.values`; two int4 share a byte, the first in its low half
+    offsets  [strips + 1] int64           first value of each strip; the last entry is how many there are
+    scale    [O] float32                  types that round: W = scale * values
+    groups   [strips, groups, 16] uint8   int4: W = scale * level(groups) * values, a byte for 64 columns of each row
 
-Bytes per weight at density d: 1/8 + 2d for bfloat16, 1/8 + d for int8 (plus 4 bytes a row). This file is the reference in plain
-torch: any device, any shape. The kernels in csrc/ read the same tensors.
+This file is the reference in plain torch: any device, any shape. The kernels in csrc/ read the same tensors.
 
-Legend: O out_features, I in_features, S strips, T tokens.
+Legend: O out_features, I in_features, S strips, G scale groups along I, T tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ import numpy as np
 import torch
 
 from losa.bits import pack_bits, unpack_bits
+from losa.runtime.int4 import levels, quantize_groups, to_nibbles, to_numbers
+from losa.runtime.values import BFLOAT16, ValueType
 
 STRIP = 16  # rows of a strip
-GROUPS = {torch.bfloat16: 2, torch.int8: 4}  # columns of a word, by the values' type
-CHUNK = 128  # mask bytes of a chunk: 1,024 weights, 16 rows x 64 columns for either type of values
+CHUNK = 128  # mask bytes of a chunk: 1,024 weights, 16 rows x 64 columns for any type of values
+PARTS = {  # tensors in a checkpoint, and the fields of `PackedWeight` that they are
+    "weight": "values", "weight_mask": "mask", "weight_offsets": "offsets", "weight_scale": "scale", "weight_groups": "groups"
+}  # fmt: skip
 
 
 class PackedWeight(NamedTuple):
@@ -36,19 +40,30 @@ class PackedWeight(NamedTuple):
     values: torch.Tensor
     offsets: torch.Tensor
     scale: torch.Tensor | None
+    groups: torch.Tensor | None
     rows: int
     columns: int
+    type: ValueType
+
+    @property
+    def stored(self) -> int:
+        """How many values are stored."""
+        return int(self.offsets[-1])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of it, by the names of `PARTS`."""
+        found = {part: getattr(self, field) for part, field in PARTS.items()}
+        return {part: tensor for part, tensor in found.items() if tensor is not None}
 
 
-def mask_shape(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Shape of the mask bytes of a `[rows, columns]` weight with values of `dtype`."""
-    group = GROUPS[dtype]
-    return -(-rows // STRIP), -(-columns // group) * 2 * group
+def mask_shape(rows: int, columns: int, values: ValueType) -> tuple[int, int]:
+    """Shape of the mask bytes of a `[rows, columns]` weight."""
+    return -(-rows // STRIP), -(-columns // values.columns) * 2 * values.columns
 
 
-def bytes_per_weight(density: float, values: torch.dtype) -> float:
-    """Mean bytes of a packed weight, where `density` (ratio) of the weights are not zero; without padding, offsets and scales."""
-    return 1 / 8 + density * values.itemsize
+def groups_shape(rows: int, columns: int, values: ValueType) -> tuple[int, int, int] | None:
+    """Shape of the scales of groups; None for a type without."""
+    return (-(-rows // STRIP), -(-columns // values.group), STRIP) if values.group else None
 
 
 def _by_words(W_OI: torch.Tensor, group: int) -> torch.Tensor:
@@ -66,44 +81,67 @@ def quantize(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (W / scale_O[:, None]).round().to(torch.int8), scale_O
 
 
-def pack(W_OI: torch.Tensor, values: torch.dtype = torch.bfloat16) -> PackedWeight:
+def pack(W_OI: torch.Tensor, values: ValueType = BFLOAT16) -> PackedWeight:
     """Pack a bfloat16 weight; with bfloat16 values nothing is lost (but the sign of a negative zero, which losa never writes).
 
     Args:
         W_OI: `[O, I]` bfloat16.
-        values: `torch.bfloat16`, or `torch.int8` for half the size: rounded with one scale per row.
+        values: the type of the stored values; one that rounds drops the weights that round to zero.
 
     Raises:
-        ValueError: another dtype, or NaN or infinity in a weight to be rounded to int8.
+        ValueError: another dtype, or NaN or infinity in a weight to be rounded.
     """
     if W_OI.dtype != torch.bfloat16 or W_OI.dim() != 2:
         raise ValueError(f"pack takes a 2-dimensional bfloat16 weight, found {W_OI.dtype} of shape {tuple(W_OI.shape)}")
-    if values not in GROUPS:
-        raise ValueError(f"packed values are torch.bfloat16 or torch.int8, found {values}")
-    scale_O = None
-    if values == torch.int8:
-        if not torch.isfinite(W_OI).all():
-            raise ValueError("a weight to be rounded to int8 holds NaN or infinity")
+    if values.rounds and not torch.isfinite(W_OI).all():
+        raise ValueError(f"a weight to be rounded to {values.name} holds NaN or infinity")
+    (rows, columns), scale_O, groups_SGR = W_OI.shape, None, None
+    if values.group:
+        W_OI, scale_O, groups_OG = quantize_groups(W_OI, values.group)
+        groups_SGR = _by_words(groups_OG, 1).contiguous()
+    elif values.scaled:
         W_OI, scale_O = quantize(W_OI)
-    words = _by_words(W_OI, GROUPS[values])
-    keep = words != 0  # for int8, a weight that rounds to zero is a zero from here on
+    words = _by_words(W_OI, values.columns)
+    keep = words != 0  # a weight that rounds to zero is a zero from here on
     counts = keep.flatten(1).sum(1)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    mask = pack_bits(keep).view(mask_shape(W_OI.shape[0], W_OI.shape[1], values))
-    return PackedWeight(mask=mask, values=words[keep], offsets=offsets, scale=scale_O, rows=W_OI.shape[0], columns=W_OI.shape[1])
+    mask = pack_bits(keep).view(mask_shape(rows, columns, values))
+    stored = words[keep]
+    if values.bits == 4:
+        stored = to_nibbles(stored)
+    return PackedWeight(mask, stored, offsets, scale_O, groups_SGR, rows, columns, values)
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The dense `[O, I]` bfloat16 weight: bitwise the packed one for bfloat16 values, `scale * q` rounded for int8."""
-    group = GROUPS[packed.values.dtype]
-    strips = packed.mask.shape[0]
-    keep = unpack_bits(packed.mask.flatten(), (strips, packed.mask.shape[1] // (2 * group), STRIP * group))
-    words = torch.zeros(keep.shape, dtype=packed.values.dtype, device=keep.device)
-    words[keep] = packed.values
-    W = words.view(strips, -1, STRIP, group).transpose(1, 2).reshape(strips * STRIP, -1)[: packed.rows, : packed.columns]
+    """The dense `[O, I]` bfloat16 weight: bitwise the packed one for bfloat16 values, what the scales say for others."""
+    kind, strips = packed.type, packed.mask.shape[0]
+    keep = unpack_bits(packed.mask.flatten(), (strips, packed.mask.shape[1] // (2 * kind.columns), STRIP * kind.columns))
+    stored = to_numbers(packed.values, packed.stored) if kind.bits == 4 else packed.values
+    words = torch.zeros(keep.shape, dtype=stored.dtype, device=keep.device)
+    words[keep] = stored
+    W = words.view(strips, -1, STRIP, kind.columns).transpose(1, 2).reshape(strips * STRIP, -1)[: packed.rows, : packed.columns]
     if packed.scale is not None:
-        W = (W.float() * packed.scale[:, None]).bfloat16()
+        scale = packed.scale[:, None]
+        if packed.groups is not None and kind.group:
+            level_OG = levels(packed.groups).transpose(1, 2).flatten(0, 1)[: packed.rows]
+            scale = scale * level_OG.repeat_interleave(kind.group, 1)[:, : packed.columns]
+        W = (W.float() * scale).bfloat16()
     return W.contiguous()
+
+
+def _expected(packed: PackedWeight) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor but the values, by field."""
+    shape = mask_shape(packed.rows, packed.columns, packed.type)
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "mask": (torch.uint8, shape),
+        "offsets": (torch.int64, (shape[0] + 1,)),
+    }
+    if packed.type.scaled:
+        found["scale"] = (torch.float32, (packed.rows,))
+    groups = groups_shape(packed.rows, packed.columns, packed.type)
+    if groups:
+        found["groups"] = (torch.uint8, groups)
+    return found
 
 
 def check(packed: PackedWeight, name: str = "packed weight") -> None:
@@ -112,30 +150,25 @@ def check(packed: PackedWeight, name: str = "packed weight") -> None:
     Raises:
         ValueError: anything that disagrees, with what was found and what was expected.
     """
-    values, offsets = packed.values, packed.offsets
-    if values.dtype not in GROUPS or values.dim() != 1:
-        raise ValueError(
-            f"{name}: values are {values.dtype} of shape {tuple(values.shape)}, expected bfloat16 or int8 of one dimension"
-        )
-    shape = mask_shape(packed.rows, packed.columns, values.dtype)
-    if packed.mask.dtype != torch.uint8 or tuple(packed.mask.shape) != shape:
-        raise ValueError(f"{name}: mask is {packed.mask.dtype} of shape {tuple(packed.mask.shape)}, expected uint8 of {shape}")
-    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (shape[0] + 1,):
-        raise ValueError(
-            f"{name}: offsets are {offsets.dtype} of shape {tuple(offsets.shape)}, expected int64 of ({shape[0] + 1},)"
-        )
-    if (values.dtype == torch.int8) != (packed.scale is not None):
-        raise ValueError(f"{name}: int8 values come with a scale per row and bfloat16 values with none")
-    if packed.scale is not None and (packed.scale.dtype != torch.float32 or tuple(packed.scale.shape) != (packed.rows,)):
-        raise ValueError(
-            f"{name}: scale is {packed.scale.dtype} of shape {tuple(packed.scale.shape)}, expected float32 of ({packed.rows},)"
-        )
+    values, offsets, kind = packed.values, packed.offsets, packed.type
+    if values.dtype != kind.stored or values.dim() != 1:
+        found = f"{values.dtype} of shape {tuple(values.shape)}"
+        raise ValueError(f"{name}: values are {found}, expected {kind.stored} of one dimension for {kind.name} values")
+    expected = _expected(packed)
+    for field in ("mask", "offsets", "scale", "groups"):
+        tensor = getattr(packed, field)
+        if (tensor is None) != (field not in expected):
+            raise ValueError(f"{name}: {kind.name} values come {'without' if tensor is not None else 'with'} {field}")
+        if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != expected[field]:
+            dtype, shape = expected[field]
+            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name}: {field} is {found}, expected {dtype} of {shape}")
     counts = np.bitwise_count(packed.mask.cpu().numpy()).sum(1, dtype=np.int64)
-    expected = np.concatenate([[0], counts.cumsum()])
-    if not np.array_equal(offsets.cpu().numpy(), expected):
+    ends = np.concatenate([[0], counts.cumsum()])
+    if not np.array_equal(offsets.cpu().numpy(), ends):
         raise ValueError(f"{name}: the offsets do not count the bits of the masks; the file is damaged, pack the model again")
-    if values.numel() != expected[-1]:
-        raise ValueError(f"{name}: the masks mark {expected[-1]} weights, found {values.numel()} values")
+    if values.numel() != kind.elements(int(ends[-1])):
+        raise ValueError(f"{name}: the masks mark {ends[-1]} weights, found {values.numel()} elements of {kind.name} values")
 
 
 def chunk_index(packed: PackedWeight) -> torch.Tensor:
@@ -152,7 +185,11 @@ def chunk_index(packed: PackedWeight) -> torch.Tensor:
     counts = torch.nn.functional.pad(counts, (0, -counts.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK)).sum(2)
     ends = counts.cumsum(1)
     lengths = packed.offsets.diff()
-    if not torch.equal(ends[:, -1], lengths) or packed.offsets[0] != 0 or packed.offsets[-1] != packed.values.numel():
+    if (
+        not torch.equal(ends[:, -1], lengths)
+        or packed.offsets[0] != 0
+        or packed.type.elements(packed.stored) != packed.values.numel()
+    ):
         raise ValueError("the offsets do not count the bits of the masks; the file is damaged, pack the model again")
     return (ends - counts).int()
 

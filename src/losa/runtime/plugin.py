@@ -14,7 +14,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 
 from losa.models import find_decoder
-from losa.runtime.header import METHOD, SparseConfig, check_files, swap_in
+from losa.runtime import decode
+from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import settle
 
@@ -51,6 +52,7 @@ class SparseQuantizer(HfQuantizer):
         else:
             self.quantization_config.layers = pack_model(model, self.quantization_config)
         settle(model)
+        decode.attach(model)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a packed checkpoint."""
@@ -68,16 +70,23 @@ class SparseQuantizer(HfQuantizer):
 
 
 def pack_model(model: PreTrainedModel, config: SparseConfig) -> dict[str, int]:
-    """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next.
+    """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next. So
+    is the head, where the configuration says so; an embedding that it was tied to stays dense, and is tied no more.
 
     Returns:
         The number of stored values of each layer.
     """
-    layers = {}
-    for name, linear in find_decoder(model).linears().items():
-        packed = SparseLinear.from_linear(linear, config.dtype)
+    linears, head, layers = dict(find_decoder(model).linears()), head_of(model), {}
+    if config.head != KEEP and head:
+        linears |= head
+        config.tied = all(linear.weight is getattr(model.get_input_embeddings(), "weight", None) for linear in head.values())
+        model.config.tie_word_embeddings = False
+    else:
+        config.head = KEEP
+    for name, linear in linears.items():
+        packed = SparseLinear.from_linear(linear, config.type_of(name in head))
         model.set_submodule(name, packed)
-        layers[name] = packed.weight.numel()
+        layers[name] = packed.packed.stored
     return layers
 
 

@@ -1,0 +1,300 @@
+// int8 and int4 values on AVX-512. The 64 weights of a word are multiplied by the two or three bytes of fixed-point activations:
+// integer sums are exact, and no weight is ever converted to float. int4 values become int8 by a look-up of 16 levels, 64 *stored*
+// values at a time, which at 70 % zeros is a third of the words; their sums are scaled once for each 64 columns.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <algorithm>
+
+#include "avx512.h"
+LOSA_TARGET_BEGIN(LOSA_AVX512)
+
+namespace losa {
+namespace {
+
+// The levels of `n` bytes of nibbles, in order, each xor `flip`.
+inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out, __m512i flip) {
+  const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels4))), flip);
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + i)));
+    const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
+    _mm512_storeu_si512(out + 2 * i, _mm512_shuffle_epi8(table, apart));
+  }
+}
+
+// The next word, expanded, every weight xor `flip`. int4 values were flipped when they were unpacked, so zeros are all that is left.
+template <ValueType V>
+inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
+  const uint64_t m = load64(mask);
+  const __m512i packed = opaque(_mm512_loadu_si512(v));
+  v += __builtin_popcountll(m);
+  if constexpr (V == ValueType::kInt4) return _mm512_mask_expand_epi8(opaque(flip), m, packed);
+  return _mm512_xor_si512(expand8(m, packed), flip);
+}
+
+// Asks for the values that come after those of the words at hand, a line or less with every word.
+struct Ahead {
+  const char* next;
+  int64_t step;
+  inline void word() {
+    _mm_prefetch(next, _MM_HINT_T0);
+    next += step;
+  }
+};
+
+template <ValueType V>
+inline Ahead advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words, __m512i flip) {
+  for (int64_t b = 0; b < 8 * words; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + b, _MM_HINT_T0);
+  const char* values = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8;
+  const int64_t n = feed.next<V>(mask, words, [flip](const uint8_t* from, int64_t bytes, int8_t* to) { unpack4(from, bytes, to, flip); });
+  return {values + kAhead, n * row_of(V).bits / 8 / words + 1};
+}
+
+// Words between two conversions of integer sums to floats: a group of int4 values, all that was fed of int8.
+template <ValueType V>
+constexpr int64_t kDrain = row_of(V).grouped ? kBlock : kFeed;
+
+// Sums of the digits as one float, times the group's scales.
+template <ValueType V, int D>
+inline __m512 drained(const __m512i* a, __m512 level, __m512 total) {
+  __m512 sum = _mm512_cvtepi32_ps(a[D - 1]);
+  for (int d = D - 2; d >= 0; --d) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(a[d]));
+  if constexpr (row_of(V).grouped) return _mm512_fmadd_ps(sum, level, total);
+  return _mm512_add_ps(sum, total);
+}
+
+template <ValueType V>
+inline __m512 levels_of(const Packed& p, int64_t strip, int64_t word) {  // level_of of 16 rows
+  if constexpr (!row_of(V).grouped) return _mm512_setzero_ps();
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.groups_of(strip, word / kBlock))));
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bytes, 19), _mm512_set1_epi32((127 - 15) << 23)));
+}
+
+// The instruction multiplies unsigned by signed bytes: the weights become w + 128 (one xor), the activations stay signed, and
+// what 128 added, 128 times the sum of the activations' digits, is known before the weight is read: sums begin at its negative.
+template <int D>
+inline __m512i start(const Activations& in, int64_t word, int64_t end, int64_t t, int64_t d) {
+  int32_t sum = 0;
+  for (int64_t block = word / kBlock; block * kBlock < end; ++block) sum += in.byte_sums[(block * D + d) * in.tokens + t];
+  return _mm512_set1_epi32(-128 * sum);
+}
+
+// ---- one to four tokens: sums in registers --------------------------------------------------------------------------------
+
+template <ValueType V, int T, int D>
+bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  constexpr int kChains = T == 1 ? 2 : 1;  // enough independent sums to hide the dot product's latency
+  const __m512i flip = _mm512_set1_epi8(-128);
+  Feed feed(p, p.offsets[strip]);
+  __m512 total[T];
+  for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
+  for (int64_t first = 0; first < p.words; first += kFeed) {
+    const int64_t fed = std::min(kFeed, p.words - first);
+    Ahead ahead = advance<V>(p, feed, p.mask_of(strip, first), fed, flip);
+    const uint8_t* mask = feed.mask;
+    const int8_t* v = feed.values;
+    for (int64_t w = first; w < first + fed; w += kDrain<V>) {
+      const int64_t end = std::min(first + fed, w + kDrain<V>);
+      __m512i a[T][kChains][D];
+      for (int t = 0; t < T; ++t)
+        for (int d = 0; d < D; ++d) {
+          a[t][0][d] = start<D>(in, w, end, t, d);
+          if constexpr (kChains == 2) a[t][1][d] = _mm512_setzero_si512();
+        }
+      const auto one = [&](const int8_t* x, int chain) __attribute__((always_inline)) {
+        ahead.word();
+        const __m512i weights = expanded<V>(mask, v, flip);
+        mask += 8;
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 3
+          for (int d = 0; d < D; ++d)
+            a[t][chain][d] = _mm512_dpbusd_epi32(a[t][chain][d], weights, _mm512_set1_epi32(int(load32(x + (d * T + t) * kGroup))));
+      };
+      for (int64_t i = w; i < end; i += kBlock) {
+        const int8_t* x = in.bytes + i / kBlock * D * T * kGroup;
+        const int64_t n = std::min(kBlock, end - i);
+        int64_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+          one(x + 4 * j, 0);
+          one(x + 4 * j + 4, kChains - 1);
+          one(x + 4 * j + 8, 0);
+          one(x + 4 * j + 12, kChains - 1);
+        }
+        for (; j < n; ++j) one(x + 4 * j, 0);
+      }
+      const __m512 level = levels_of<V>(p, strip, w);
+      for (int t = 0; t < T; ++t) {
+        if constexpr (kChains == 2)
+          for (int d = 0; d < D; ++d) a[t][0][d] = _mm512_add_epi32(a[t][0][d], a[t][1][d]);
+        total[t] = drained<V, D>(a[t][0], level, total[t]);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(total[t], _mm512_set1_ps(in.unit[t])));
+  return feed.ok && feed.value == p.offsets[strip + 1];
+}
+
+// ---- up to sixteen: words expanded once, into the L1 cache ----------------------------------------------------------------
+
+template <ValueType V>
+inline void expand(const Packed& p, Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
+  Ahead ahead = advance<V>(p, feed, from, words, flip);
+  const int8_t* v = feed.values;
+  for (int64_t i = 0; i < words; ++i) {
+    ahead.word();
+    _mm512_store_si512(bytes + i * kWordBits8, expanded<V>(feed.mask + 8 * i, v, flip));
+  }
+}
+
+// N tokens from token t on, by the words [w, end) of which `bytes` are the first.
+template <ValueType V, int N, int D>
+void add_words(const int8_t* bytes, int64_t w, int64_t end, const Activations& in, int64_t t_0, __m512 level, float* out) {
+  __m512i a[N][D];
+  for (int t = 0; t < N; ++t)
+    for (int d = 0; d < D; ++d) a[t][d] = start<D>(in, w, end, t_0 + t, d);
+  for (int64_t i = w; i < end; ++i, bytes += kWordBits8) {
+    const __m512i weights = _mm512_load_si512(bytes);
+    const int8_t* x = in.bytes + (i / kBlock * D * in.tokens + t_0) * kGroup + i % kBlock * 4;
+#pragma GCC unroll 8
+    for (int t = 0; t < N; ++t)
+#pragma GCC unroll 3
+      for (int d = 0; d < D; ++d) a[t][d] = _mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + (d * in.tokens + t) * kGroup))));
+  }
+  for (int t = 0; t < N; ++t) _mm512_storeu_ps(out + (t_0 + t) * kStrip, drained<V, D>(a[t], level, _mm512_loadu_ps(out + (t_0 + t) * kStrip)));
+}
+
+template <ValueType V, int D>
+bool stream_many(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  constexpr int kTokens = 8;
+  using Add = void (*)(const int8_t*, int64_t, int64_t, const Activations&, int64_t, __m512, float*);
+  static constexpr Add kAdd[kTokens] = {add_words<V, 1, D>, add_words<V, 2, D>, add_words<V, 3, D>, add_words<V, 4, D>,
+                                        add_words<V, 5, D>, add_words<V, 6, D>, add_words<V, 7, D>, add_words<V, 8, D>};
+  alignas(64) int8_t bytes[kFeed * kWordBits8];
+  Feed feed(p, p.offsets[strip]);
+  std::fill(out, out + in.tokens * kStrip, 0.0f);
+  const int64_t parts = (in.tokens + kTokens - 1) / kTokens;
+  for (int64_t first = 0; first < p.words; first += kFeed) {
+    const int64_t fed = std::min(kFeed, p.words - first);
+    expand<V>(p, feed, p.mask_of(strip, first), fed, bytes, _mm512_set1_epi8(-128));
+    for (int64_t w = first; w < first + fed; w += kDrain<V>) {
+      const __m512 level = levels_of<V>(p, strip, w);
+      for (int64_t part = 0; part < parts; ++part) {  // even parts: 10 tokens are 5 + 5
+        const int64_t from = in.tokens * part / parts, n = in.tokens * (part + 1) / parts - from;
+        kAdd[n - 1](bytes + (w - first) * kWordBits8, w, std::min(first + fed, w + kDrain<V>), in, from, level, out);
+      }
+    }
+  }
+  times_units(in, out);
+  return feed.ok && feed.value == p.offsets[strip + 1];
+}
+
+template <ValueType V, int D>
+void add_sums_as(const Packed& p, const Activations& in, int64_t strip, int64_t word, const int32_t* sums, float* out) {
+  const __m512 level = levels_of<V>(p, strip, word);
+  for (int64_t t = 0; t < in.tokens; ++t) {
+    __m512i a[D];
+    for (int d = 0; d < D; ++d) a[d] = _mm512_load_si512(sums + (d * kIntegerTokens + t) * kStrip);
+    _mm512_storeu_ps(out + t * kStrip, drained<V, D>(a, level, _mm512_loadu_ps(out + t * kStrip)));
+  }
+}
+
+template <ValueType V, int D>
+bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
+  static constexpr Stream kFew[4] = {stream_few<V, 1, D>, stream_few<V, 2, D>, stream_few<V, 3, D>, stream_few<V, 4, D>};
+  return in.tokens <= 4 ? kFew[in.tokens - 1](p, in, strip, out) : stream_many<V, D>(p, in, strip, out);
+}
+
+// ---- tiles of bfloat16 ----------------------------------------------------------------------------------------------------
+
+// 32 int8 -> 32 bfloat16, times the scales of their rows. Exact: every integer of 8 bits is a bfloat16, and so are the products.
+template <ValueType V>
+inline __m512i widen(__m256i q, __m512 level_low, __m512 level_high) {
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(q, 1)));
+  if constexpr (row_of(V).grouped) {
+    low = _mm512_mul_ps(low, level_low);
+    high = _mm512_mul_ps(high, level_high);
+  }
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+template <ValueType V>
+void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
+  const __m512i low_rows = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  alignas(64) int8_t bytes[kFeed * kWordBits8];
+  Feed feed(p, cursor.value);
+  for (int64_t i = 0; i < pairs / 2; i += kFeed) {
+    const int64_t fed = std::min(kFeed, pairs / 2 - i);
+    expand<V>(p, feed, p.mask_of(strip, first / 2 + i), fed, bytes, _mm512_setzero_si512());
+    for (int64_t j = 0; j < fed; j += kBlock) {
+      const __m512 level = levels_of<V>(p, strip, first / 2 + i + j);
+      const __m512 low = _mm512_permutexvar_ps(low_rows, level);
+      const __m512 high = _mm512_permutexvar_ps(_mm512_add_epi32(low_rows, _mm512_set1_epi32(8)), level);
+      for (int64_t k = j; k < std::min(fed, j + kBlock); ++k) {
+        const __m512i w = _mm512_load_si512(bytes + k * kWordBits8);  // row by row, four columns: the first two, then the last two
+        bf16* out = tile + (i + k) * kWordBits8;
+        _mm512_storeu_si512(out, widen<V>(_mm512_cvtepi32_epi16(w), low, high));
+        _mm512_storeu_si512(out + kWordBits16, widen<V>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)), low, high));
+      }
+    }
+  }
+  cursor = {feed.value, cursor.ok && feed.ok};
+}
+
+}  // namespace
+
+bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  constexpr decltype(Kernels::stream) kStream[2][2] = {{stream_as<ValueType::kInt8, 2>, stream_as<ValueType::kInt8, 3>},
+                                                       {stream_as<ValueType::kInt4, 2>, stream_as<ValueType::kInt4, 3>}};
+  return kStream[p.type == ValueType::kInt4][in.digits - 2](p, in, strip, out);
+}
+
+void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
+  (p.type == ValueType::kInt4 ? decode_as<ValueType::kInt4> : decode_as<ValueType::kInt8>)(p, cursor, strip, first, pairs, tile);
+}
+
+void add_sums(const Packed& p, const Activations& in, int64_t strip, int64_t word, const int32_t* sums, float* out) {
+  constexpr decltype(&add_sums) kAdd[2][2] = {{add_sums_as<ValueType::kInt8, 2>, add_sums_as<ValueType::kInt8, 3>},
+                                              {add_sums_as<ValueType::kInt4, 2>, add_sums_as<ValueType::kInt4, 3>}};
+  kAdd[p.type == ValueType::kInt4][in.digits - 2](p, in, strip, word, sums, out);
+}
+
+void times_units(const Activations& in, float* out) {
+  for (int64_t t = 0; t < in.tokens; ++t)
+    _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(_mm512_loadu_ps(out + t * kStrip), _mm512_set1_ps(in.unit[t])));
+}
+
+void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes, int32_t* sums) {
+  const float most = digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;  // a largest activation may round to a step more
+  const __m512 low = _mm512_set1_ps(-most), high = _mm512_set1_ps(most), times = _mm512_set1_ps(steps);
+  for (int64_t b = 0; b * kGroup < columns; ++b) {
+    __m512i q[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t from = b * kGroup + 16 * i, left = std::max<int64_t>(0, std::min<int64_t>(16, columns - from));
+      const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << left) - 1), x + (left > 0 ? from : 0));
+      const __m512 f = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      q[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(f, times), low), high));
+    }
+    for (int64_t d = 0; d < digits; ++d) {
+      const int64_t place = (b * digits + d) * tokens;
+      for (int64_t i = 0; i < 4; ++i) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i), _mm512_cvtepi32_epi8(q[i]));  // the low bytes
+        q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], _mm512_set1_epi32(128)), 8);
+      }
+      const __m512i digit = _mm512_loadu_si512(bytes + place * kGroup);
+      sums[place] = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digit));
+    }
+  }
+}
+
+void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes) {
+  Feed feed(p, cursor.value);
+  (p.type == ValueType::kInt4 ? expand<ValueType::kInt4> : expand<ValueType::kInt8>)(p, feed, mask, words, bytes, _mm512_setzero_si512());
+  cursor = {feed.value, cursor.ok && feed.ok};
+}
+
+}  // namespace losa
+LOSA_TARGET_END
+#endif

@@ -1,0 +1,90 @@
+// The words of a strip of int8 or int4 values, some at a time, their values as int8: what comes next in memory where that will do,
+// else a copy. Bounds are checked once for all of those words.
+//
+// Include it after LOSA_TARGET_BEGIN, so that it is compiled for that instruction set: without its population counts this takes
+// longer than all the rest. Everything here has internal linkage, so that no other file gets that copy.
+#pragma once
+
+#include "kernels.h"
+
+namespace losa {
+namespace {
+
+constexpr int64_t kFeed = 64;  // words at a time, at most: 256 columns, as in a tile
+
+class Feed {
+ public:
+  Feed(const Packed& p, int64_t value) : value(value), p_(p) {}
+
+  const uint8_t* mask = nullptr;   // of the words
+  const int8_t* values = nullptr;  // of the words; 64 more bytes may be read
+  int64_t value;                   // the one after those of the words
+  bool ok = true;                  // false once the masks asked for more values than there are
+
+  // Moves on to the next `words` and returns how many values they have. `unpack(nibbles, n, out)` makes int8 of n bytes of nibbles,
+  // and may read 64 and write 128 too many.
+  template <ValueType V, typename Unpack>
+  inline int64_t next(const uint8_t* from, int64_t words, Unpack unpack) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < words; ++i) n += __builtin_popcountll(word_of(from, i));
+    const int64_t left = p_.count - value;
+    if (left < n) return copy<V>(from, words, unpack);
+    const bool last = left < n + 128;  // others may read further than their own
+    mask = from;
+    if constexpr (V == ValueType::kInt8) {
+      values = static_cast<const int8_t*>(p_.values) + value;
+      if (last) values = static_cast<const int8_t*>(std::memcpy(copied_, values, size_t(n)));
+    } else {
+      const uint8_t* nibbles = static_cast<const uint8_t*>(p_.values) + value / 2;
+      const int64_t bytes = (n + value % 2 + 1) / 2;
+      if (last) nibbles = static_cast<const uint8_t*>(std::memcpy(nibbles_, nibbles, size_t(bytes)));
+      unpack(nibbles, bytes, copied_);
+      values = copied_ + value % 2;
+    }
+    value += n;
+    return n;
+  }
+
+ private:
+  static inline uint64_t word_of(const uint8_t* from, int64_t i) {
+    uint64_t m;
+    std::memcpy(&m, from + 8 * i, 8);
+    return m;
+  }
+  // More values than there are: one by one. A word that they do not suffice for counts as empty.
+  template <ValueType V, typename Unpack>
+  int64_t copy(const uint8_t* from, int64_t words, Unpack unpack) {
+    int8_t* out = copied_;
+    for (int64_t i = 0; i < words; ++i) {
+      uint64_t m = word_of(from, i);
+      int64_t n = __builtin_popcountll(m);
+      if (p_.count - value < n) {
+        ok = false;
+        m = 0;
+        n = 0;
+      }
+      std::memcpy(masks_ + 8 * i, &m, 8);
+      for (int64_t j = 0; j < n; ++j, ++value)
+        *out++ = V == ValueType::kInt8 ? static_cast<const int8_t*>(p_.values)[value] : one(unpack, value);
+    }
+    mask = masks_;
+    values = copied_;
+    return out - copied_;
+  }
+
+  template <typename Unpack>
+  int8_t one(Unpack unpack, int64_t i) {
+    int8_t two[256];
+    nibbles_[0] = static_cast<const uint8_t*>(p_.values)[i / 2];
+    unpack(nibbles_, 1, two);
+    return two[i % 2];
+  }
+
+  const Packed& p_;
+  alignas(64) uint8_t masks_[8 * kFeed];
+  alignas(64) int8_t copied_[kWordBits8 * kFeed + 256];
+  uint8_t nibbles_[kWordBits8 * kFeed / 2 + 128];
+};
+
+}  // namespace
+}  // namespace losa

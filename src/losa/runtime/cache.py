@@ -1,0 +1,83 @@
+"""A cache of keys and values that grows in place."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 256  # tokens by which it grows at least
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the cache that keeps room for more tokens, where transformers' own copies all of it for every token.
+
+    Attributes:
+        rooms: keys and values, `[batch, heads, tokens that fit, width]` each.
+        length: tokens held; what is behind them is not initialised.
+    """
+
+    rooms: list[Tensor]
+    length: int
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    @property
+    def keys(self) -> Tensor:
+        """`[1, heads, tokens, width]`, a view."""
+        return self.rooms[0][:, :, : self.length]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._set(0, keys)
+
+    @property
+    def values(self) -> Tensor:
+        """As `keys`."""
+        return self.rooms[1][:, :, : self.length]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._set(1, values)
+
+    def _set(self, index: int, held: Tensor | None) -> None:
+        rooms: list[Tensor] = self.__dict__.setdefault("rooms", [torch.empty(0), torch.empty(0)])
+        rooms[index] = torch.empty(0) if held is None else held
+        self.length = rooms[index].shape[2] if rooms[index].ndim == 4 else 0
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many more."""
+        needed = self.length + tokens
+        if needed > self.rooms[0].shape[2] or not self.rooms[0].is_contiguous() or not self.rooms[1].is_contiguous():
+            self.rooms = [self._grown(held, needed) for held in self.rooms]
+
+    def _grown(self, held: Tensor, needed: int) -> Tensor:
+        room = held.new_empty(*held.shape[:2], needed + max(ROOM, needed // 4), held.shape[3])
+        room[:, :, : self.length] = held[:, :, : self.length]
+        return room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends, as the Cache API asks."""
+        if not self.length:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        tokens = key_states.shape[2]
+        self.reserve(tokens)
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, self.length : self.length + tokens] = states
+        self.length += tokens
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens; a negative number, as the Cache API has it."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove is {tokens_to_remove}, expected minus the number of tokens to forget")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length

@@ -1,0 +1,202 @@
+"""Decoding without overhead: one token through all blocks of a packed Llama-like model in one compiled call.
+
+A packed model's weights stream past in a few milliseconds; transformers' modules around them take longer than that, some 5,000
+operators a token. `attach` gives the model's decoder another `forward`: a single token that follows a cache goes through
+`losa::decode_step` (csrc/decode.cpp), anything else, prompts and batches among it, the way it always went. `generate`, sampling,
+streaming and stop tokens stay transformers' own.
+
+Which models: by structure, RMS norms, q/k/v/o and gate/up/down projections, rotary positions and SiLU, as Llama, Mistral, Qwen 2
+and 3 and SmolLM have them. What structure does not show (a multiplier, another norm) the first token does: it is computed both
+ways, and where these differ, the model keeps its own.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from losa.runtime import kernels
+from losa.runtime.cache import RoomyLayer
+from losa.runtime.linear import SparseLinear
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LAYERS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # in the order of csrc/decode.cpp, as the norms
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+PARTS = ("weight_mask", "weight", "weight_offsets", "weight_scale", "weight_groups", "bias")  # of each layer
+BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+TOLERANCE = 0.15  # relative difference of the two roads' hidden states that bfloat16 explains
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Plan:
+    """What `losa::decode_step` takes besides the token and the cache."""
+
+    tensors: list[Tensor]
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where the modules are that the tensors are of
+    blocks: list[nn.Module]
+    shape: list[int]
+    epsilon: float
+    scaling: float
+    values: int
+    kernel: int
+
+    @classmethod
+    def of(cls, decoder: Any, blocks: list[Any]) -> "_Plan | None":
+        """The plan for a decoder of the known structure; None for any other."""
+        final: Any = getattr(decoder, "norm", None)
+        if not all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb")) or not _is_norm(final):
+            return None
+        tensors: list[Tensor] = []
+        places = []
+        empty = torch.empty(0, dtype=torch.bfloat16)
+        for block in blocks:
+            for name in NORMS:
+                norm = _find(block, name)
+                tensors.append(norm.weight if norm is not None else empty)
+            for name in LAYERS:
+                layer = block.get_submodule(name)
+                held = layer._parameters
+                parts = [held[part] for part in PARTS]
+                tensors += [empty if part is None else part for part in parts]
+            for name in (*NORMS, *LAYERS):
+                parent, _, leaf = name.rpartition(".")
+                if (module := _find(block, name)) is not None:
+                    places.append((block.get_submodule(parent)._modules, leaf, module))
+        first = blocks[0]
+        attention, width = first.self_attn, first.self_attn.head_dim
+        sizes = {(block.self_attn.q_proj.out_features, block.mlp.up_proj.out_features) for block in blocks}
+        scalings = {block.self_attn.scaling for block in blocks}
+        norms = [norm for norm in (_find(block, name) for block in blocks for name in NORMS) if norm is not None]
+        kernel = attention.q_proj.kernel
+        values = {block.get_submodule(name).values for block in blocks for name in LAYERS}
+        alike = len(values) == len(sizes) == len(scalings) == len({norm.variance_epsilon for norm in [*norms, final]}) == 1
+        if not alike or kernel not in kernels.COMPILED or any(tensor.device.type != "cpu" for tensor in tensors):
+            return None
+        query, key = attention.q_proj, attention.k_proj
+        shape = [query.in_features, query.out_features // width, key.out_features // width, width, first.mlp.up_proj.out_features]
+        numbers = (values.pop().number, kernels.COMPILED.index(kernel))
+        return cls([*tensors, final.weight], places, list(blocks), shape, final.variance_epsilon, attention.scaling, *numbers)
+
+    def holds(self) -> bool:
+        """Whether the modules are still those, on the CPU, and nobody listens to the blocks."""
+        same = all(modules.get(name) is module for modules, name, module in self.places)
+        return same and self.tensors[0].device.type == "cpu" and not any(block._forward_hooks for block in self.blocks)
+
+
+def _find(block: Any, name: str) -> Any:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(block.get_submodule(parent), leaf, None)
+
+
+def _is_norm(module: Any) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _fits(block: Any) -> bool:
+    """Whether a block has the known parts, and no others."""
+    known = {name.partition(".")[2] for name in (*LAYERS, *NORMS) if name.startswith("self_attn.")}
+    if {name for name, _ in block.named_children()} != BLOCK:
+        return False
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        {name for name, _ in attention.named_children()} <= known
+        and {name for name, _ in mlp.named_children()} <= {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        and all(isinstance(_find(block, name), SparseLinear) for name in LAYERS)
+        and all(_find(block, name) is None or _is_norm(_find(block, name)) for name in NORMS)
+        and all(hasattr(attention, name) for name in ("head_dim", "scaling"))
+        and getattr(attention, "sliding_window", None) is None
+        and type(mlp.act_fn).__name__ in ("SiLUActivation", "SiLU")
+    )
+
+
+class DecodeStep:
+    """The `forward` of a decoder: one token by the compiled step where that is possible, else as before."""
+
+    def __init__(self, decoder: Any, plan: _Plan) -> None:
+        self.decoder, self.plan = decoder, plan
+        self.verified: bool | None = None  # not known before the first token
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the decoder's own."""
+        general = type(self.decoder).forward
+        word = "cache" if "cache" in kwargs else "past_key_values"
+        if self.verified is False or args or not self._takes(kwargs, kwargs.get(word)):
+            return general(self.decoder, *args, **kwargs)
+        cache = kwargs[word]
+        if self.verified is None:
+            return self._verify(general(self.decoder, **kwargs), kwargs, cache)
+        return BaseModelOutputWithPast(last_hidden_state=self._step(kwargs["input_ids"], cache), **{word: cache})
+
+    def _takes(self, kwargs: dict[str, Any], cache: Any) -> bool:
+        """Whether a call is one plain token that follows a plain cache."""
+        ids, mask, places = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        if ids is None or ids.shape != (1, 1) or type(cache) is not DynamicCache:
+            return False
+        if torch.is_grad_enabled() or self.decoder.training:
+            return False
+        if kwargs.get("inputs_embeds") is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            return False
+        if len(cache.layers) != len(self.plan.blocks) or not self.plan.holds():
+            return False
+        if not all(type(layer) is RoomyLayer or type(layer) is DynamicLayer for layer in cache.layers):
+            return False
+        length = cache.get_seq_length()
+        if length == 0 or (places is not None and int(places[0, -1]) != length):
+            return False
+        return mask is None or (mask.ndim == 2 and mask.shape[1] == length + 1 and bool(mask.all()))
+
+    def _step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
+        """The hidden state `[1, 1, H]` that the head takes; appends to the cache."""
+        length = cache.get_seq_length()
+        layers: list[RoomyLayer] = []
+        for index, layer in enumerate(cache.layers):
+            roomy = layer if isinstance(layer, RoomyLayer) else RoomyLayer(layer.keys, layer.values)
+            roomy.reserve(1)
+            cache.layers[index] = roomy
+            layers.append(roomy)
+        x = self.decoder.embed_tokens(ids)
+        cosine, sine = self.decoder.rotary_emb(x, position_ids=torch.full((1, 1), length))
+        plan = self.plan
+        hidden = torch.ops.losa.decode_step(
+            x, plan.tensors, [layer.rooms[0] for layer in layers], [layer.rooms[1] for layer in layers], cosine, sine,
+            plan.shape, plan.epsilon, plan.scaling, length, plan.values, plan.kernel,
+        )  # fmt: skip
+        for layer in layers:
+            layer.length += 1
+        return hidden
+
+    def _verify(self, expected: Any, kwargs: dict[str, Any], cache: DynamicCache) -> Any:
+        """Computes the token again by the compiled step, and compares."""
+        cache.crop(-1)
+        found = self._step(kwargs["input_ids"], cache)
+        difference = ((found - expected.last_hidden_state).float().norm() / expected.last_hidden_state.float().norm()).item()
+        self.verified = difference <= TOLERANCE
+        if not self.verified:
+            kind = type(self.decoder).__name__
+            logger.warning("%s decodes through transformers: the compiled step differs from it by %.3f", kind, difference)
+        return expected
+
+
+def attach(model: PreTrainedModel) -> bool:
+    """Gives a packed model the compiled step; False where its structure or the machine does not allow it."""
+    for name, blocks in model.named_modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks) and all(map(_fits, blocks)):
+            decoder: Any = model.get_submodule(name.rpartition(".")[0])
+            plan = _Plan.of(decoder, list(blocks))
+            if plan is not None:
+                decoder.forward = DecodeStep(decoder, plan)
+            return plan is not None
+    return False
+
+
+def road(model: PreTrainedModel) -> str:
+    """How a model's tokens are decoded: by the "compiled step", once it has proved itself, or by "transformers"."""
+    steps = [found for module in model.modules() if isinstance(found := vars(module).get("forward"), DecodeStep)]
+    return "compiled step" if any(step.verified and step.plan.holds() for step in steps) else "transformers"

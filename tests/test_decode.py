@@ -1,0 +1,215 @@
+"""The compiled decoding step: the same tokens and cache as transformers', for the models it is for, and nothing else."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from losa import SparseConfig, SparseLinear
+from losa.models import find_decoder
+from losa.runtime import kernels
+from losa.runtime.cache import RoomyLayer
+from losa.runtime.decode import DecodeStep
+
+pytestmark = pytest.mark.skipif(len(kernels.available()) == 1, reason="the CPU kernels were not built")
+
+FULL = {"sliding_window": None, "use_sliding_window": False}
+FAMILIES = {
+    "llama": {"num_key_value_heads": 4},
+    "mistral": {"sliding_window": None},
+    "qwen2": FULL,
+    "qwen3": FULL,
+    "smollm3": {"no_rope_layers": [1, 1, 1]},
+}
+
+
+def make(directory, family="llama", values="bfloat16", **sizes):
+    """A sparse model, packed while it is opened, and the dense one in float64."""
+    model = make_tiny_model(family, **(FAMILIES.get(family, {}) | sizes)).bfloat16()
+    for parameter in model.parameters():  # biases and norms that a fresh model has at zero and one
+        if parameter.ndim == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for linear in find_decoder(model).linears().values():
+        linear.weight.data[torch.rand(linear.weight.shape) < 0.5] = 0
+        linear.weight.data *= 8
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(directory)
+    packed = AutoModelForCausalLM.from_pretrained(directory, quantization_config=SparseConfig(values)).eval()
+    exact = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    for name, layer in packed.named_modules():
+        if isinstance(layer, SparseLinear):  # the rounding to int8 is not the step's error
+            exact.get_submodule(name).weight.data = layer.to_linear().weight.data.double()
+    return packed, exact
+
+
+def step_of(model):
+    return vars(model.model).get("forward")
+
+
+@torch.no_grad()
+def decode(model, ids, compiled=True):
+    """Logits of every token after the first four, one at a time, and the cache."""
+    step = step_of(model)
+    step.verified = compiled
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+    logits = [model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(4, ids.shape[1])]
+    assert all((type(layer) is RoomyLayer) == compiled for layer in cache.layers)
+    return torch.cat(logits, 1), cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("values", ["bfloat16", "int8", "int4"])
+def test_logits_and_cache_err_at_most_twice_as_much_as_transformers(family, values, tmp_path, token_ids):
+    packed, exact = make(tmp_path, family, values)
+    ids = token_ids(1, 40)
+    want = exact(ids).logits[:, 4:]
+    (ours, cache), (theirs, general) = decode(packed, ids), decode(packed, ids, compiled=False)
+    assert (ours - want).abs().max() <= 2 * (theirs - want).abs().max()
+    for layer, other in zip(cache.layers, general.layers, strict=True):
+        assert layer.keys.shape == other.keys.shape
+        torch.testing.assert_close(layer.keys, other.keys, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kernel", kernels.available()[1:])
+def test_every_instruction_set_computes_it(kernel, tmp_path, token_ids, monkeypatch):
+    monkeypatch.setenv("LOSA_KERNELS", kernel)
+    for values in ("bfloat16", "int8", "int4"):
+        packed, exact = make(tmp_path, values=values, head_dim=24, intermediate_size=41)
+        ids = token_ids(1, 24)
+        want, ours, theirs = exact(ids).logits[:, 4:], decode(packed, ids)[0], decode(packed, ids, compiled=False)[0]
+        assert (ours - want).abs().max() <= 2 * (theirs - want).abs().max()
+
+
+def test_threads_do_not_change_bits(tmp_path, token_ids):
+    packed, _ = make(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(decode(packed, token_ids(1, 12))[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_generate_takes_it_and_checks_it_on_the_first_token(tmp_path, token_ids):
+    packed, _ = make(tmp_path)
+    step = step_of(packed)
+    assert isinstance(step, DecodeStep) and step.verified is None
+    ids = token_ids(1, 8)
+    ours = packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    assert step.verified
+    step.verified = False
+    assert torch.equal(ours, packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False))
+
+
+def test_a_model_that_computes_something_else_keeps_its_own_road(tmp_path, token_ids, caplog):
+    packed, _ = make(tmp_path)
+    embed = packed.model.layers[1].post_attention_layernorm
+    embed.forward = lambda x: type(embed).forward(embed, x) * 3  # what structure does not show
+    ids = token_ids(1, 8)
+    packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert step_of(packed).verified is False and "decodes through transformers" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["gemma", "opt", "phi", "gemma2", "granite"])
+def test_other_structures_are_left_alone(family, tmp_path, token_ids):
+    sizes = {"residual_multiplier": 0.3, "attention_multiplier": 0.2} if family == "granite" else {}
+    packed, _ = make(tmp_path, family, **sizes)
+    ids = token_ids(1, 8)
+    packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    step = next((vars(module)["forward"] for module in packed.modules() if "forward" in vars(module)), None)
+    assert step is None or step.verified is False
+
+
+def test_what_is_no_single_token_goes_the_general_road(tmp_path, token_ids, monkeypatch):
+    packed, _ = make(tmp_path)
+    step = step_of(packed)
+    step.verified = True
+    monkeypatch.setattr(DecodeStep, "_step", lambda *_: pytest.fail("the compiled step ran"))
+    ids = token_ids(2, 8)
+    left = torch.ones_like(ids)
+    left[0, :3] = 0
+    packed.generate(ids, attention_mask=left, max_new_tokens=3, do_sample=False)  # two sequences
+    packed.generate(ids[:1], attention_mask=left[:1], max_new_tokens=3, do_sample=False)  # padding
+    packed.generate(ids[:1], attention_mask=left[1:], max_new_tokens=3, cache_implementation="static", do_sample=False)
+    packed(ids[:1, :1])
+    packed.generate(ids[:1], max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True, do_sample=False)
+    handle = packed.model.layers[0].register_forward_hook(lambda *_: None)
+    packed.generate(ids[:1], attention_mask=left[1:], max_new_tokens=3, do_sample=False)
+    handle.remove()
+    packed.model.layers[0].mlp.up_proj = packed.model.layers[0].mlp.up_proj.to_linear()
+    packed.generate(ids[:1], attention_mask=left[1:], max_new_tokens=3, do_sample=False)
+
+
+def test_the_cache_goes_on_after_more_text_and_after_forgetting(tmp_path, token_ids):
+    packed, _ = make(tmp_path)
+    ids = token_ids(1, 30)
+    whole, _ = decode(packed, ids)
+    _, cache = decode(packed, ids[:, :12])
+    with torch.no_grad():
+        packed(input_ids=ids[:, 12:20], past_key_values=cache, use_cache=True)  # several tokens at once
+        cache.crop(-5)
+        assert cache.get_seq_length() == 15
+        last = packed(input_ids=ids[:, 15:16], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(last[:, 0], whole[:, 11], rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="tokens_to_remove"):
+        cache.layers[0].crop(3)
+
+
+def test_a_roomy_layer_equals_transformers(token_ids):
+    layer, plain = RoomyLayer(*torch.randn(2, 1, 2, 3, 4)), None
+    plain = copy.deepcopy(layer.keys), copy.deepcopy(layer.values)
+    for tokens in (1, 5, 300, 1):
+        states = torch.randn(2, 1, 2, tokens, 4)
+        keys, values = layer.update(*states)
+        plain = tuple(torch.cat([held, new], 2) for held, new in zip(plain, states, strict=True))
+        assert torch.equal(keys, plain[0]) and torch.equal(values, plain[1])
+    layer.reorder_cache(torch.tensor([0, 0]))
+    assert layer.keys.shape == (2, 2, 310, 4)
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    assert torch.equal(layer.update(*states)[0], states[0])
+
+
+def test_a_copy_has_a_step_of_its_own(tmp_path, token_ids):
+    packed, _ = make(tmp_path)
+    other = copy.deepcopy(packed)
+    assert step_of(other).decoder is other.model
+    assert torch.equal(decode(other, token_ids(1, 8))[0], decode(packed, token_ids(1, 8))[0])
+
+
+def test_the_operator_refuses_what_does_not_fit(tmp_path, token_ids):
+    packed, _ = make(tmp_path)
+    plan = step_of(packed).plan
+    x, half = torch.zeros(1, 1, 32).bfloat16(), torch.zeros(1, 1, 8).bfloat16()
+    keys, values = ([torch.zeros(1, 4, 8, 8).bfloat16() for _ in range(3)] for _ in range(2))
+
+    def call(x=x, tensors=plan.tensors, keys=keys, values=values, cosine=half, shape=plan.shape, position=0):
+        rest = (plan.epsilon, plan.scaling, position, plan.values, plan.kernel)
+        return torch.ops.losa.decode_step(x, tensors, keys, values, cosine, half, shape, *rest)
+
+    assert call().shape == (1, 1, 32)
+    wrong = [
+        {"x": x[..., :31]},
+        {"x": x.float()},
+        {"tensors": plan.tensors[:-1]},
+        {"tensors": plan.tensors[1:] + plan.tensors[:1]},
+        {"keys": keys[:2]},
+        {"keys": [key.float() for key in keys]},
+        {"keys": [key[..., :4] for key in keys]},
+        {"position": 8},
+        {"position": -1},
+        {"shape": [32, 4, 3, 8, 48]},
+        {"shape": [32, 4, 4, 8]},
+        {"shape": [32, 4, 4, 8, 64]},
+        {"cosine": half[..., :7]},
+        {"cosine": half[..., :0]},
+    ]
+    for change in wrong:
+        with pytest.raises(RuntimeError, match="losa::"):
+            call(**change)

@@ -1,0 +1,66 @@
+"""What a process makes of SIGTERM and SIGINT."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from losa.signals import SIGNALS, Interrupted, Noted, raised
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_raised_and_handlers_are_put_back(number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with pytest.raises(Interrupted) as caught, raised():
+        signal.raise_signal(number)
+    assert caught.value.number == number
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_library_that_makes_another_exception_of_it_hides_nothing():
+    with pytest.raises(Interrupted), raised():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise ValueError("could not determine the shape") from None
+    with pytest.raises(ValueError, match="nothing to do with it"), raised():
+        raise ValueError("nothing to do with it")
+
+
+def test_a_destructor_hides_nothing():
+    class Group:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+            len(())  # the handler runs here, and what it raises goes nowhere
+
+    with pytest.raises(Interrupted), raised():
+        Group()
+        time.sleep(5)
+
+
+def test_a_noted_signal_waits_and_a_second_does_not():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Noted().listening() as noted:
+        signal.raise_signal(signal.SIGINT)
+        reached.append(noted.number)
+    assert reached == [signal.SIGINT]
+    with pytest.raises(Interrupted), Noted().listening():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_other_threads_handle_no_signals():
+    failed = []
+
+    def work():
+        try:
+            with raised(), Noted().listening():
+                pass
+        except ValueError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
