@@ -346,7 +346,7 @@ BAD = [
     (["generate", "/no/such/model", "--prompt", "A", "--temperature", "1e-40"], "temperature is 1e-40, expected 0, or a number"),
     (["bench", "MODEL", "--rounds", "1000000000000"], "at most 1000 rounds"),
     (["plan", "MODEL", "--memory", "inf"], "--memory is inf, expected what a machine could have"),
-    (["plan", "MODEL", "--tflops", "nan"], "--tflops is nan, expected what a machine could have"),
+    (["plan", "MODEL", "--tflops", "1e308"], "--tflops is 1e+308, expected what a machine could have"),
     (["generate", "MODEL", "--prompt", "A", "--device", "abacus"], "expected auto, cpu or cuda"),
     (["bench", "MODEL", "--new", "1"], "1 new tokens"),
     (["eval", "MODEL", "--data", "TEXT", "--length", "65"], "window length 65 is beyond the model's 64 tokens"),

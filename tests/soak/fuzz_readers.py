@@ -66,8 +66,9 @@ def fault(error: BaseException) -> str | None:
     if any(out_of_memory(one) for one in chain):
         return f"memory at {place}"
     if not isinstance(error, ValueError | OSError | FloatingPointError):
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__} at {place}, from {Path(last.filename).name}:{last.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        last = f", from {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        return f"{type(error).__name__} at {place}{last}"
     said = str(error)
     if not said.strip() or len(said) > SENTENCE:
         return f"message of {len(said)} characters at {place}"

@@ -3,6 +3,7 @@
 What a reader does with a file is all that a command does with it before hours of work begin.
 """
 
+import contextlib
 import gzip
 import json
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from conftest import make_tiny_model
-from helpers import save_tasks, save_text, save_toy, set_up, toy_run, toy_values
+from helpers import Stop, StopAtStep, save_tasks, save_text, save_toy, set_up, toy_run, toy_values
 from soak.mutate import (
     Mutator,
     mutate_bytes,
@@ -28,7 +29,9 @@ from test_report import BENCH, EVALUATION
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from losa.comparison import CompareConfig, _kept
+from losa.adapter import attach
+from losa.checkpoint import latest_position, latest_stage, load_stage
+from losa.comparison import CompareConfig, _read_row
 from losa.config import LosaConfig
 from losa.data import evaluation_documents, load_documents, pieces, training_blocks
 from losa.doctor import toy_tokenizer
@@ -70,6 +73,9 @@ def save_samples(folder: Path) -> None:
     _byte_tokenizer().save_pretrained(folder / "tokenizer")
     shutil.copy(model / "config.json", folder / "tokenizer")
     save_toy(folder / "shards", torch.bfloat16, shard="20KB")
+    with contextlib.suppress(Stop):
+        toy_run(folder / "work", callbacks=(StopAtStep(2),))
+    (folder / "work" / "sparse").rename(folder / "stopped")
     pack_checkpoint(folder / "finished", folder / "packed")
     pack_checkpoint(folder / "finished", folder / "int8", "int8")
     text = save_text(folder / "text.txt", 4000).read_text("utf-8")
@@ -102,6 +108,7 @@ def _save_data(folder: Path, text: str) -> None:
     (folder / "b.json").write_text(json.dumps(records), "utf-8")
     (folder / "c.jsonl").write_bytes(lines)
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "f.csv").write_text('text,kind\none,a\n"two, with a comma",b\n', "utf-8")
     (folder / "e.raw").write_text(" = Title = \n\n " + text[:500], "utf-8")
 
 
@@ -159,7 +166,8 @@ def _add_result(folder: Path) -> None:
 
 def _texts(folder: Path) -> None:
     load_documents(str(folder))
-    evaluation_documents(str(folder))
+    for file in folder.iterdir():  # beside records, prose is left out
+        load_documents(str(file))
     evaluation_documents(str(folder / "e.raw"))
 
 
@@ -169,7 +177,16 @@ def _compare_config(folder: Path) -> None:
 
 def _row(folder: Path) -> None:
     config = CompareConfig.load(str(folder.with_name("yaml") / "compare.yaml"), {})
-    _kept(config.rows()[1], folder / "row.json")
+    _read_row(config.rows()[1], folder / "row.json")
+
+
+def _resume(folder: Path) -> None:
+    values = toy_values(folder.with_name("work"))
+    config = LosaConfig.from_dict(values).resolve(32, 64)
+    manifest = latest_stage(folder, config)
+    if manifest is not None:
+        latest_position(folder, manifest, 1)
+        load_stage(manifest, attach(load(folder.with_name("model"))[0], config.adapter.max_rank, config.adapter.scale))
 
 
 def _tasks(folder: Path) -> None:
@@ -205,10 +222,16 @@ TARGETS = {
         dict.fromkeys(TASK_FILES, mutate_lines) | dict.fromkeys(ARROW, mutate_json),
         _tasks,
     ),
+    "stage": Target(
+        "stopped",
+        {".losa/02-pruned/stage.json": mutate_json, ".losa/02-pruned/state.safetensors": mutate_safetensors},
+        _resume,
+    ),
     "row": Target("rows", {"row.json": mutate_json}, _row),
     "data": Target(
         "data",
-        {"a.txt": mutate_bytes, "b.json": mutate_json, "c.jsonl": mutate_lines, "d.jsonl.gz": mutate_gzip, "e.raw": mutate_bytes},
+        {"a.txt": mutate_bytes, "b.json": mutate_json, "c.jsonl": mutate_lines, "d.jsonl.gz": mutate_gzip, "e.raw": mutate_bytes}
+        | {"f.csv": mutate_bytes},
         _texts,
     ),
 }
