@@ -10,6 +10,7 @@ from test_data_kinds import CHAT, lines
 from transformers import AutoTokenizer
 
 from losa.adapter import attach
+from losa.config import TrainConfig
 from losa.data import Marked, Packed, calibration_windows, load_documents, padded_samples, show_example, training_blocks
 from losa.data.blocks import encode
 from losa.data.chat import by_template, plain
@@ -19,7 +20,7 @@ from losa.demo import assets
 from losa.doctor import toy_tokenizer
 from losa.evaluation import perplexity
 from losa.loss import causal_loss
-from losa.training import collate
+from losa.training import collate, train
 
 TURNS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -246,6 +247,22 @@ def test_packed_conversations_are_as_if_alone(tiny_model, toy, tmp_path, family)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_that_cannot_keep_conversations_apart_gets_them_joined(tiny_model, toy, tmp_path, monkeypatch):
+    rows = training_blocks(load_documents(chats(20, tmp_path / "a.jsonl"), toy), toy, 32, 8)
+    joined = collate([rows.joined()[0]])
+    assert "position_ids" in collate([rows[0]]) and "position_ids" not in joined
+    assert torch.equal(joined["labels"][0], rows[0]["labels"])
+    model, seen = attach(tiny_model("opt")), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *args, **kwargs: seen.append("position_ids" in kwargs) or forward(*args, **kwargs)
+    )
+    monkeypatch.setattr("losa.training.separates_documents", lambda model: False)
+    config = TrainConfig(lr=1e-3, batch_size=8, distill=0.0)
+    train(model, rows, config, name="training", seed=0, work_dir=tmp_path, eos=toy.eos_token_id)
+    assert seen == [False]
 
 
 def test_texts_beside_conversations_are_separated_at_eos_as_ever(toy, tmp_path):
