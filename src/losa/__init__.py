@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from losa.runtime.header import SparseConfig
     from losa.runtime.linear import SparseLinear
 
+__version__: str
+
 _HOMES = {
     "LosaConfig": "losa.config",
     "SparseConfig": "losa.runtime.plugin",  # where it is registered with transformers
@@ -31,6 +33,12 @@ __all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "load", "merg
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("losa")
     if name not in _HOMES:
         raise AttributeError(f"module 'losa' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

@@ -37,7 +37,7 @@ from losa.models import Decoder, block_inputs, block_linears, check_supported, f
 from losa.probe import BATCH, EVALUATION_BATCH, probe, probe_bytes
 from losa.pruning import get_pruner
 from losa.session import check_decoder, check_parts
-from losa.training import activation_checkpointing
+from losa.training import activation_checkpointing, every_block
 from losa.work import evaluation_windows, stage_flops
 
 LIBRARY_BYTES = (
@@ -102,7 +102,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     dtype = _dtype(config, model_config)
 
     def build() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code).eval()
 
     with torch.device("meta"):
         model = build()
@@ -277,7 +277,7 @@ def simulate_training(build: Callable[[], PreTrainedModel], config: LosaConfig, 
             with torch.no_grad(), dense_mode(model):
                 teacher = model(input_ids=ids, use_cache=False).logits
         model.train()
-        with activation_checkpointing(model, config.train.gradient_checkpointing):
+        with activation_checkpointing(model, config.train.gradient_checkpointing), every_block(model):
             logits = model(input_ids=ids, use_cache=False).logits
             total = causal_loss(logits, ids, teacher, config.train.distill, config.train.temperature)
             del logits, teacher

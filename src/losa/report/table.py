@@ -9,6 +9,7 @@ from rich.table import Table
 
 from losa.inspect import LayerSparsity
 from losa.plan import Plan
+from losa.rehearsal import Rehearsal
 from losa.report.comparison import cells, provenance
 from losa.report.content import TITLES, duration, gap_closed, size, speed, warning
 
@@ -49,6 +50,12 @@ def summary(record: dict[str, Any]) -> Group:
         time.add_row(stage, f"{value:.1f}", f"{value / total:.0%}")
     time.add_row("total", f"{total:.1f}", "", style="bold")
     return Group(quality, "\n".join(parts), time)
+
+
+def rehearsal(found: Rehearsal) -> Group:
+    """Output of `losa run --dry-run`."""
+    nothing = "nothing was loaded or written; losa plan says how long it would take"
+    return Group(escape(found.config.to_yaml()), pairs("texts", found.texts), nothing)
 
 
 def evaluation_tables(result: dict[str, Any]) -> Group:

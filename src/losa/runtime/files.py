@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from losa.checkpoint import BENCH, EVALUATION
-from losa.models import check_supported, find_decoder, one_line
+from losa.models import check_supported, find_decoder, skeleton
 from losa.progress import progress
 from losa.report.card import CARD, PACKED
 from losa.runtime.header import METHOD, SparseConfig
@@ -187,12 +187,7 @@ def _skeleton(source: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The dense model without weights."""
     if not source.is_dir():
         raise ValueError(f"{source} is not a directory; expected one with config.json and safetensors files")
-    with one_line(str(source)):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return skeleton(source, trust_remote_code)
 
 
 @contextmanager

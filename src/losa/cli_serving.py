@@ -1,0 +1,144 @@
+"""The verbs of `losa` that run a model: `generate`, `chat`, `bench`. `losa.cli` registers them."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from losa.cli_options import AsJson, Device, Trust, configuration
+from losa.terminal import err, out, quiet, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from losa.runtime.generate import Generated
+
+
+Served = Annotated[str, typer.Argument(help="Checkpoint directory or hub name: packed, sparse or dense.")]
+Tokens = Annotated[int, typer.Option(min=1, help="At most so many new tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is freer.")]
+Draw = Annotated[int, typer.Option(help="Of the draw, when the temperature is not 0.")]
+
+
+def generate(
+    model: Served,
+    prompt: Annotated[str, typer.Option(help="Text to continue, or what an instruct model is asked.")],
+    tokens: Tokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Draw = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, whatever chat template there is.")] = False,
+    device: Device = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Continue a text, token by token. A model with a chat template is asked in its form, and answers.
+
+    Example: `losa generate llama-packed --prompt "The old man looked at her and said"`
+    """
+    from losa.runtime.generate import generate as go_on
+    from losa.runtime.generate import is_chat
+
+    loaded, tokenizer = _served(model, device, trust_remote_code)
+    if raw or not is_chat(tokenizer):
+        say(prompt, end="")
+    done = go_on(loaded, tokenizer, prompt, _show, tokens, temperature, seed, raw)
+    out.print()
+    _pace(done)
+
+
+def chat(
+    model: Served,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
+    tokens: Tokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Draw = 0,
+    device: Device = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Talk with an instruct model in turns, dense, sparse or packed. Answers stream.
+
+    `/clear` forgets the turns, `/exit` or Ctrl-D ends; Ctrl-C ends an answer, and at the prompt the conversation. Questions can
+    be piped, one a line.
+    """
+    from losa.runtime.generate import chat as converse
+
+    loaded, tokenizer = _served(model, device, trust_remote_code)
+
+    def end(answer: "Generated") -> None:
+        out.print()
+        if sys.stdin.isatty():
+            _pace(answer)
+
+    converse(loaded, tokenizer, _questions(), _show, system=system, tokens=tokens, temperature=temperature, seed=seed, done=end)
+
+
+def _questions() -> Iterator[str]:
+    """Lines of the terminal, after a prompt, or of a pipe, until there are no more."""
+    asked = "> " if sys.stdin.isatty() else ""
+    if asked:
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives the prompt a history and keys to edit with
+    while True:
+        try:
+            yield input(asked)
+        except (EOFError, KeyboardInterrupt):
+            if asked:
+                out.print()
+            return
+
+
+def _show(piece: str) -> None:
+    say(piece, end="")
+
+
+def _pace(done: "Generated") -> None:
+    rate = f", {done.tokens / done.seconds:.1f} a second" if done.seconds else ""
+    err.print(f"{done.tokens} tokens in {done.seconds:.1f} s{rate}", highlight=False, style="dim")
+
+
+def bench(
+    directory: Annotated[Path, typer.Argument(help="Directory of a checkpoint, packed or not.")],
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, random ones.")] = 128,
+    new: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns of every model; medians are shown.")] = 3,
+    device: Device = None,
+    as_json: AsJson = False,
+    save: Annotated[bool, typer.Option("--save", help="Keep the figures in DIRECTORY/bench.json, for `losa report`.")] = False,
+) -> None:
+    """Tokens per second, time to the first token and memory: sparse against dense, in this process, on a CPU or a GPU.
+
+    Beside each speed stands the physical limit: one token reads every weight once, so memory bandwidth over bytes of weights.
+    """
+    from losa.checkpoint import BENCH, replace
+    from losa.report.table import bench_table
+    from losa.runtime.bench import compare
+
+    _huge_pages()
+    quiet(logging.WARNING)
+    result = compare(directory, prompt, new, rounds, device or "auto")
+    if save:
+        replace(directory / BENCH, json.dumps(result, indent=2) + "\n")
+    out.print_json(data=result) if as_json else out.print(bench_table(result))
+
+
+def _served(model: str, device: str | None, trust_remote_code: bool | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A model to generate with, on its device, and its tokenizer."""
+    _huge_pages()
+    quiet(logging.WARNING)
+    from losa.environment import resolve_device
+    from losa.models import load
+
+    config = configuration(model=model, device=device, trust_remote_code=trust_remote_code)
+    place = resolve_device(config.device)
+    loaded, tokenizer = load(config)
+    return loaded.to(place), tokenizer
+
+
+def _huge_pages() -> None:
+    """torch's own large tensors in huge pages too; read by torch at its first allocation."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
