@@ -54,7 +54,8 @@ def test_raw_and_without_a_template_the_text_is_continued(folder, name, raw):
 def test_stop_tokens_are_those_of_the_generation_configuration_and_of_the_tokenizer(folder):
     model, tokenizer = load(folder / "chat")
     model.generation_config.eos_token_id = [5, 7]
-    assert stop_tokens(model, tokenizer) == [5, 7, tokenizer.eos_token_id]
+    assert stop_tokens(model, tokenizer, True) == [5, 7, tokenizer.eos_token_id]
+    assert stop_tokens(model, tokenizer, False) == [5, 7]
     model.generation_config.eos_token_id = None
     first = generate(model, tokenizer, "HELLO", lambda piece: None, 1).text
     model.generation_config.eos_token_id = encode(tokenizer, first)["input_ids"][0].tolist()

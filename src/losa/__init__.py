@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from losa.models import load
     from losa.runtime.header import SparseConfig
     from losa.runtime.linear import SparseLinear
+    from losa.zeros import keep_zeros
 
 __version__: str
 
@@ -23,13 +24,14 @@ _HOMES = {
     "SparseConfig": "losa.runtime.plugin",  # where it is registered with transformers
     "SparseLinear": "losa.runtime.linear",
     "attach": "losa.adapter",
+    "keep_zeros": "losa.zeros",
     "load": "losa.models",
     "merge": "losa.adapter",
     "prune": "losa.method",
     "run": "losa.method",
 }
 
-__all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "load", "merge", "prune", "run"]
+__all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "keep_zeros", "load", "merge", "prune", "run"]
 
 
 def __getattr__(name: str) -> Any:

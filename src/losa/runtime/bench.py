@@ -113,9 +113,7 @@ def _packed(directory: str, values: str, device: torch.device) -> PreTrainedMode
 
 def _unpacked(directory: str) -> PreTrainedModel:
     model, _ = load(directory)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SparseLinear):
-            model.set_submodule(name, layer.to_linear())
+    model.dequantize()
     settle(model)
     return model
 

@@ -65,10 +65,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> B
         raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: all that the generation configuration names, and what the tokenizer ends a text with."""
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answering: bool) -> list[int]:
+    """What ends a text: all that the generation configuration names. What ends an answer: also what the tokenizer ends a text
+    with, which is the end of a turn in most chat templates, and missing from many a generation configuration."""
     named = model.generation_config.eos_token_id if model.generation_config else None
-    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id if answering else None}
     return sorted(token for token in tokens if token is not None)
 
 
@@ -110,7 +111,7 @@ def generate(
         raise ValueError("the prompt has no tokens; expected some text")
     torch.manual_seed(seed)
     streamer = _Pieces(tokenizer, receive)
-    stop = stop_tokens(model, tokenizer)
+    stop = stop_tokens(model, tokenizer, not isinstance(prompt, str))
     start = time.perf_counter()
     with suppress(KeyboardInterrupt):  # what was shown by then is the answer
         model.generate(
