@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from losa.data import RunData, check_sources, prepare
 from losa.environment import resolve_device, return_freed_memory, versions
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
+from losa.progress import Whole, duration, whole_run
 from losa.pruning import Pattern, get_pruner
-from losa.report.content import duration
 from losa.report.page import documents
 from losa.rotation import find_value_paths, rotate_values
-from losa.work import remaining, stage_flops
+from losa.work import MEASURED, remaining, stage_flops
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Session:
     callbacks: Sequence[TrainerCallback]
     record: dict[str, Any]
     done: int  # complete phases
+    phase: Mapping[str, float] = field(default_factory=dict)  # what the phase under way does of each stage
+    whole: Whole | None = None
 
     @classmethod
     def start(
@@ -139,7 +141,9 @@ class Session:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall-clock seconds of a piece of work to `record["seconds"][stage]`."""
         start = time.perf_counter()
-        yield
+        ratio = 1 / MEASURED if stage == "evaluation" else self.phase.get(stage, 0.0)
+        with self.whole.inside(stage, ratio) if self.whole else nullcontext():
+            yield
         seconds = self.record["seconds"]
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
@@ -159,9 +163,17 @@ class Session:
 
     def go_through(self, phases: Sequence[Phase]) -> None:
         """Does the phases that a resumed run does not have behind it, in order, and saves a stage after each."""
+        work = stage_flops(self.config, self.decoder, self.model.config.get_text_config(), len(self.data.evaluation))
+        behind = self._done(work, phases)
+        with whole_run(Whole(work, behind, self.record["seconds"], remaining)) as self.whole:
+            self._go_through(phases)
+        self.whole = None
+
+    def _go_through(self, phases: Sequence[Phase]) -> None:
         for index, phase in enumerate(phases, 1):
             if index <= self.done:
                 continue
+            self.phase = phase.share
             phase.work(self)
             self.done = index
             logger.info("%s", self.progress(phases))
@@ -172,11 +184,14 @@ class Session:
     def progress(self, phases: Sequence[Phase]) -> str:
         """One line about the phases that are done, the time they took and, where their pace tells, the time that is left."""
         work = stage_flops(self.config, self.decoder, self.model.config.get_text_config(), len(self.data.evaluation))
-        done = {stage: sum(phase.share.get(stage, 0.0) for phase in phases[: self.done]) for stage in work}
-        left = remaining(work, done, self.record["seconds"]) if self.done < len(phases) else None
+        left = remaining(work, self._done(work, phases), self.record["seconds"]) if self.done < len(phases) else None
         so_far = duration(sum(self.record["seconds"].values()))
         ahead = "" if left is None else f", about {duration(left)} left"
         return f"{phases[self.done - 1].name} done (phase {self.done} of {len(phases)}), {so_far} so far{ahead}"
+
+    def _done(self, work: Mapping[str, float], phases: Sequence[Phase]) -> dict[str, float]:
+        """Ratio of each stage that is behind."""
+        return {stage: sum(phase.share.get(stage, 0.0) for phase in phases[: self.done]) for stage in work}
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`."""

@@ -72,13 +72,6 @@ def size(count: float) -> str:
     return f"{value:.1f} GiB"
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def public(source: str) -> str:
     """A hub name as it is; of a local path only the last part, for a card is published and directories are private."""
     path = Path(source)
