@@ -19,30 +19,29 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only when a test says so, and a pipe for stderr."""
+    """Time that passes only when a test says so."""
     now = [0.0]
     monkeypatch.setenv("LOSA_PROGRESS", "1")
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
     return now
 
 
-def test_a_pipe_gets_a_line_a_minute(clock):
+def test_a_pipe_gets_a_line_a_minute(clock, capsys):
     loop = progress(range(100), "pruning")
     for _ in loop:
         clock[0] += 5
         loop.set_postfix(loss="2.5")
-    lines = sys.stderr.getvalue().splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 8
     assert lines[0] == "pruning: 12 of 100, loss 2.5, about 7 min 20 s left"
 
 
-def test_a_short_loop_says_nothing_in_a_pipe(clock):
+def test_a_short_loop_says_nothing_in_a_pipe(clock, capsys):
     assert list(progress([1, 2, 3], "x")) == [1, 2, 3]
-    assert sys.stderr.getvalue() == ""
+    assert capsys.readouterr().err == ""
 
 
-def test_loops_of_a_run_share_the_line(clock):
+def test_loops_of_a_run_share_the_line(clock, capsys):
     whole = Whole({"pruning": 1.0, "training": 3.0}, {}, {}, remaining)
     with whole_run(whole):
         with whole.inside("pruning", 1.0):
@@ -53,7 +52,7 @@ def test_loops_of_a_run_share_the_line(clock):
             for _ in range(5):
                 clock[0] += 20
                 loop.update()
-    assert sys.stderr.getvalue().splitlines() == ["training: 4 of 10, all of it 55 %, about 2 min 0 s left"]
+    assert capsys.readouterr().err.splitlines() == ["training: 4 of 10, all of it 55 %, about 2 min 0 s left"]
     assert whole.state() == (1.0, 0.0)
 
 
@@ -83,7 +82,7 @@ def test_a_run_goes_from_nothing_to_all_but_the_last_evaluation(tmp_path, monkey
             seen.append(self.state()[0])
 
     monkeypatch.setattr("losa.session.Whole", Watched)
-    toy_run(set_up(tmp_path), steps=2, reconstruct={"epochs": 1})
+    toy_run(set_up(tmp_path), steps=2)
     assert seen == sorted(seen)
     assert 0 < seen[0] < 0.1
     assert 0.8 < seen[-1] < 1

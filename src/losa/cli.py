@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from losa.cli_options import AsJson, DryRun, Model, Output, Request, Resume, Trust, requests
-from losa.cli_serving import bench, chat, generate
+from losa.cli_serving import bench, chat, generate, push
 from losa.terminal import err, heavy, out, quiet, say
 
 app = typer.Typer(
@@ -270,7 +270,7 @@ def unpack(
     say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code))} layers: {directory}")
 
 
-for _serving in (generate, chat, bench):
+for _serving in (generate, chat, bench, push):
     app.command()(_serving)
 
 

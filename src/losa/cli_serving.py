@@ -1,4 +1,4 @@
-"""The verbs of `losa` that run a model: `generate`, `chat`, `bench`. `losa.cli` registers them."""
+"""The verbs of `losa` that put a model to use: `generate`, `chat`, `bench`, `push`. `losa.cli` registers them."""
 
 import json
 import logging
@@ -124,6 +124,25 @@ def bench(
     if save:
         replace(directory / BENCH, json.dumps(result, indent=2) + "\n")
     out.print_json(data=result) if as_json else out.print(bench_table(result))
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished checkpoint, packed or not.")],
+    repository: Annotated[str, typer.Argument(help="Repository on the hub, `owner/name`; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Only its owner sees a repository that is made now.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; the main one when not given.")] = None,
+) -> None:
+    """Upload a checkpoint to the hub in one commit, with a card that says how it opens there. `hf auth login` signs in.
+
+    Example: `losa push llama-packed someone/llama-sparse-70`
+    """
+    from losa.push import files_to_push
+    from losa.push import push as upload
+    from losa.report.content import size
+
+    files = files_to_push(directory)
+    say(f"{len(files)} files, {size(sum(file.stat().st_size for file in files))}")
+    say(f"pushed: {upload(directory, repository, private, revision)}")
 
 
 def _served(model: str, device: str | None, trust_remote_code: bool | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -2,19 +2,34 @@
 
 from typing import Any
 
-from losa.report.content import Table, gap_closed, layer_bytes, perplexities, public, size, warning, zero_shot
+from losa.report.content import (
+    Table,
+    gap_closed,
+    layer_bytes,
+    openers,
+    overview,
+    perplexities,
+    public,
+    samples,
+    size,
+    warning,
+    zero_shot,
+)
 
 CARD = "README.md"
 PACKED = "\n## Packed\n"  # what follows is about the packed form of the checkpoint; see `runtime.files`
 
 
-def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = None) -> str:
+def model_card(
+    record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = None, bench: dict[str, Any] | None = None
+) -> str:
     """Markdown with the front matter the hub reads: what was done, with which figures, and how to load it.
 
     Args:
         record: content of `losa.json`.
         name: of the output directory, shown as the title.
         evaluation: content of `eval.json`, where there is one.
+        bench: content of `bench.json`, where there is one.
     """
     config, sparsity = record["config"], record["sparsity"]
     base = public(config["model"])
@@ -27,6 +42,8 @@ def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | N
     far = warning(record)
     note = "" if far is None else f"\n> {far}\n"
     tasks = f"\n{_markdown(zero_shot(evaluation))}\n" if evaluation and evaluation.get("tasks") else ""
+    said = samples(record)
+    words = f"\n## Samples\n\n{_markdown(said)}\n" if said else ""
     dense, packed, rounded = (size(count) for count in layer_bytes(record).values())
     return f"""---
 library_name: transformers
@@ -43,10 +60,14 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
+{_markdown(overview(record, bench))}
+{note}{gap}
 {_markdown(found)}
-{note}{gap}{tasks}
+{tasks}
 These layers take {dense} in bfloat16; `losa pack` stores them in {packed}, or {rounded} rounded to int8.
 
+{_markdown(openers(record))}
+{words}
 [report.html](report.html) shows layer rates, ranks, errors and loss step by step; the configuration and all figures are in
 `losa.json`.
 
