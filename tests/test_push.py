@@ -1,4 +1,4 @@
-"""Promised: a finished checkpoint goes to a repository whole, in one commit, with a card that opens it by the repository's name."""
+"""Promised: a finished checkpoint goes to a repository whole, in one commit, with a card that opens it by its name there."""
 
 import base64
 import json

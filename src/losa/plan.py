@@ -128,7 +128,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     runtime = resident_here + LIBRARY_BYTES if host else CONTEXT_BYTES
     training = simulate_training(build, config, processes) - 4 * trained
     calibration = _calibration_bytes(build, config, decoder, text_config.hidden_size, dtype.itemsize, processes)
-    evaluation = simulate_evaluation(build, config)
+    evaluation = max(simulate_evaluation(build, config), prunable * dtype.itemsize)  # samples keep the weights they are made with
     # The dense copy is on the host, except while a distilling teacher uses it.
     teacher = dense_copy if host or (config.train.distill and not config.blocks_on_host) else 0
     largest_block = max(decoder.sizes()) * dtype.itemsize

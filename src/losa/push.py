@@ -27,11 +27,8 @@ def files_to_push(directory: Path) -> list[Path]:
 def card_for(directory: Path, repository: str) -> str:
     """The model card, opening the model by the repository's name."""
     card = directory / CARD
-    text = (
-        card.read_text("utf-8")
-        if card.is_file()
-        else f"---\nlibrary_name: transformers\ntags: [sparse, losa]\n---\n# {directory.name}\n"
-    )
+    plain = f"---\nlibrary_name: transformers\ntags: [sparse, losa]\n---\n# {directory.resolve().name}\n"
+    text = card.read_text("utf-8") if card.is_file() else plain
     return text.replace(f'"{directory.resolve().name}"', f'"{repository}"')
 
 
@@ -54,9 +51,8 @@ def push(directory: Path, repository: str, private: bool = False, revision: str 
         api.create_repo(repository, private=private, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        done = api.create_commit(
-            repository, operations, commit_message=f"losa push {directory.resolve().name}", revision=revision
-        )
+        message = f"losa push {directory.resolve().name}"
+        done = api.create_commit(repository, operations, commit_message=message, revision=revision)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"cannot push to {repository!r}: {' '.join(str(error).split())}; `hf auth login` signs in") from error
     return str(done.commit_url)

@@ -1,4 +1,4 @@
-"""What the model says before and after: a few words that go on from the evaluation text, for people to read beside the figures."""
+"""What the model says before and after: words that go on from the evaluation text, to be read beside the figures."""
 
 import torch
 from torch import Tensor

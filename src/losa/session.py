@@ -201,7 +201,7 @@ class Session:
             value = perplexity(self.model, self.data.evaluation, label=f"perplexity ({name})", device=device)
         self.record["perplexity"][name] = value
         logger.info("perplexity, %s: %.3f", name, self.record["perplexity"][name])
-        if device is None:  # block by block from the host, every token would take as long as a window
+        if self.config.output and device is None:  # from the host, every token would take as long as a window
             with self.timed("samples"):
                 ids_1T = prompt_ids(self.data.evaluation, max_length(self.model.config))
                 samples = self.record.setdefault("samples", {"prompt": self.tokenizer.decode(ids_1T[0])})
