@@ -6,11 +6,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FAMILIES, SIZES
+from helpers import pruned_names, set_up, tensors, toy_run
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from losa.adapter import attach
-from losa.models import block_inputs, block_linears, check_supported, find_decoder, logits_by_block, max_length, place
+from losa.models import (
+    block_inputs,
+    block_linears,
+    check_model,
+    check_supported,
+    find_decoder,
+    load,
+    logits_by_block,
+    max_length,
+    place,
+)
 
 
 def own_block_outputs(model, ids):
@@ -304,3 +315,23 @@ def test_a_multi_modal_model_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(type(model.config), "get_text_config", lambda self, **kwargs: object())
     with pytest.raises(ValueError, match="multi-modal"):
         check_supported(model)
+
+
+def test_a_checkpoint_of_pickles_is_refused_with_the_way_out(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for opened in (load, check_model):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle") as caught:
+            opened(tmp_path)
+    exec(str(caught.value).partition("convert it: ")[2], {"AutoModelForCausalLM": AutoModelForCausalLM})
+    assert check_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_sources_of_other_types_in_shards_with_more_rows_than_tokens(tmp_path, dtype):
+    folder = set_up(tmp_path, dtype=dtype, shard="20KB", vocab_size=80)
+    assert len(list((folder / "model").glob("*.safetensors"))) > 1
+    toy_run(folder, steps=1)
+    assert sum(map(len, (tensors(folder / "sparse"),))) == sum(map(len, (tensors(folder / "model"),)))
+    assert all((tensors(folder / "sparse")[name] == 0).float().mean() > 0.4 for name in pruned_names(folder / "sparse"))
