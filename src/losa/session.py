@@ -27,7 +27,7 @@ from losa.progress import Whole, duration, whole_run
 from losa.pruning import Pattern, get_pruner
 from losa.report.page import documents
 from losa.rotation import find_value_paths, rotate_values
-from losa.samples import continuation, prompt_ids
+from losa.samples import answer, opening
 from losa.work import MEASURED, remaining, stage_flops
 
 logger = logging.getLogger(__name__)
@@ -203,9 +203,9 @@ class Session:
         logger.info("perplexity, %s: %.3f", name, self.record["perplexity"][name])
         if self.config.output and device is None:  # from the host, every token would take as long as a window
             with self.timed("samples"):
-                ids_1T = prompt_ids(self.data.evaluation, max_length(self.model.config))
-                samples = self.record.setdefault("samples", {"prompt": self.tokenizer.decode(ids_1T[0])})
-                samples[name] = continuation(self.model, self.tokenizer, ids_1T)
+                words, ids_1T = opening(self.tokenizer, max_length(self.model.config))
+                samples = self.record.setdefault("samples", {"prompt": words})
+                samples[name] = answer(self.model, self.tokenizer, ids_1T)
 
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """Gives all adapters of each block that block's rank."""
