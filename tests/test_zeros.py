@@ -117,3 +117,7 @@ def test_a_model_without_zeros_is_refused():
         losa.keep_zeros(toy_model())
     with pytest.raises(ValueError, match="is masked already"):
         losa.keep_zeros(losa.attach(sparse_model()))
+    packed = sparse_model()
+    packed.config.quantization_config = losa.SparseConfig()
+    with pytest.raises(ValueError, match="losa unpack gives the sparse checkpoint"):
+        losa.keep_zeros(packed)

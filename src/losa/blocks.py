@@ -161,7 +161,8 @@ class _Recorder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        keyword = None if args else next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+        tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        keyword = None if args else next((name for name in ("hidden_states", *tensors) if name in tensors), None)
         hidden = kwargs.pop(keyword) if keyword else args[0] if args else None
         if not isinstance(hidden, Tensor):
             raise ValueError(f"{self.name} is called with {type(hidden).__name__} first, expected hidden states")

@@ -70,6 +70,10 @@ def keep_zeros(model: PreTrainedModel) -> KeptZeros:
         ValueError: there are no zeros to keep, or layers that are not trained in place (packed, or with losa's adapters).
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{type(inner).__name__} is packed or quantised, and not trained; losa unpack gives the sparse checkpoint"
+        )
     decoder = find_decoder(inner)
     weights: dict[str, nn.Parameter] = {}
     for name, linear in decoder.linears().items():
@@ -78,7 +82,5 @@ def keep_zeros(model: PreTrainedModel) -> KeptZeros:
         if (linear.weight == 0).any():
             weights[f"{name}.weight"] = linear.weight  # type: ignore[assignment]
     if not weights:
-        raise ValueError(
-            f"{type(inner).__name__} has no zeros in the nn.Linear layers of its blocks; expected a sparse checkpoint, not packed"
-        )
+        raise ValueError(f"{type(inner).__name__} has no zeros in its decoder's linear layers; expected a sparse checkpoint")
     return KeptZeros(weights)
