@@ -333,5 +333,5 @@ def test_sources_of_other_types_in_shards_with_more_rows_than_tokens(tmp_path, d
     folder = set_up(tmp_path, dtype=dtype, shard="20KB", vocab_size=80)
     assert len(list((folder / "model").glob("*.safetensors"))) > 1
     toy_run(folder, steps=1)
-    assert sum(map(len, (tensors(folder / "sparse"),))) == sum(map(len, (tensors(folder / "model"),)))
+    assert tensors(folder / "sparse").keys() == tensors(folder / "model").keys()
     assert all((tensors(folder / "sparse")[name] == 0).float().mean() > 0.4 for name in pruned_names(folder / "sparse"))

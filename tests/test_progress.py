@@ -52,7 +52,7 @@ def test_loops_of_a_run_share_the_line(clock, capsys):
             for _ in range(5):
                 clock[0] += 20
                 loop.update()
-    assert capsys.readouterr().err.splitlines() == ["training: 4 of 10, all of it 55 %, about 2 min 0 s left"]
+    assert capsys.readouterr().err.splitlines() == ["training: 3 of 10, all of it 48 %, about 2 min 20 s left"]
     assert whole.state() == (1.0, 0.0)
 
 

@@ -92,7 +92,7 @@ def perplexity_table(rows: list[dict[str, Any]]) -> Table:
     cells = []
     for row in rows:
         over = f"{row['windows']:,} windows" if "windows" in row else f"{row['documents']:,} documents"
-        cells.append((row["definition"], str(row["window"]), over, f"{row['perplexity']:.2f}", middle(row["data"])))
+        cells.append((row["definition"], str(row["window"]), over, f"{row['perplexity']:.2f}", middle(row["data"], 17)))
     return grid("perplexity; windows in tokens", head, cells, ("per", "text"))
 
 
