@@ -177,13 +177,13 @@ def samples(record: Mapping[str, Any]) -> Table | None:
 
 def openers(record: Mapping[str, Any]) -> Table:
     """Which software does what with the checkpoint."""
-    alike = "opens the same files as a dense model: zeros take the room and the time of other weights"
+    alike = "as a dense model: zeros take the room and the time of other weights"
     two_four = " (its 2:4 kernels want files of their own format)" if record["config"]["pattern"] == "2:4" else ""
     rows = [
         ("transformers", "opens it as it is; as large and as fast as dense"),
         ("losa", "losa pack stores the zeros in a bit each; losa.load, losa chat and transformers with losa run that"),
-        ("vLLM", f"{alike}{two_four}; the packed form does not open"),
-        ("llama.cpp", f"after its own convert_hf_to_gguf.py, {alike.removeprefix('opens the same files as ')}"),
+        ("vLLM", f"opens it {alike}{two_four}; the packed form does not open"),
+        ("llama.cpp", f"reads it after its own convert_hf_to_gguf.py, {alike}"),
     ]
     return Table(
         ("software", "what it does with this checkpoint"), rows, "vLLM and llama.cpp are not part of LoSA's tests.", words=2
