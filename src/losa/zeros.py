@@ -71,9 +71,7 @@ def keep_zeros(model: PreTrainedModel) -> KeptZeros:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(inner.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{type(inner).__name__} is packed, so it is not trained; losa unpack gives the sparse checkpoint"
-        )
+        raise ValueError(f"{type(inner).__name__} is packed, so it is not trained; losa unpack gives the sparse checkpoint")
     decoder = find_decoder(inner)
     weights: dict[str, nn.Parameter] = {}
     for name, linear in decoder.linears().items():

@@ -143,8 +143,8 @@ def sparsity_table(layers: list[LayerSparsity], each: bool) -> Table:
     """Output of `losa inspect`: a row a block, or a row a layer."""
     groups: dict[Any, list[LayerSparsity]] = {}
     for layer in layers:
-        groups.setdefault(middle(layer.name, 36) if each else layer.block, []).append(layer)
-    rows = [(str(name), *_cells(members)) for name, members in groups.items()]
+        groups.setdefault(layer.name if each else layer.block, []).append(layer)
+    rows = [(middle(str(name).removesuffix(".weight"), 40), *_cells(members)) for name, members in groups.items()]
     head = ("layer" if each else "block", "weights", "zeros", "sparsity", "pattern")
     return grid("sparsity", head, [*rows, ("all", *_cells(layers))], ("layer", "block", "pattern"), last=1)
 
