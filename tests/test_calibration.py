@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from losa import calibration
 from losa.adapter import attach, masked_linears
+from losa.blocks import Call
 from losa.calibration import InputStatistics, ReconstructionError, block_grams
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
 from losa.pruning import PRUNERS, Pattern, get_pruner
@@ -158,11 +159,11 @@ def test_layers_with_one_input_share_one_statistic(token_ids):
 def test_collecting_ends_a_forward_at_the_last_input(token_ids):
     """Counted in products: seven in the first batch, six in each of the others."""
     model, calls = lively(), []
-    block = find_decoder(model).blocks[0]
+    block, stream = find_decoder(model).blocks[0], block_inputs(model, token_ids(6), 2)
     for layer in block_linears(block).values():
         layer.register_forward_hook(lambda *args: calls.append(1))
     with torch.no_grad():
-        InputStatistics(get_pruner("wanda")).collect(block, 0, block_inputs(model, token_ids(6), 2))
+        InputStatistics(get_pruner("wanda")).collect(block, 0, stream)
     assert len(calls) == 7 + 6 + 6
 
 
@@ -184,7 +185,7 @@ class Experts(nn.Module):
 
 def test_layers_that_some_batches_do_not_reach_miss_nothing():
     block, pruner = Experts(), get_pruner("wanda")
-    stream = BlockInputs(list(torch.randn(24, 5, 4).split(2)), [{}])
+    stream = BlockInputs(list(torch.randn(24, 5, 4).split(2)), [Call()])
     inputs = {layer: [] for layer in block_linears(block).values()}
     handles = [layer.register_forward_pre_hook(lambda layer, args: inputs[layer].append(args[0])) for layer in inputs]
     with torch.no_grad():

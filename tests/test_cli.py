@@ -77,7 +77,7 @@ def test_every_option_has_a_help_text(name):
 
 def test_the_commands():
     makes = {"run", "prune", "pack", "unpack"}
-    shows = {"compare", "eval", "inspect", "report", "plan", "generate", "bench", "doctor", "demo"}
+    shows = {"compare", "eval", "inspect", "report", "plan", "generate", "chat", "bench", "push", "doctor", "demo"}
     assert set(COMMANDS) == makes | shows
     assert {option for parameter in COMMANDS["run"].params for option in parameter.opts} >= {
         *("--output", "-o", "--sparsity", "--data", "--calibration", "--eval-data", "--pruner", "--pattern", "--preset"),
@@ -130,7 +130,7 @@ def test_prune(folder, tmp_path, monkeypatch, capsys):
 def test_inspect_table(folder, monkeypatch, capsys):
     code, out, _ = losa_main(monkeypatch, capsys, "inspect", folder / "two-four")
     assert code == 0
-    rows = [line for line in out.splitlines() if "50.0000%" in line]
+    rows = [line for line in out.splitlines() if "50.00%" in line]
     assert len(rows) == 3  # two blocks and all
     assert all("2:4" in row and "4:8" in row for row in rows)
     code, out, _ = losa_main(monkeypatch, capsys, "inspect", folder / "two-four", "--layers")
@@ -168,7 +168,7 @@ def test_eval_table_names_the_window(folder, monkeypatch, capsys):
     arguments = ["eval", folder / "sparse", "--data", folder / "text.txt", "--windows", "3", "--device", "cpu"]
     code, out, _ = losa_main(monkeypatch, capsys, *arguments)
     assert code == 0
-    assert "window (tokens)" in out
+    assert "windows in tokens" in out
     assert re.search(r"\b64\b.*\b3\b", out)
 
 
@@ -300,7 +300,7 @@ def test_brackets_in_a_path_are_no_markup(folder, tmp_path, monkeypatch, capsys)
     code, out, err = losa_main(monkeypatch, capsys, "eval", model, "--data", text, "--windows", "2", "--save")
     assert code == 0, err
     assert f"kept in {model / 'eval.json'}" in err
-    assert "t[1].txt" in "".join(re.findall(r"[^\s│]", out))
+    assert "t[1].txt" in out
 
 
 def test_doctor(monkeypatch, capsys):

@@ -3,12 +3,13 @@
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import save_tasks
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from losa import LosaConfig, SparseLinear
 from losa.cli import app
@@ -86,7 +87,8 @@ def test_every_losa_command_of_the_readme_runs(toy_home):
 
 
 def test_the_python_of_the_readme_runs(toy_home):
-    opening, packed, method = code_blocks("python")
+    arguments = partial(TrainingArguments, use_cpu=True, report_to="none", save_strategy="no")
+    opening, packed, method, going_on = code_blocks("python")
     short = ', "train.tokens": 4096, "train.length": 32, "calibration.length": 32, "calibration.sequences": 64}'
     names = {}
     exec(stand_in(method).replace("}", short, 1), names)
@@ -97,6 +99,9 @@ def test_the_python_of_the_readme_runs(toy_home):
     pack_checkpoint("llama-sparse", "llama-packed")
     exec(packed, names)
     assert isinstance(names["model"].model.layers[0].mlp.up_proj, SparseLinear)
+    names |= {"rows": [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8, "Trainer": Trainer, "TrainingArguments": arguments}
+    exec(going_on, names)
+    assert (names["model"].model.layers[0].mlp.up_proj.weight == 0).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

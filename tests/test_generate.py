@@ -1,92 +1,122 @@
-"""Generating: what is drawn depends on the seed alone, and what a file or a user got wrong is a sentence."""
+"""Promised: a model with a chat template is asked in its form and answers in turns; any other goes on with the text."""
 
-import json
-import shutil
-import threading
+import io
 
 import pytest
 import torch
 from helpers import save_toy
-from transformers import set_seed
+from test_cli import assert_one_line_error, losa_main
 
 from losa.models import load
-from losa.runtime.generate import generate, settings, speaker
+from losa.runtime.files import pack_checkpoint
+from losa.runtime.generate import chat, encode, generate, stop_tokens
 
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_toy(tmp_path_factory.mktemp("generate") / "model", torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def loaded(saved):
-    return load(saved)
-
-
-def draw(loaded, seed: int, **options) -> str:
-    return generate(*loaded, "THE QUICK", lambda piece: None, 24, 1.0, seed, **options).text
-
-
-def test_threads_that_share_a_model_draw_what_each_would_alone(loaded):
-    alone = [draw(loaded, seed) for seed in range(6)]
-    assert len(set(alone)) == 6
-    found: dict[int, str] = {}
-    threads = [threading.Thread(target=lambda seed=seed: found.update({seed: draw(loaded, seed)})) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[seed] for seed in range(6)] == alone
-
-
-def test_the_draw_is_transformers_own_and_leaves_the_callers_randomness_alone(loaded):
-    model, tokenizer = loaded
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    ours = draw(loaded, 5)
-    assert torch.equal(before, torch.get_rng_state())
-    set_seed(5)
-    inputs = tokenizer("THE QUICK", return_tensors="pt")["input_ids"]
-    theirs = model.generate(inputs, max_new_tokens=24, do_sample=True, temperature=1.0)
-    assert tokenizer.decode(theirs[0, inputs.shape[1] :], skip_special_tokens=True) == ours
-
-
-@pytest.mark.parametrize("temperature", [1e-40, float("nan"), float("inf"), -1.0, 1e40])
-def test_temperatures_that_overflow(loaded, temperature):
-    with pytest.raises(ValueError, match=r"temperature is .*, expected 0, or a number in \[0.001, 1000\]"):
-        generate(*loaded, "THE", lambda piece: None, 2, temperature)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**63])
-def test_seeds_that_no_generator_takes(loaded, seed):
-    with pytest.raises(ValueError, match=r"expected a number in \[0, 2\^63\)"):
-        generate(*loaded, "THE", lambda piece: None, 2, 1.0, seed)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("eos_token_id", [None]), ("eos_token_id", "x"), ("top_p", 7), ("repetition_penalty", -1), ("bos_token_id", [1, 2])],
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role | upper }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[ASSISTANT]{% endif %}"
 )
-def test_a_damaged_generation_config_is_named(saved, tmp_path, name, value):
-    folder = shutil.copytree(saved, tmp_path / "model")
-    (folder / "generation_config.json").write_text(json.dumps({name: value}), "utf-8")
-    with pytest.raises(ValueError, match=f"{name}|cannot open the model"):
-        generate(*load(folder), "THE", lambda piece: None, 2, 1.0)
 
 
-def test_nothing_else_of_a_generation_config_is_obeyed(saved, tmp_path):
-    folder = shutil.copytree(saved, tmp_path / "model")
-    content = {"num_beams": 7, "max_time": 0, "eos_token_id": [63, 900], "pad_token_id": -1, "top_k": 3}
-    (folder / "generation_config.json").write_text(json.dumps(content), "utf-8")
-    model, tokenizer = load(folder)
-    found = settings(model)
-    assert (found.eos_token_id, found.pad_token_id, found.top_k, found.num_beams) == ([63, 900], None, 3, None)
-    assert speaker(model).lm_head is model.lm_head
-    assert generate(model, tokenizer, "THE", lambda piece: None, 4).tokens == 4
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A toy, the same with a chat template, and that packed."""
+    folder = tmp_path_factory.mktemp("generate")
+    for name in ("plain", "chat"):
+        save_toy(folder / name, torch.bfloat16)
+    _, tokenizer = load(folder / "chat")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "chat")
+    pack_checkpoint(folder / "chat", folder / "packed")
+    return folder
 
 
-def test_weights_that_make_nan_are_named(saved):
-    model, tokenizer = load(saved)
-    model.model.norm.weight.data[:] = torch.nan
-    with pytest.raises(FloatingPointError, match="its weights are damaged"):
-        generate(model, tokenizer, "THE", lambda piece: None, 2, 1.0)
+def asked(folder, name, prompt, **options):
+    """The tokens that the model was given, and what came of it."""
+    model, tokenizer = load(folder / name)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    answer = generate(model, tokenizer, prompt, lambda piece: None, 4, **options)
+    return tokenizer.decode(seen[0][0]).replace(" ", ""), answer
+
+
+@pytest.mark.parametrize("name", ["chat", "packed"])
+def test_a_chat_model_is_asked_in_its_form(folder, name):
+    given, answer = asked(folder, name, "HELLO", raw=False)
+    assert given == "[USER]HELLO[ASSISTANT]"
+    assert 1 <= answer.tokens <= 4
+
+
+@pytest.mark.parametrize(("name", "raw"), [("chat", True), ("plain", False)])
+def test_raw_and_without_a_template_the_text_is_continued(folder, name, raw):
+    assert asked(folder, name, "HELLO", raw=raw)[0] == "HELLO"
+
+
+def test_stop_tokens_are_those_of_the_generation_configuration_and_of_the_tokenizer(folder):
+    model, tokenizer = load(folder / "chat")
+    model.generation_config.eos_token_id = [5, 7]
+    assert stop_tokens(model, tokenizer, True) == [5, 7, tokenizer.eos_token_id]
+    assert stop_tokens(model, tokenizer, False) == [5, 7]
+    model.generation_config.eos_token_id = None
+    first = generate(model, tokenizer, "HELLO", lambda piece: None, 1).text
+    model.generation_config.eos_token_id = encode(tokenizer, first)["input_ids"][0].tolist()
+    assert generate(model, tokenizer, "HELLO", lambda piece: None, 9).tokens == 1
+
+
+def test_turns_remember_clear_and_exit(folder):
+    model, tokenizer = load(folder / "chat")
+    done = []
+    turns = chat(model, tokenizer, ["HI", " ", "HO", "/exit", "NO"], lambda piece: None, system="BE", tokens=3, done=done.append)
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["content"] for turn in turns[1::2]] == ["HI", "HO"]
+    assert [turn["content"] for turn in turns[2::2]] == [answer.text.strip() for answer in done]
+    assert len(chat(model, tokenizer, ["HI", "/clear", "HO"], lambda piece: None, tokens=3)) == 2
+
+
+def test_old_turns_are_forgotten_when_the_window_is_full(folder):
+    model, tokenizer = load(folder / "chat")
+    turns = chat(model, tokenizer, ["ONE", "TWO", "THREE"], lambda piece: None, system="BE", tokens=4)
+    assert turns[0]["content"] == "BE"
+    assert "ONE" not in [turn["content"] for turn in turns]
+    with pytest.raises(ValueError, match="the model's window 64"):
+        chat(model, tokenizer, ["A" * 90], lambda piece: None)
+
+
+def test_ctrl_c_ends_an_answer_not_the_conversation(folder):
+    model, tokenizer = load(folder / "chat")
+
+    def interrupt(piece):
+        raise KeyboardInterrupt
+
+    turns = chat(model, tokenizer, ["HI", "HO"], interrupt, tokens=3)
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+
+
+def test_what_the_template_refuses_is_one_sentence(folder):
+    _, tokenizer = load(folder / "chat")
+    with pytest.raises(ValueError, match="refuses the roles tool: no tools"):
+        encode(tokenizer, [{"role": "tool", "content": "A"}])
+
+
+@pytest.mark.parametrize("name", ["chat", "packed"])
+def test_chat_reads_a_pipe(folder, name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("HI\nHO\n/exit\nNO\n"))
+    code, out, err = losa_main(monkeypatch, capsys, "chat", folder / name, "--tokens", "3")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 2
+    assert "HI" not in out
+
+
+def test_chat_ends_at_ctrl_c(folder, monkeypatch, capsys):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert losa_main(monkeypatch, capsys, "chat", folder / "chat")[:2] == (0, "")
+
+
+def test_a_model_without_a_template_is_not_for_chat(folder, monkeypatch, capsys):
+    assert_one_line_error(losa_main(monkeypatch, capsys, "chat", folder / "plain"), "has no chat template")
+    code, out, _ = losa_main(monkeypatch, capsys, "generate", folder / "chat", "--prompt", "HI", "--tokens", "3")
+    assert (code, out.startswith("HI")) == (0, False)
+    code, out, _ = losa_main(monkeypatch, capsys, "generate", folder / "chat", "--prompt", "HI", "--tokens", "3", "--raw")
+    assert (code, out.startswith("HI")) == (0, True)

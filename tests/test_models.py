@@ -1,14 +1,27 @@
 """Promised: decoder blocks found by structure in any family; block-by-block execution equal to the model's own forward; models
 left as they were; one clear sentence for what is not supported."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import FAMILIES, SIZES
+from helpers import pruned_names, set_up, tensors, toy_run
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from losa.adapter import attach
-from losa.models import block_inputs, block_linears, check_supported, find_decoder, logits_by_block, max_length, place
+from losa.models import (
+    block_inputs,
+    block_linears,
+    check_model,
+    check_supported,
+    find_decoder,
+    load,
+    logits_by_block,
+    max_length,
+    place,
+)
 
 
 def own_block_outputs(model, ids):
@@ -198,16 +211,82 @@ def test_attaching_twice_is_refused(tiny_model):
         attach(model)
 
 
-def test_blocks_called_with_positional_arguments_are_refused(tiny_model, token_ids):
-    model = tiny_model("llama")
-    decoder = find_decoder(model)
+class Odd(PreTrainedModel):
+    """Blocks that are called by position, with an argument that has a part for every sequence, and return a tuple."""
 
-    def forward(input_ids, **kwargs):
-        return decoder.blocks[0](model.get_input_embeddings()(input_ids), torch.ones(1))
+    config_class = PreTrainedConfig
 
-    model.forward = forward
-    with pytest.raises(ValueError, match="positional arguments"):
-        block_inputs(model, token_ids())
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, hidden, scale, extra=None):
+            state = self.linear(hidden.flatten(0, 1) * scale).view_as(hidden) + self.unused(hidden)
+            return (state if extra is None else state + extra), None, "attentions"
+
+    def __init__(self, change=""):
+        super().__init__(PreTrainedConfig(vocab_size=16, hidden_size=8))
+        torch.manual_seed(0)
+        self.change, self.embed, self.head = change, nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.layers = nn.ModuleList([self.Block() for _ in range(3)])
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache=None):
+        hidden = first = self.embed(input_ids)
+        scale = torch.arange(input_ids.shape[1]).repeat(len(input_ids))[:, None] / 8
+        for index, layer in enumerate(self.layers):
+            if self.change == "between":
+                hidden = hidden * 2
+            if self.change == "skips" and index == 1:
+                continue
+            hidden = layer(hidden, scale, first if self.change == "text" else None)[0]
+            if self.change == "itself":
+                with torch.no_grad():
+                    layer.linear.weight.mul_(1)
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_positions_tuples_and_arguments_by_sequence(batch_size):
+    model, ids = Odd().eval(), torch.randint(16, (5, 12))
+    check_supported(model)
+    found = torch.cat([logits for _, logits in logits_by_block(model, ids, batch_size, torch.device("cpu"))])
+    torch.testing.assert_close(found, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("text", "block 0 (Block) is called with 2, which depends on the text"),
+        ("between", "block 1 (Block) is called with something else than what the block before it returns"),
+        ("skips", "block 1 (Block) is called 0 times in a forward"),
+        ("itself", "changes its own weight layers.0.linear.weight when it runs"),
+    ],
+)
+def test_what_cannot_be_run_block_by_block_is_refused(change, message):
+    found = refusal(Odd(change).eval())
+    assert message in found and is_one_sentence(found)
+
+
+def test_a_layer_whose_weight_is_used_behind_its_back_is_refused(monkeypatch):
+    monkeypatch.setattr(Odd.Block, "forward", lambda self, hidden, *_: (self.linear(hidden) @ self.unused.weight,))
+    assert "never calls its unused as a layer" in refusal(Odd().eval())
+
+
+def test_trying_leaves_no_trace(tiny_model):
+    model = tiny_model("llama").train()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    check_supported(model.requires_grad_(False))
+    assert model.training and not any(parameter.requires_grad for parameter in model.parameters()) and all(flags)
+    assert not any("forward" in vars(block) for block in find_decoder(model).blocks)
 
 
 def test_the_linears_of_a_block_come_in_order(tiny_model):
@@ -236,3 +315,23 @@ def test_a_multi_modal_model_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(type(model.config), "get_text_config", lambda self, **kwargs: object())
     with pytest.raises(ValueError, match="multi-modal"):
         check_supported(model)
+
+
+def test_a_checkpoint_of_pickles_is_refused_with_the_way_out(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for opened in (load, check_model):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle") as caught:
+            opened(tmp_path)
+    exec(str(caught.value).partition("convert it: ")[2], {"AutoModelForCausalLM": AutoModelForCausalLM})
+    assert check_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_sources_of_other_types_in_shards_with_more_rows_than_tokens(tmp_path, dtype):
+    folder = set_up(tmp_path, dtype=dtype, shard="20KB", vocab_size=80)
+    assert len(list((folder / "model").glob("*.safetensors"))) > 1
+    toy_run(folder, steps=1)
+    assert tensors(folder / "sparse").keys() == tensors(folder / "model").keys()
+    assert all((tensors(folder / "sparse")[name] == 0).float().mean() > 0.4 for name in pruned_names(folder / "sparse"))

@@ -2,11 +2,13 @@
 
 import json
 import math
+import pickle
 import random
 import shutil
 import struct
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -499,3 +501,48 @@ def test_weights_that_are_not_finite_are_not_packed(tmp_path, value, values):
     with pytest.raises(ValueError, match=rf"{LAYER}\.weight holds NaN or infinity in bfloat16; the checkpoint is damaged"):
         pack_checkpoint(tmp_path / "sparse", tmp_path / "packed", values)
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("name", ["packed", "int8"])
+def test_a_packed_model_and_its_state_can_be_saved_by_torch(llama, name, tmp_path):
+    model, _ = losa.load(llama / name)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").stat().st_size < 2 * sum(file.stat().st_size for file in (llama / name).glob("*.safetensors"))
+    again, _ = losa.load(llama / name)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    torch.save(model, tmp_path / "model.pt")
+    whole = torch.load(tmp_path / "model.pt", weights_only=False)  # a file of our own
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, expected)
+        assert torch.equal(whole(IDS).logits, expected)
+
+
+@pytest.mark.parametrize(("directory", "asked"), [("packed", "int8"), ("int8", "bfloat16")])
+def test_other_values_than_the_packed_ones_are_refused(llama, directory, asked):
+    with pytest.raises(ValueError, match=f"of {asked} values"):
+        AutoModelForCausalLM.from_pretrained(llama / directory, quantization_config=SparseConfig(asked))
+
+
+def test_a_configuration_can_be_copied_and_pickled():
+    config = SparseConfig("int8", {"a": 3})
+    for again in (deepcopy(config), pickle.loads(pickle.dumps(config)), SparseConfig.from_dict(config.to_dict())):
+        assert isinstance(again, SparseConfig)
+        assert again.to_dict() == config.to_dict()
+
+
+def test_dequantize_gives_the_dense_model(llama):
+    packed, _ = losa.load(llama / "packed")
+    dense = packed.dequantize()
+    expected, _ = losa.load(llama / "sparse")
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), expected.parameters(), strict=True))
+    assert getattr(dense.config, "quantization_config", None) is None
+
+
+def test_half_is_refused_by_transformers(llama):
+    model, _ = losa.load(llama / "packed")
+    with pytest.raises(ValueError, match="not supported for quantized model"):
+        model.half()

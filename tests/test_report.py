@@ -21,7 +21,7 @@ from losa.config import LosaConfig
 from losa.method import prune
 from losa.models import load
 from losa.report.card import model_card
-from losa.report.content import command, gap_closed, headline, layer_bytes, public, warning
+from losa.report.content import command, gap_closed, headline, layer_bytes, overview, public, warning
 from losa.report.figures import plots
 from losa.report.page import documents, page, refresh
 from losa.report.table import summary
@@ -211,13 +211,40 @@ def test_sections_follow_the_data(pages):
     assert figures_of(pages["8"]) == ["targets", "rates", "importance", "errors", "ranks", "loss"]
     assert figures_of(pages["prune"]) == ["rates", "errors"]
     assert [re.findall(r"<h[23]>(.*?)</h", pages[name]) for name in ("8", "prune")] == [
-        ["Quality", "Zero-shot tasks", "Size and speed", "Speed", "Step by step", "Time", "How it was made"],
-        ["Quality", "Size", "Block by block", "Time", "How it was made"],
+        [
+            *("Quality", "Perplexity", "Zero-shot tasks", "Size and speed", "Speed", "Where it opens", "Step by step", "Time"),
+            "How it was made",
+        ],
+        ["Quality", "Perplexity", "Size", "Where it opens", "Block by block", "Time", "How it was made"],
     ]
     for text in ("55.12 ± 1.02", "53.56 ± 0.87", "lm-eval 0.4.13, 2026-11-22", "word, lm-eval", "7.123", "3.12x", "35.0 GB/s"):
         assert text in pages["8"]
         assert text not in pages["80"]
     assert "of the gap" not in pages["prune"]
+
+
+def test_quality_size_and_speed_stand_beside_each_other():
+    table = overview(made_up(8), BENCH)
+    assert table.head == ("model", "perplexity", "zeros", "decoder layers", "of dense", "tokens/s")
+    found = {row[0]: row[1:] for row in table.rows}
+    assert list(found) == ["dense", "pruned only", "LoSA"]
+    assert found["dense"][:2] == ("5.47", "0 %") and found["LoSA"][:2] == ("7.10", "70.00%")
+    assert found["LoSA"][3] == "0.36" and float(found["LoSA"][4]) > float(found["dense"][4]) and found["pruned only"][4] == ""
+    assert "tokens/s" not in overview(made_up(8)).head
+
+
+def test_samples_and_openers_are_on_page_and_card():
+    record = made_up(2) | {"samples": {"prompt": "The old man", "dense": "sat", "pruned": "", "losa": "<b>stood</b>"}}
+    made = documents(record, "sparse")
+    assert all(word in text for text in made.values() for word in ("The old man", "(nothing)", "vLLM", "llama.cpp"))
+    assert "<b>stood" not in made["report.html"]
+    assert "Samples" not in documents(made_up(2), "sparse")["report.html"]
+
+
+def test_nothing_on_the_page_is_wider_than_a_phone(pages):
+    style = re.search(r"<style>(.*?)</style>", pages["8"], re.DOTALL)[1]
+    assert "@media (max-width: 600px)" in style
+    assert all(int(width) <= 130 for width in re.findall(r"min-?width: ?(\d+)px", style.split("@media (max-width")[0]))
 
 
 def test_the_headline():

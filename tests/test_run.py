@@ -28,6 +28,7 @@ from losa.checkpoint import read_record, to_json, verify_zeros
 from losa.config import LosaConfig
 from losa.method import prune, run
 from losa.models import load
+from losa.samples import answer, opening
 
 
 class Look(TrainerCallback):
@@ -610,3 +611,15 @@ def test_layers_have_their_own_rates_by_any_rule(tmp_path, rule):
 def test_the_old_name_of_rates_still_works(tmp_path, caplog):
     assert toy_config(tmp_path, importance="depth", rates="depth").rates == "depth"
     assert "importance is called rates now" in caplog.text
+
+
+def test_samples_before_and_after_are_in_the_record_and_on_the_card(done):
+    folder, _, _ = done
+    found = record_of(folder / "sparse")["samples"]
+    assert list(found) == ["prompt", "dense", "pruned", "losa"]
+    model, tokenizer = load(str(folder / "sparse"))
+    _, ids = opening(tokenizer, 64)
+    assert answer(model, tokenizer, ids) == found["losa"]
+    card = (folder / "sparse" / "README.md").read_text()
+    assert "## Samples" in card and found["prompt"] in card
+    assert "llama.cpp" in card and "vLLM" in card

@@ -15,22 +15,32 @@ if TYPE_CHECKING:
     from losa.models import load
     from losa.runtime.header import SparseConfig
     from losa.runtime.linear import SparseLinear
+    from losa.zeros import keep_zeros
+
+__version__: str
 
 _HOMES = {
     "LosaConfig": "losa.config",
     "SparseConfig": "losa.runtime.plugin",  # where it is registered with transformers
     "SparseLinear": "losa.runtime.linear",
     "attach": "losa.adapter",
+    "keep_zeros": "losa.zeros",
     "load": "losa.models",
     "merge": "losa.adapter",
     "prune": "losa.method",
     "run": "losa.method",
 }
 
-__all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "load", "merge", "prune", "run"]
+__all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "keep_zeros", "load", "merge", "prune", "run"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("losa")
     if name not in _HOMES:
         raise AttributeError(f"module 'losa' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from losa import distributed
 from losa.baselines import lift_masks, mask_again
 from losa.checkpoint import replace, to_json
-from losa.config import LosaConfig, build, merge, nested, read_config, require
+from losa.config import LosaConfig, build, merge, nested, read_config, read_presets, require
 from losa.data import read_run
 from losa.doors import door, read_json
 from losa.evaluation.context import context_use
@@ -97,13 +97,15 @@ class CompareConfig:
             check_request(row.config, training=True)
 
     @classmethod
-    def load(cls, path: str | None, run: dict[str, Any], **options: Any) -> "CompareConfig":
-        """The YAML file `path`, then `options` that are not None, then the dotted keys `run` of what all rows share.
+    def load(cls, path: str | None, run: dict[str, Any], preset: str | None = None, **options: Any) -> "CompareConfig":
+        """The keys of `preset`, then the YAML file `path`, then `options` that are not None, then the dotted keys `run`; those of
+        `preset` and `run` are what all rows share.
 
         Raises:
             ValueError: as `LosaConfig.load`; unknown methods; a text that does not exist.
         """
-        values = {"name": Path(path).stem} | read_config(path) if path else {}
+        values: dict[str, Any] = {"run": read_presets(preset)}
+        merge(values, {"name": Path(path).stem} | read_config(path) if path else {})
         values |= {key: value for key, value in options.items() if value is not None}
         merge(values, {"run": nested(run)})
         require(bool(values.get("output")), "output", values.get("output"), "a directory for rows, tables and plots")

@@ -298,16 +298,12 @@ class LosaConfig:
 
     @classmethod
     def load(cls, path: str | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None) -> "LosaConfig":
-        """Defaults, then `preset`, then the YAML file `path`, then `overrides` (dotted keys).
+        """Defaults, then `preset` (or several, separated by commas), then the YAML file `path`, then `overrides` (dotted keys).
 
         Raises:
             ValueError: as `from_dict`; no such preset; the YAML is not a mapping.
         """
-        values: dict[str, Any] = {}
-        if preset is not None:
-            known = sorted(p.name[:-5] for p in resources.files("losa").joinpath("presets").iterdir())
-            require(preset in known, "preset", preset, "one of " + ", ".join(known))
-            merge(values, _read_yaml(resources.files("losa").joinpath(f"presets/{preset}.yaml").read_text("utf-8"), preset))
+        values = read_presets(preset)
         if path is not None:
             merge(values, read_config(path))
         merge(values, nested(overrides or {}))
@@ -318,6 +314,21 @@ class LosaConfig:
         values = self.to_dict() | {"output": None}
         del values["train"]["save_minutes"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_presets(names: str | None) -> dict[str, Any]:
+    """Keys of shipped configurations, separated by commas, later ones on top; of none when None.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    values: dict[str, Any] = {}
+    folder = resources.files("losa").joinpath("presets")
+    known = sorted(path.name[:-5] for path in folder.iterdir())
+    for name in names.split(",") if names is not None else []:
+        require(name in known, "preset", name, "one of " + ", ".join(known))
+        merge(values, _read_yaml(folder.joinpath(f"{name}.yaml").read_text("utf-8"), name))
+    return values
 
 
 def parse_set(items: list[str]) -> dict[str, Any]:

@@ -188,6 +188,10 @@ def _check_directory(model: Path) -> None:
             raise ValueError(f"there is no model at {model}")
         return  # a name on the hub
     if (model / "config.json").is_file():
+        pickled = sorted(model.glob("pytorch_model*.bin"))
+        if pickled and not any(model.glob("*.safetensors")):
+            convert = f"AutoModelForCausalLM.from_pretrained('{model}', use_safetensors=False).save_pretrained('{model}')"
+            raise ValueError(f"{model} has its weights in {pickled[0].name}, a pickle; LoSA opens none, so convert it: {convert}")
         return
     if (model / "adapter_config.json").is_file():
         raise ValueError(

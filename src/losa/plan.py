@@ -38,7 +38,7 @@ from losa.opening import check_model, open_config
 from losa.probe import BATCH, EVALUATION_BATCH, probe, probe_bytes
 from losa.pruning import get_pruner
 from losa.session import check_decoder, check_parts
-from losa.training import activation_checkpointing
+from losa.training import activation_checkpointing, every_block
 from losa.work import evaluation_windows, stage_flops
 
 LIBRARY_BYTES = (
@@ -103,7 +103,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     dtype = _dtype(config, model_config)
 
     def build() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code).eval()
 
     check_supported(model)
     decoder = find_decoder(model)
@@ -127,7 +127,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     runtime = resident_here + LIBRARY_BYTES if host else CONTEXT_BYTES
     training = simulate_training(build, config, processes) - 4 * trained
     calibration = _calibration_bytes(build, config, decoder, text_config.hidden_size, dtype.itemsize, processes)
-    evaluation = simulate_evaluation(build, config)
+    evaluation = max(simulate_evaluation(build, config), prunable * dtype.itemsize)  # samples keep the weights they are made with
     # The dense copy is on the host, except while a distilling teacher uses it.
     teacher = dense_copy if host or (config.train.distill and not config.blocks_on_host) else 0
     largest_block = max(decoder.sizes()) * dtype.itemsize
@@ -278,7 +278,7 @@ def simulate_training(build: Callable[[], PreTrainedModel], config: LosaConfig, 
             with torch.no_grad(), dense_mode(model):
                 teacher = model(input_ids=ids, use_cache=False).logits
         model.train()
-        with activation_checkpointing(model, config.train.gradient_checkpointing):
+        with activation_checkpointing(model, config.train.gradient_checkpointing), every_block(model):
             logits = model(input_ids=ids, use_cache=False).logits
             total = causal_loss(logits, ids, teacher, config.train.distill, config.train.temperature)
             del logits, teacher

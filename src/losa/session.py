@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from losa.models import Decoder, block_linears, check_supported, find_decoder, m
 from losa.origin import changed, origin
 from losa.output import check_free
 from losa.position import Keeping, Position, put_parameters
+from losa.progress import Whole, duration, whole_run
 from losa.pruning import Pattern, get_pruner
-from losa.report.content import duration
 from losa.report.page import documents
 from losa.rotation import find_value_paths, rotate_values
-from losa.work import remaining, stage_flops
+from losa.samples import answer, opening
+from losa.work import MEASURED, remaining, stage_flops
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Session:
     origin: dict[str, str] = field(default_factory=dict)  # `origin.origin`, where stages are saved
     position: Position | None = None  # inside the training that comes next, to go on from
     spent: float = 0.0  # seconds of that training until then
+    phase: Mapping[str, float] = field(default_factory=dict)  # what the phase under way does of each stage
+    whole: Whole | None = None
 
     @classmethod
     def start(
@@ -178,7 +181,9 @@ class Session:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall-clock seconds of a piece of work to `record["seconds"][stage]`."""
         start = time.perf_counter()
-        yield
+        ratio = 1 / MEASURED if stage == "evaluation" else self.phase.get(stage, 0.0)
+        with self.whole.inside(stage, ratio) if self.whole else nullcontext():
+            yield
         seconds = self.record["seconds"]
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
@@ -198,9 +203,17 @@ class Session:
 
     def go_through(self, phases: Sequence[Phase]) -> None:
         """Does the phases that a resumed run does not have behind it, in order, and saves a stage after each."""
+        work = stage_flops(self.config, self.decoder, self.model.config.get_text_config(), len(self.data.evaluation))
+        behind = self._done(work, phases)
+        with whole_run(Whole(work, behind, self.record["seconds"], remaining)) as self.whole:
+            self._go_through(phases)
+        self.whole = None
+
+    def _go_through(self, phases: Sequence[Phase]) -> None:
         for index, phase in enumerate(phases, 1):
             if index <= self.done:
                 continue
+            self.phase = phase.share
             phase.work(self)
             self.done = index
             logger.info("%s", self.progress(phases))
@@ -217,11 +230,14 @@ class Session:
     def progress(self, phases: Sequence[Phase]) -> str:
         """One line about the phases that are done, the time they took and, where their pace tells, the time that is left."""
         work = stage_flops(self.config, self.decoder, self.model.config.get_text_config(), len(self.data.evaluation))
-        done = {stage: sum(phase.share.get(stage, 0.0) for phase in phases[: self.done]) for stage in work}
-        left = remaining(work, done, self.record["seconds"]) if self.done < len(phases) else None
+        left = remaining(work, self._done(work, phases), self.record["seconds"]) if self.done < len(phases) else None
         so_far = duration(sum(self.record["seconds"].values()))
         ahead = "" if left is None else f", about {duration(left)} left"
         return f"{phases[self.done - 1].name} done (phase {self.done} of {len(phases)}), {so_far} so far{ahead}"
+
+    def _done(self, work: Mapping[str, float], phases: Sequence[Phase]) -> dict[str, float]:
+        """Ratio of each stage that is behind."""
+        return {stage: sum(phase.share.get(stage, 0.0) for phase in phases[: self.done]) for stage in work}
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`.
@@ -240,6 +256,11 @@ class Session:
             raise FloatingPointError(f"the model's perplexity is {value} ({name}), a finite number when dense; nothing is saved")
         self.record["perplexity"][name] = value
         logger.info("perplexity, %s: %.3f", name, self.record["perplexity"][name])
+        if self.config.output and device is None:  # from the host, every token would take as long as a window
+            with self.timed("samples"):
+                words, ids_1T = opening(self.tokenizer, max_length(self.model.config))
+                samples = self.record.setdefault("samples", {"prompt": words})
+                samples[name] = answer(self.model, self.tokenizer, ids_1T)
 
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """Gives all adapters of each block that block's rank."""

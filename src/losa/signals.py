@@ -69,6 +69,19 @@ def raised() -> Iterator[None]:
         sys.unraisablehook = before
 
 
+@contextmanager
+def ctrl_c_as_usual() -> Iterator[None]:
+    """Has SIGINT raise `KeyboardInterrupt` while it lasts, for what ends an answer and not the command."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
 class Noted:
     """Has the first signal noted and not obeyed while it lasts, so that work can be saved; a second one is obeyed at once.
 

@@ -279,6 +279,19 @@ def activation_checkpointing(model: PreTrainedModel, on: bool) -> Iterator[None]
 
 
 @contextmanager
+def every_block(model: nn.Module) -> Iterator[None]:
+    """While it lasts, no block is left out at random (layerdrop): what is trained must have a gradient in every update."""
+    dropping = {module: module.layerdrop for module in model.modules() if getattr(module, "layerdrop", 0)}
+    try:
+        for module in dropping:
+            vars(module)["layerdrop"] = 0.0
+        yield
+    finally:
+        for module, rate in dropping.items():
+            vars(module)["layerdrop"] = rate
+
+
+@contextmanager
 def _block_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
     """Collects the output of every decoder block while it lasts. Nothing when not wanted."""
     outputs: list[Tensor] = []
@@ -381,6 +394,7 @@ def train(
     try:
         with (
             activation_checkpointing(model, config.gradient_checkpointing),
+            every_block(model),
             dense_weights_on_device(model) if fetched else nullcontext(),
             reuse_effective_weights(model) if config.reuse_weights else nullcontext(),
             noted.listening() if keeping else nullcontext(),

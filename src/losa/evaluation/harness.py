@@ -20,11 +20,10 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.evaluation.zeroshot import SPLITS, local_rows
-from losa.progress import progress
+from losa.progress import Loop, progress
 
 __all__ = ["Scorer", "load_tasks", "score", "version", "word_perplexity"]
 
@@ -55,7 +54,7 @@ class Scorer(HFLM):
 class _Ticks:
     """What lm-eval tells every answered request; it takes it for a cache."""
 
-    def __init__(self, bar: tqdm, task: Task) -> None:
+    def __init__(self, bar: Loop, task: Task) -> None:
         self.bar, self.task = bar, task
 
     def add_partial(self, *_: Any) -> None:

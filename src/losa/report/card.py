@@ -5,19 +5,34 @@ import json
 import re
 from typing import Any
 
-from losa.report.content import Table, gap_closed, layer_bytes, perplexities, public, size, warning, zero_shot
+from losa.report.content import (
+    Table,
+    gap_closed,
+    layer_bytes,
+    openers,
+    overview,
+    perplexities,
+    public,
+    samples,
+    size,
+    warning,
+    zero_shot,
+)
 
 CARD = "README.md"
 PACKED = "\n## Packed\n"  # what follows is about the packed form of the checkpoint; see `runtime.files`
 
 
-def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = None) -> str:
+def model_card(
+    record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = None, bench: dict[str, Any] | None = None
+) -> str:
     """Markdown with the front matter the hub reads: what was done, with which figures, and how to load it.
 
     Args:
         record: content of `losa.json`.
         name: of the output directory, shown as the title.
         evaluation: content of `eval.json`, where there is one.
+        bench: content of `bench.json`, where there is one.
     """
     config, sparsity = record["config"], record["sparsity"]
     base, name = public(config["model"]), plain(name)
@@ -32,6 +47,8 @@ def model_card(record: dict[str, Any], name: str, evaluation: dict[str, Any] | N
     note = "" if far is None else f"\n> {plain(far)}\n"
     tasks = f"\n{_markdown(zero_shot(evaluation))}\n" if evaluation and evaluation.get("tasks") else ""
     dense, packed, *rounded = (f"{size(count)} ({name})" for name, count in layer_bytes(record).items())
+    said = samples(record)
+    words = f"\n## Samples\n\n{_markdown(said)}\n" if said else ""
     return f"""---
 library_name: transformers
 {hub}tags: [sparse, losa, {_scalar(config["pruner"])}]
@@ -47,10 +64,14 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
+{_markdown(overview(record, bench))}
+{note}{gap}
 {_markdown(found)}
-{note}{gap}{tasks}
+{tasks}
 These layers take {dense}; `losa pack` stores them in {packed}, or rounded in {" or ".join(rounded)}.
 
+{_markdown(openers(record))}
+{words}
 [report.html](report.html) shows layer rates, ranks, errors and loss step by step; the configuration and all figures are in
 `losa.json`.
 

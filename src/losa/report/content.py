@@ -71,13 +71,6 @@ def size(count: float) -> str:
     return f"{value:.1f} GiB"
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def public(source: str) -> str:
     """A hub name as it is; of a local path only the last part, for a card is published and directories are private."""
     path = Path(source)
@@ -150,6 +143,50 @@ def headline(
         shown = f"mean accuracy of {len(mean['tasks'])} zero-shot tasks, ± {100 * mean['acc_stderr']:.1f}"
         numbers.append((f"{mean['acc']:.1%}", shown))
     return numbers
+
+
+def overview(record: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> Table:
+    """Quality, size and, where it was measured, speed beside each other."""
+    found = layer_bytes(record)
+    dense, packed = found["dense, bfloat16"], found["packed, bfloat16 values"]
+    names = ["dense", *[name for name in record["perplexity"] if name != "dense"]]
+    speeds = {row["name"]: row["tokens_per_second"] for row in (bench or {}).get("rows", [])}
+    last = names[-1]
+    rows = []
+    for name in names:
+        zeros = "0 %" if name == "dense" else f"{record['sparsity']['achieved']:.2%}"
+        bytes_ = dense if name == "dense" else packed
+        speed = speeds.get("dense" if name == "dense" else "sparse bfloat16") if name in ("dense", last) else None
+        cells = (TITLES.get(name, name), f"{record['perplexity'][name]:.2f}", zeros, size(bytes_), f"{bytes_ / dense:.2f}")
+        rows.append((*cells, *([f"{speed:.1f}" if speed else ""] if speeds else [])))
+    head = ("model", "perplexity", "zeros", "decoder layers", "of dense", *(["tokens/s"] if speeds else []))
+    note = "Sizes of the decoder's linear layers: dense in bfloat16, sparse ones packed by losa pack (computed). "
+    note += "Tokens per second as losa bench measured them." if speeds else "losa bench --save adds tokens per second."
+    return Table(head, rows, note)
+
+
+def samples(record: Mapping[str, Any]) -> Table | None:
+    """What each model says after the same words; None where it was not asked."""
+    found = record.get("samples")
+    if not found:
+        return None
+    rows = [(TITLES.get(name, name), text or "(nothing)") for name, text in found.items() if name != "prompt"]
+    return Table(("model", "goes on with"), rows, f"After: {found['prompt']}", words=2)
+
+
+def openers(record: Mapping[str, Any]) -> Table:
+    """Which software does what with the checkpoint."""
+    alike = "as a dense model: zeros take the room and the time of other weights"
+    two_four = " (its 2:4 kernels want files of their own format)" if record["config"]["pattern"] == "2:4" else ""
+    rows = [
+        ("transformers", "opens it as it is; as large and as fast as dense"),
+        ("losa", "losa pack stores the zeros in a bit each; losa.load, losa chat and transformers with losa run that"),
+        ("vLLM", f"opens it {alike}{two_four}; the packed form does not open"),
+        ("llama.cpp", f"reads it after its own convert_hf_to_gguf.py, {alike}"),
+    ]
+    return Table(
+        ("software", "what it does with this checkpoint"), rows, "vLLM and llama.cpp are not part of LoSA's tests.", words=2
+    )
 
 
 def perplexities(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> Table:

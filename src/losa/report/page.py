@@ -30,7 +30,7 @@ def documents(
         evaluation: content of `eval.json`, where there is one.
         bench: content of `bench.json`, where there is one.
     """
-    return {CARD: model_card(record, name, evaluation), PAGE: page(record, name, evaluation, bench)}
+    return {CARD: model_card(record, name, evaluation, bench), PAGE: page(record, name, evaluation, bench)}
 
 
 def refresh(directory: Path) -> Path:
@@ -63,6 +63,9 @@ def page(record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = 
         trained=record["kind"] == "run",
         warning=content.warning(record),
         numbers=content.headline(record, evaluation, bench),
+        overview=content.overview(record, bench),
+        samples=content.samples(record),
+        openers=content.openers(record),
         perplexities=content.perplexities(record, evaluation),
         zero_shot=content.zero_shot(evaluation) if evaluation and evaluation.get("tasks") else None,
         sizes=content.sizes(record),

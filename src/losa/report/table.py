@@ -1,6 +1,6 @@
 """Tables for the terminal, made of records and plans. Nothing here computes a result."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -10,10 +10,36 @@ from rich.table import Table
 from losa.doors import printable
 from losa.inspect import LayerSparsity
 from losa.plan import Plan
+from losa.progress import duration
+from losa.rehearsal import Rehearsal
 from losa.report.comparison import cells, provenance
-from losa.report.content import TITLES, duration, gap_closed, size, speed, warning
+from losa.report.content import TITLES, gap_closed, size, speed, warning
 
 ABOUT = ("items", "truncated", "split", "shots", "version", "data")  # of a task, what is no metric
+
+
+def middle(text: str, width: int = 24) -> str:
+    """A long text, such as a path, with its middle left out."""
+    tail = width * 2 // 3
+    return text if len(text) <= width else f"{text[: width - tail - 1]}…{text[-tail:]}"
+
+
+def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str], last: int = 0) -> Table:
+    """A table without the columns that are empty.
+
+    Args:
+        words: heads of the columns that are no numbers.
+        last: so many rows at the end are set apart.
+    """
+    table = Table(title=title, title_justify="left")
+    shown = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    for column in shown:
+        table.add_column(head[column], justify="left" if head[column] in words else "right", overflow="fold")
+    for number, row in enumerate(rows):
+        if number == len(rows) - last:
+            table.add_section()
+        table.add_row(*(escape(printable(row[column])) for column in shown), style="bold" if number >= len(rows) - last else None)
+    return table
 
 
 def pairs(title: str, values: Mapping[str, str]) -> Table:
@@ -32,25 +58,24 @@ def summary(record: dict[str, Any]) -> Group:
     title = f"perplexity{of}, {evaluation['windows']} windows of {evaluation['window']} tokens"
     if record["config"]["eval"]["windows"] == evaluation["windows"]:  # there may be more of them
         title += "; losa eval takes all"
-    quality = Table(title=title, title_justify="left")
-    for column in ("model", "perplexity", "sparsity"):
-        quality.add_column(column, justify="left" if column == "model" else "right")
-    for name, value in found.items():
-        quality.add_row(TITLES[name], f"{value:.2f}", "0 %" if name == "dense" else f"{sparsity['achieved']:.2%}")
+    achieved = f"{sparsity['achieved']:.2%}"
+    rows = [(TITLES[name], f"{value:.2f}", "0 %" if name == "dense" else achieved) for name, value in found.items()]
+    quality = grid(title, ("model", "perplexity", "sparsity"), rows, ("model",))
     parts = [f"sparsity asked {sparsity['asked']:.4f}, achieved {sparsity['achieved']:.4f}"]
     if (closed := gap_closed(found)) is not None:
         parts.append(f"gap in log-perplexity closed: {closed:.1%}")
     if (far := warning(record)) is not None:
         parts.append(f"[bold yellow]{far}[/]")
-    time = Table(title="time", title_justify="left")
-    time.add_column("stage")
-    time.add_column("seconds", justify="right")
-    time.add_column("share", justify="right")
     total = sum(seconds.values())
-    for stage, value in seconds.items():
-        time.add_row(stage, f"{value:.1f}", f"{value / total:.0%}")
-    time.add_row("total", f"{total:.1f}", "", style="bold")
+    spent = [(stage, f"{value:.1f}", f"{value / total:.0%}") for stage, value in seconds.items()]
+    time = grid("time", ("stage", "seconds", "share"), [*spent, ("total", f"{total:.1f}", "")], ("stage",), last=1)
     return Group(quality, "\n".join(parts), time)
+
+
+def rehearsal(found: Rehearsal) -> Group:
+    """Output of `losa run --dry-run`."""
+    nothing = "nothing was loaded or written; losa plan says how long it would take"
+    return Group(escape(found.config.to_yaml()), pairs("texts", found.texts), nothing)
 
 
 def evaluation_tables(result: dict[str, Any]) -> Group:
@@ -65,23 +90,18 @@ def evaluation_tables(result: dict[str, Any]) -> Group:
 
 def perplexity_table(rows: list[dict[str, Any]]) -> Table:
     """Perplexities, each with its definition and window."""
-    table = Table(title="perplexity", title_justify="left")
-    for column in ("per", "window (tokens)", "over", "perplexity", "text"):
-        table.add_column(column, justify="left" if column in ("per", "text") else "right", overflow="fold")
+    head = ("per", "window", "over", "perplexity", "text")
+    cells = []
     for row in rows:
         over = f"{row['windows']:,} windows" if "windows" in row else f"{row['documents']:,} documents"
-        table.add_row(row["definition"], str(row["window"]), over, f"{row['perplexity']:.4f}", escape(row["data"]))
-    return table
+        cells.append((row["definition"], str(row["window"]), over, f"{row['perplexity']:.2f}", middle(row["data"], 17)))
+    return grid("perplexity; windows in tokens", head, cells, ("per", "text"))
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> Group:
     """Output of `losa compare`."""
     head, *body = cells(rows)
-    table = Table(title="perplexity", title_justify="left")
-    for column in head:
-        table.add_column(escape(column), justify="left" if column == "method" else "right")
-    for line in body:
-        table.add_row(*map(escape, line))
+    table = grid("perplexity", head, body, ("method",))
     return Group(table, escape(provenance(rows)))
 
 
@@ -91,24 +111,28 @@ def task_table(result: dict[str, Any]) -> Table:
     keys = dict.fromkeys(key for task in tasks.values() for key in task)  # in order, each once
     metrics = [key for key in keys if key not in ABOUT and not key.endswith("_stderr")]
     source = ", local data" if any(task["data"] == "local" for task in tasks.values()) else ""
-    table = Table(title=f"tasks, lm-eval {result['lm_eval']}{source}", title_justify="left")
-    for column in ("task", *metrics, "items", "split", "shots"):
-        table.add_column(column, justify="left" if column in ("task", "split") else "right", no_wrap=column != "split")
-    for name, task in tasks.items():
-        about = (f"{task['items']:,}", task["split"], str(task["shots"]))
-        table.add_row(name, *(_with_error(task, metric) for metric in metrics), *about)
-    if mean:
-        table.add_section()
-        table.add_row("paper's seven", *(_with_error(mean, metric) for metric in metrics), style="bold")
-    return table
+    shots = {task["shots"] for task in tasks.values()}
+    each = f", {shots.pop()} shots" if len(shots) == 1 else ""
+    rows = [
+        (name, *(_with_error(task, metric) for metric in metrics), f"{task['items']:,}", task["split"][:5], str(task["shots"]))
+        for name, task in tasks.items()
+    ]
+    last = [("paper's seven", *(_with_error(mean, metric) for metric in metrics), "", "", "")] if mean else []
+    head = ["task", *metrics, "items", "split", "shots"]
+    body = [*rows, *last]
+    if each:
+        head, body = head[:-1], [row[:-1] for row in body]
+    title = f"tasks, lm-eval {result['lm_eval']}{source}{each}; accuracies in percent, ± one standard error"
+    return grid(title, head, body, ("task", "split"), len(last))
 
 
 def _with_error(values: Mapping[str, Any], metric: str) -> str:
+    """A ratio in percent, or a perplexity of any size, with its standard error, two decimals each."""
     if metric not in values:
         return ""
+    scale = 1 if metric == "perplexity" or metric.endswith("perplexity") else 100
     error = values.get(f"{metric}_stderr")
-    value = values[metric]  # a ratio, or a perplexity of any size
-    return (f"{value:.4f}" if value <= 1 else f"{value:.6g}") + (f" ± {error:.4f}" if error is not None else "")
+    return f"{scale * values[metric]:.2f}" + (f" ±{scale * error:.2f}" if error is not None else "")
 
 
 def _remarks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -119,24 +143,19 @@ def _remarks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def sparsity_table(layers: list[LayerSparsity], each: bool) -> Table:
     """Output of `losa inspect`: a row a block, or a row a layer."""
-    table = Table(title="sparsity", title_justify="left")
-    for column in ("layer" if each else "block", "weights", "zeros", "sparsity", "pattern"):
-        table.add_column(column, justify="left" if column in ("layer", "block", "pattern") else "right")
     groups: dict[Any, list[LayerSparsity]] = {}
     for layer in layers:
         groups.setdefault(layer.name if each else layer.block, []).append(layer)
-    for name, members in groups.items():
-        table.add_row(escape(printable(str(name))), *_cells(members))
-    table.add_section()
-    table.add_row("all", *_cells(layers), style="bold")
-    return table
+    rows = [(middle(str(name).removesuffix(".weight"), 40), *_cells(members)) for name, members in groups.items()]
+    head = ("layer" if each else "block", "weights", "zeros", "sparsity", "pattern")
+    return grid("sparsity", head, [*rows, ("all", *_cells(layers))], ("layer", "block", "pattern"), last=1)
 
 
 def _cells(layers: Iterable[LayerSparsity]) -> list[str]:
     layers = list(layers)
     zeros, numel = sum(layer.zeros for layer in layers), sum(layer.numel for layer in layers)
     patterns = set.intersection(*(set(layer.patterns) for layer in layers))
-    return [f"{numel:,}", f"{zeros:,}", f"{zeros / numel:.4%}", " ".join(sorted(patterns))]
+    return [f"{numel:,}", f"{zeros:,}", f"{zeros / numel:.2%}", " ".join(sorted(patterns))]
 
 
 def sparsity_json(layers: list[LayerSparsity]) -> dict[str, Any]:

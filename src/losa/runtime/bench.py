@@ -24,10 +24,10 @@ from losa.models import load, max_length
 from losa.opening import open_config, open_weights
 from losa.progress import progress
 from losa.runtime.decode import road
-from losa.runtime.generate import speaker
 from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
+from losa.runtime.sampling import speaker
 from losa.runtime.values import TYPES
 
 MOST_ROUNDS = 1000
@@ -118,9 +118,7 @@ def _packed(directory: str, values: str, device: torch.device) -> PreTrainedMode
 
 def _unpacked(directory: str) -> PreTrainedModel:
     model, _ = load(directory)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SparseLinear):
-            model.set_submodule(name, layer.to_linear())
+    model.dequantize()
     settle(model)
     return model
 

@@ -1,162 +1,172 @@
-"""`losa generate`: a model goes on with a text, token by token."""
+"""`losa generate` and `losa chat`: a model goes on with a text, or answers in turns, token by token.
 
-import copy
+A tokenizer with a chat template belongs to a model that was taught to answer: it is asked in the template's form, and what it was
+taught to end an answer with ends it. Any other model, and any with `raw`, goes on with the text as it is.
+"""
+
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TextStreamer,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from jinja2 import TemplateError
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from losa.doors import shown
 from losa.models import max_length
+from losa.runtime.decode import road
+from losa.runtime.sampling import check_wishes, drawing, speaker
 
-COLDEST, HOTTEST = 1e-3, 1e3  # temperatures to draw at; far below, logits over the temperature overflow
-TOP_K = 50  # of transformers, where the model names none
+Message = dict[str, str]  # `role` (system, user or assistant) and `content`
 
 
 @dataclass(frozen=True)
 class Generated:
-    """The continuation, and how long it took."""
+    """The continuation, how long it took, and by which road (`decode.road`)."""
 
     text: str
     tokens: int
     seconds: float
+    road: str
 
 
 class _Pieces(TextStreamer):
-    """Hands every piece of finished text on."""
+    """Hands every piece of finished text on, and keeps it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, receive: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.receive = receive
+        self.receive, self.pieces, self.tokens = receive, list[str](), 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt, then with every token."""
+        self.tokens += 0 if self.next_tokens_are_prompt else 1
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by `generate` whenever a word is complete."""
+        self.pieces.append(text)
         self.receive(text)
 
 
-def check_wishes(prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Checks arguments of `generate`, before a model is loaded.
+def is_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer says how turns of a conversation are written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> BatchEncoding:
+    """A text as it is, or turns of a conversation in the template's form, up to where the answer begins.
 
     Raises:
-        ValueError: an empty prompt, or numbers out of range.
+        ValueError: the template does not take these turns.
     """
-    if not prompt or tokens < 1:
-        raise ValueError(f"found {len(prompt)} characters of prompt and {tokens} tokens, expected at least 1 of each")
-    if temperature and not COLDEST <= temperature <= HOTTEST:
-        raise ValueError(f"temperature is {temperature:g}, expected 0, or a number in [{COLDEST:g}, {HOTTEST:g}]")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, expected a number in [0, 2^63)")
+    if isinstance(prompt, str):
+        return tokenizer(prompt, return_tensors="pt")
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in prompt)
+        raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
-def speaker(model: PreTrainedModel, config: GenerationConfig | None = None) -> PreTrainedModel:
-    """The model, with the same weights, as it generates here: with `config`, or `settings`, and nothing else from its files."""
-    twin = copy.copy(model)
-    twin.generation_config = config or settings(model)
-    return twin
-
-
-def settings(model: PreTrainedModel) -> GenerationConfig:
-    """What is taken from a model's `generation_config.json`: the ends of a text, `top_k`, `top_p` and `repetition_penalty`.
-
-    Raises:
-        ValueError: one of them cannot be used.
-    """
-    found, rows = model.generation_config, model.get_input_embeddings().weight.shape[0]
-    tokens = {name: getattr(found, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for name, value in tokens.items():
-        several = value if isinstance(value, list) and value and name == "eos_token_id" else [value]
-        if value is not None and not all(type(token) is int and abs(token) < 2**31 for token in several):
-            raise ValueError(f"{name} in generation_config.json is {shown(value)}, expected a token's number")
-    if tokens["pad_token_id"] is not None and not 0 <= tokens["pad_token_id"] < rows:
-        tokens["pad_token_id"] = None  # as models say that they have none
-    bounds = {"top_k": (TOP_K, 0, 2**31), "top_p": (1.0, 1e-6, 1), "repetition_penalty": (1.0, 1e-3, 1e3)}
-    numbers: dict[str, float] = {}
-    for name, (default, least, most) in bounds.items():
-        value = getattr(found, name, None)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or (type(default) is int and type(value) is not int) or not least <= value <= most:
-            raise ValueError(f"{name} in generation_config.json is {shown(value)}, expected a number in [{least:g}, {most:g}]")
-        numbers[name] = value
-    return GenerationConfig(**tokens, **numbers)
-
-
-class _Draw(LogitsProcessor):
-    """Draws a token and leaves nothing else to take. With a generator of its own, so that neither a thread beside this one nor
-    anything else that draws changes what comes."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chances = scores.float().softmax(-1)
-        if not torch.isfinite(chances).all():
-            raise FloatingPointError("the model's logits are not finite; its weights are damaged")
-        drawn = torch.multinomial(chances, 1, generator=self.generator)
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
-
-
-def _drawing(model: PreTrainedModel, temperature: float, seed: int) -> list[LogitsProcessor]:
-    """What sampling does to the logits: temperature, then the model's own `top_k` and `top_p`, then the draw."""
-    wanted = model.generation_config
-    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
-    if wanted.top_k:
-        steps.append(TopKLogitsWarper(wanted.top_k))
-    if wanted.top_p < 1:
-        steps.append(TopPLogitsWarper(wanted.top_p))
-    return [*steps, _Draw(seed, model.device)]
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answering: bool) -> list[int]:
+    """What ends a text: all that the generation configuration names. What ends an answer: also what the tokenizer ends a text
+    with, which is the end of a turn in most chat templates, and missing from many a generation configuration."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id if answering else None}
+    return sorted(token for token in tokens if token is not None)
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | list[Message],
     receive: Callable[[str], None],
     tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    raw: bool = True,
 ) -> Generated:
-    """Continues `prompt`, handing text to `receive` as it comes.
+    """Continues `prompt`, handing text to `receive` as it comes. Stopped by Ctrl-C, it returns what there is.
 
     Args:
+        prompt: a text, or turns of a conversation.
         tokens: at most so many new ones, and no more than fit into the model's window.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         seed: of the draw, which has its own generator: threads that share a model draw what each would draw alone.
+        raw: a text is continued as it is; False asks it as a question, in the form of the chat template, where there is one.
 
     Raises:
         ValueError: an empty prompt, one that fills the window, or numbers out of range.
     """
-    check_wishes(prompt, tokens, temperature, seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    check_wishes("".join(turn["content"] for turn in prompt) if isinstance(prompt, list) else prompt, tokens, temperature, seed)
+    if isinstance(prompt, str) and not raw and is_chat(tokenizer):
+        prompt = [{"role": "user", "content": prompt}]
+    inputs = encode(tokenizer, prompt).to(model.device)
     inputs.pop("token_type_ids", None)
     window, given = max_length(model.config), inputs["input_ids"].shape[1]
     if given >= window:
         raise ValueError(f"the prompt has {given} tokens, the model's window {window}; shorten it")
-    model = speaker(model)
-    draw = LogitsProcessorList(_drawing(model, temperature, seed) if temperature else [])
+    if not given:
+        raise ValueError("the prompt has no tokens; expected some text")
+    model, streamer = speaker(model), _Pieces(tokenizer, receive)
+    wanted = model.generation_config
+    assert wanted is not None
+    stop = stop_tokens(model, tokenizer, not isinstance(prompt, str))
+    wanted.eos_token_id, wanted.max_new_tokens = stop or None, min(tokens, window - given)
+    if wanted.pad_token_id is None:
+        wanted.pad_token_id = stop[0] if tokenizer.pad_token_id is None and stop else tokenizer.pad_token_id
     start = time.perf_counter()
-    pieces: list[str] = []
+    with suppress(KeyboardInterrupt):  # what was shown by then is the answer
+        model.generate(**inputs, streamer=streamer, logits_processor=drawing(model, temperature, seed))
+    return Generated("".join(streamer.pieces), streamer.tokens, time.perf_counter() - start, road(model))
 
-    def both(piece: str) -> None:
-        pieces.append(piece)
-        receive(piece)
 
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=min(tokens, window - given),
-        streamer=_Pieces(tokenizer, both),
-        logits_processor=draw,
-    )
-    return Generated("".join(pieces), ids.shape[1] - given, time.perf_counter() - start)
+def chat(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Iterable[str],
+    receive: Callable[[str], None],
+    *,
+    system: str | None = None,
+    tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    done: Callable[[Generated], None] = lambda answer: None,
+) -> list[Message]:
+    """Answers questions in turn, each in the knowledge of the turns before. `/clear` forgets them, `/exit` ends.
+
+    Where the turns grow beyond the model's window, the oldest are forgotten.
+
+    Args:
+        system: what the model is told before the first turn.
+        tokens: of an answer, at most.
+        done: called after every answer.
+
+    Returns:
+        The turns that were not forgotten.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or a question that alone fills the window.
+    """
+    if not is_chat(tokenizer):
+        raise ValueError(
+            f"the tokenizer of {model.config.name_or_path} has no chat template, so the model was not taught to answer; "
+            "losa generate goes on with a text"
+        )
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    turns: list[Message] = []
+    for question in map(str.strip, questions):
+        if question in ("/exit", "/quit"):
+            break
+        if question == "/clear":
+            turns = []
+        if not question or question == "/clear":
+            continue
+        turns.append({"role": "user", "content": question})
+        room = max_length(model.config) - min(tokens, max_length(model.config) // 4)
+        while len(turns) > 1 and encode(tokenizer, opening + turns)["input_ids"].shape[1] > room:
+            del turns[:2]  # a question and its answer
+        answer = generate(model, tokenizer, opening + turns, receive, tokens, temperature, seed + len(turns))
+        turns.append({"role": "assistant", "content": answer.text.strip()})
+        done(answer)
+    return opening + turns

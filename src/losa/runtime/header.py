@@ -12,7 +12,7 @@ transformers makes `SparseConfig` of this dictionary; so it is also what a user 
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -43,6 +43,16 @@ class SparseConfig(QuantizationConfigMixin):
     Raises:
         ValueError: anything else, with what was found.
     """
+
+    def __new__(cls, values: str = "bfloat16", *args: Any, **kwargs: Any) -> Self:
+        """A class for every type of values. A packed checkpoint that is opened with another configuration than its own is refused
+        by transformers only if the two classes have different names; else it takes the checkpoint's, and warns."""
+        own = type(f"SparseConfig of {values} values", (cls,), {"__module__": cls.__module__}) if cls is SparseConfig else cls
+        return super().__new__(own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which look for a class by its name."""
+        return SparseConfig, (self.values, self.layers, self.version)
 
     def __init__(
         self,

@@ -18,28 +18,38 @@ HUGE = 2 << 20  # bytes of a huge page on x86-64; aarch64 with 4 KiB base pages 
 
 def huge_region(size: int) -> Tensor:
     """`[size]` bytes, aligned to a huge page, not resident until written. Ordinary pages where there are no huge ones."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
-        region = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        region.madvise(mmap.MADV_HUGEPAGE)
-    else:
-        region = mmap.mmap(-1, size + HUGE)
-    bytes_ = torch.frombuffer(region, dtype=torch.uint8)
-    return bytes_[-bytes_.data_ptr() % HUGE :][:size]
+    region = _huge_pages(size)
+    return torch.frombuffer(region, dtype=torch.uint8)[_start(region) :][:size]
+
+
+def _huge_pages(size: int) -> mmap.mmap:
+    """At least `size` bytes after `_start`."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size + HUGE)
+    region = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # Linux
+    region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+def _start(region: mmap.mmap) -> int:
+    """Bytes before the first huge page of a region."""
+    return -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE
 
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
     """Moves the parameters of a model on the CPU into one huge region, one at a time; tied parameters stay tied.
 
+    Each has a storage of its own in there: `torch.save` writes storages, and of one that several types share it writes none.
     Does nothing for a model that is not wholly on the CPU.
     """
     parameters = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.numel()}
     if any(parameter.device.type != "cpu" for parameter in parameters.values()):
         return
-    region, used = huge_region(sum(-(-parameter.nbytes // 64) * 64 for parameter in parameters.values())), 0
-    homes = {}
+    region = _huge_pages(sum(-(-parameter.nbytes // 64) * 64 for parameter in parameters.values()))
+    used, homes = _start(region), {}
     for address, parameter in parameters.items():
-        home = region[used : used + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        home = torch.frombuffer(region, dtype=parameter.dtype, count=parameter.numel(), offset=used).view(parameter.shape)
         homes[address] = home.copy_(parameter)
         used += -(-parameter.nbytes // 64) * 64
     for parameter in model.parameters():

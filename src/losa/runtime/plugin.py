@@ -54,6 +54,13 @@ class SparseQuantizer(HfQuantizer):
         settle(model)
         decode.attach(model)
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`model.dequantize()`: dense layers again, with their zeros, in `dtype`, or bfloat16."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, SparseLinear):
+                model.set_submodule(name, layer.to_linear())
+        return model.to(dtype or torch.bfloat16)
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a packed checkpoint."""
         return True
