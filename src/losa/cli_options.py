@@ -51,8 +51,8 @@ SHARED: dict[str, Shared] = {
         Annotated[
             str | None,
             typer.Option(
-                help="Training text or conversations: a file (.txt, .md, .json, .jsonl, .ndjson, .csv, .parquet, also .gz or .zst), "
-                "a directory of them, or a hub dataset, `name[:config[:split]]`."
+                help="Training text or conversations: a file (.txt, .md, .json, .jsonl, .ndjson, .csv, .parquet, also .gz or "
+                ".zst), a directory of them, or a hub dataset, `name[:config[:split]]`."
             ),
         ],
     ),
