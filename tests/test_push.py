@@ -19,7 +19,7 @@ class Hub(BaseHTTPRequestHandler):
         self.server.seen.append(self.path)
         if self.path.endswith("/repos/create"):
             asked = json.loads(body)
-            self.server.private = asked.get("private")
+            self.server.private = bool(asked.get("private")) or asked.get("visibility") == "private"
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             return self._answer({"url": f"{self.server.address}/{name}", "name": name, "id": name})
         if self.path.endswith("/validate-yaml"):  # of the card
