@@ -141,8 +141,7 @@ def go_through(model: PreTrainedModel, folder: Path) -> None:
     masks = merge(model)
     zeros = sum(int((~keep).sum()) for keep in masks.values()) / sum(keep.numel() for keep in masks.values())
     assert zeros == pytest.approx(0.5, abs=0.01)
-    write_verified(folder, model, None, masks, "")
-    saved = folder / ".losa" / "final"
+    saved = write_verified(folder, model, None, masks, "")
     with torch.no_grad():
         reopened = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
         assert torch.equal(reopened(input_ids=ids).logits, model(input_ids=ids).logits)

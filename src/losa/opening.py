@@ -247,8 +247,8 @@ def _count(shape: list[int]) -> int:
 def _try_forward(config: PreTrainedConfig) -> None:
     """Runs the model on tensors without data. Raises what a real forward would."""
     with FakeTensorMode(), torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(_dense(config))
         try:
+            model = AutoModelForCausalLM.from_config(_dense(config))
             model(input_ids=torch.zeros(1, min(8, max_length(config)), dtype=torch.int64), use_cache=False)
         except LIMITS_OF_FAKES:
             return  # says nothing about the configuration
