@@ -22,6 +22,7 @@ from losa.doctor import toy_tokenizer
 from losa.evaluation.perplexity import perplexity
 from losa.inspect import inspect
 from losa.models import find_decoder
+from losa.runtime import kernels
 from losa.runtime.bench import compare, weight_bytes
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
@@ -198,6 +199,8 @@ def test_bench_compares_in_one_process(llama):
         assert [row["name"] for row in result["rows"]] == names
         for row in result["rows"]:
             assert row["tokens_per_second"] > 0
+            compiled = row["name"] != "dense" and len(kernels.available()) > 1
+            assert row["road"] == ("compiled step" if compiled else "transformers")
             assert row["limit_tokens_per_second"] == pytest.approx(result["bandwidth"] / row["weight_bytes"])
     with pytest.raises(ValueError, match="1 new tokens"):
         compare(llama / "packed", new=1)

@@ -249,6 +249,9 @@ def speed(bench: Mapping[str, Any]) -> Table:
         f"{bench['prompt']} tokens of prompt, {bench['new']} generated, batch 1, on {bench['machine']}. Limit: reading every "
         f"weight once a token, at the {bench['bandwidth'] / 1e9:.1f} GB/s measured on this memory."
     )
+    stepping = [row["name"] for row in bench["rows"] if row.get("road") == "compiled step"]
+    if stepping:
+        note += f" Decoded by the compiled step: {', '.join(stepping)}; the others by transformers."
     return Table(("model", "tokens/s", "speed-up", "limit", "first token", "resident", "of dense"), rows, note)
 
 
