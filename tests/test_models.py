@@ -14,7 +14,6 @@ from losa.adapter import attach
 from losa.models import (
     block_inputs,
     block_linears,
-    check_model,
     check_supported,
     find_decoder,
     load,
@@ -22,6 +21,7 @@ from losa.models import (
     max_length,
     place,
 )
+from losa.opening import check_model, open_config
 
 
 def own_block_outputs(model, ids):
@@ -321,11 +321,11 @@ def test_a_checkpoint_of_pickles_is_refused_with_the_way_out(tiny_model, tmp_pat
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    for opened in (load, check_model):
+    for opened in (load, lambda path: open_config(str(path))):
         with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle") as caught:
             opened(tmp_path)
     exec(str(caught.value).partition("convert it: ")[2], {"AutoModelForCausalLM": AutoModelForCausalLM})
-    assert check_model(tmp_path)
+    assert check_model(open_config(str(tmp_path)), str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
