@@ -1,12 +1,14 @@
 """LoSA: sparse language models with their quality recovered.
 
 `run` is the method; `prune`, `attach` and `merge` are its stages, one by one. `load` opens what they made, packed or not;
-`SparseConfig` is the plug-in for transformers' own `from_pretrained`. Names are imported when first used, so that
-`import losa` and `losa --help` do not wait for torch.
+`SparseConfig` is the plug-in for transformers' own `from_pretrained`, which opens packed checkpoints once losa is imported, be it
+before transformers or after. Names are imported when first used, so that `import losa` and `losa --help` do not wait for torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from losa.runtime.registration import install
 
 if TYPE_CHECKING:
     from losa.adapter import attach, merge
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LosaConfig": "losa.config",
-    "SparseConfig": "losa.runtime.plugin",  # where it is registered with transformers
+    "SparseConfig": "losa.runtime.header",
     "SparseLinear": "losa.runtime.linear",
     "attach": "losa.adapter",
     "load": "losa.models",
@@ -34,3 +36,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'losa' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+install()  # the one thing done at import time: packed checkpoints open in transformers
