@@ -428,6 +428,34 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name: packed, sparse or dense.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; `0.0.0.0` lets other machines in, and asks for no key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
+    device: Device = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Serve MODEL to OpenAI's clients: chat, completions, streaming, many requests at a time; until SIGTERM or Ctrl-C.
+
+    The name to ask for is MODEL as it is given here. Needs `pip install "losa[serve]"`.
+
+    Example: `losa serve llama-packed`, then `curl localhost:8000/v1/completions -H "Content-Type: application/json" -d
+    '{"model": "llama-packed", "prompt": "The old man", "max_tokens": 20}'`
+    """
+    from losa.serving.start import check_installed, listen
+    from losa.serving.start import serve as answer
+
+    check_installed()
+    with listen(host, port) as listening:
+        loaded, tokenizer = _served(model, device, trust_remote_code)
+        _say(f"serving {model} at http://{host}:{listening.getsockname()[1]}/v1")
+        answer(loaded, tokenizer, model, listening)
+    _say("stopped")
+
+
+@app.command()
 def bench(
     directory: Annotated[Path, typer.Argument(help="Directory of a checkpoint, packed or not.")],
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt, random ones.")] = 128,

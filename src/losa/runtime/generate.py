@@ -108,15 +108,14 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
-def _drawing(model: PreTrainedModel, temperature: float, seed: int) -> list[LogitsProcessor]:
-    """What sampling does to the logits: temperature, then the model's own `top_k` and `top_p`, then the draw."""
-    wanted = model.generation_config
+def drawing(wanted: GenerationConfig, temperature: float, seed: int, device: torch.device) -> list[LogitsProcessor]:
+    """What sampling does to the logits: temperature, then `top_k` and `top_p` of what is wanted, then the draw."""
     steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
     if wanted.top_k:
         steps.append(TopKLogitsWarper(wanted.top_k))
     if wanted.top_p < 1:
         steps.append(TopPLogitsWarper(wanted.top_p))
-    return [*steps, _Draw(seed, model.device)]
+    return [*steps, _Draw(seed, device)]
 
 
 def generate(
@@ -145,7 +144,7 @@ def generate(
     if given >= window:
         raise ValueError(f"the prompt has {given} tokens, the model's window {window}; shorten it")
     model = speaker(model)
-    draw = LogitsProcessorList(_drawing(model, temperature, seed) if temperature else [])
+    draw = LogitsProcessorList(drawing(model.generation_config, temperature, seed, model.device) if temperature else [])
     start = time.perf_counter()
     pieces: list[str] = []
 
