@@ -69,8 +69,9 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, object]]
             row["seconds_of_an_answer"] = round(median(second for second, _ in done), 2)
             row["resident_mib"] = psutil.Process(server.pid).memory_info().rss >> 20
             rows.append(row)
+            print(row, flush=True)
         server.terminate()
-    assert server.returncode == 0
+        assert server.wait() == 0
     return rows
 
 

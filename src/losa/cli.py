@@ -450,7 +450,8 @@ def serve(
     check_installed()
     with listen(host, port) as listening:
         loaded, tokenizer = _served(model, device, trust_remote_code)
-        _say(f"serving {model} at http://{host}:{listening.getsockname()[1]}/v1")
+        place = f"[{host}]" if ":" in host else host
+        _say(f"serving {model} at http://{place}:{listening.getsockname()[1]}/v1")
         answer(loaded, tokenizer, model, listening)
     _say("stopped")
 
