@@ -53,6 +53,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, object]]
         [sys.executable, "-c", ALONE, name, prompt_of(0), str(arguments.tokens)], capture_output=True, text=True, check=True
     )
     rows: list[dict[str, object]] = [{"model": name, "clients": "generate", "tokens_per_second": round(float(alone.stdout), 1)}]
+    print(rows[0], flush=True)
     command = [sys.executable, "-m", "losa", "serve", name, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as server:
         url = server.stdout.readline().split(" at ")[1].strip()

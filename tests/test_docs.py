@@ -57,7 +57,8 @@ def code_blocks(language: str) -> list[str]:
 
 
 def test_every_losa_command_of_the_readme_runs(toy_home, monkeypatch):
-    monkeypatch.setattr("losa.serving.start.serve", lambda *_: None)  # ends at once; test_serving.py has it answer
+    for name in ("check_installed", "serve"):  # ends at once; test_serving.py has it answer
+        monkeypatch.setattr(f"losa.serving.start.{name}", lambda *_: None)
     compare = ["--methods", "dense,Wanda,Wanda + LoSA", "--targets", "0.7", "--seeds", "0", "--set", "train.tokens=4096"]
     commands = [line.split("#")[0] for block in code_blocks("bash") for line in block.splitlines() if line.startswith("losa ")]
     assert {shlex.split(command)[1] for command in commands} >= {
@@ -75,8 +76,6 @@ def test_every_losa_command_of_the_readme_runs(toy_home, monkeypatch):
     }
     for command in commands:
         arguments = shlex.split(stand_in(command))[1:]
-        if arguments[0] == "serve":
-            pytest.importorskip("uvicorn", reason='needs pip install "losa[serve]"')
         if "--tasks" in arguments:
             pytest.importorskip("lm_eval")
             arguments += ["--task-data", "tasks"]

@@ -1,5 +1,7 @@
 """`losa serve`: a real process, asked by OpenAI's own client."""
 
+import asyncio
+import copy
 import json
 import socket
 import threading
@@ -33,9 +35,10 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    openai = pytest.importorskip("openai", reason='needs pip install "losa[serve]"')
-    pytest.importorskip("uvicorn", reason='needs pip install "losa[serve]"')
-    pytest.importorskip("fastapi", reason='needs pip install "losa[serve]"')
+    if not start.is_serve_available():
+        pytest.skip('needs pip install "losa[serve]"')
+    import openai
+
     folder = tmp_path_factory.mktemp("serving")
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     for linear in find_decoder(model).linears().values():
@@ -175,6 +178,8 @@ BAD = {
     "log-probabilities": {"logprobs": 1},
     "a penalty": {"frequency_penalty": 0.5},
     "a seed that is none": {"seed": "x"},
+    "half a character": {"prompt": "\ud800"},
+    "half a character of a name": {"model": "\ud800"},
     "a configuration": {"generation_config": "{"},
     "another model": {"model": "gpt"},
     "a field of nobody": {"colour": "red"},
@@ -191,11 +196,26 @@ def test_bad_completions(server, change):
 
 @pytest.mark.parametrize(
     "messages",
-    [None, [], "hello", [{}], [{"role": "user", "content": 3}], [{"role": "user", "content": [{"type": "image_url"}]}]],
+    [
+        None,
+        [],
+        "hello",
+        [{}],
+        [{"role": "user", "content": 3}],
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+    ],
 )
 def test_bad_chats(server, messages):
     body = {"model": server.name, "messages": messages, "max_tokens": 2}
     assert 400 <= post(server, "/v1/chat/completions", json.dumps(body).encode())[0] < 500
+
+
+def test_a_chat_in_another_format_is_refused_and_the_plain_one_is_not(server):
+    asked = {"model": server.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "presence_penalty": 0.0}
+    for kind, expected in (("text", 200), ("json_object", 400)):
+        body = {**asked, "response_format": {"type": kind}}
+        assert post(server, "/v1/chat/completions", json.dumps(body).encode())[0] == expected
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff"])
@@ -236,6 +256,33 @@ def ask_many(server, count):
         list(clients.map(one, range(count)))
 
 
+def test_more_text_than_the_cache_holds_waits(server, monkeypatch):
+    batches = pytest.importorskip("losa.serving.batches")
+    monkeypatch.setattr(batches, "PAGE", 16)
+    monkeypatch.setattr(batches, "BATCH", 32)  # prompts take several forwards
+    monkeypatch.setattr(batches, "ROOM", 1)
+    model, tokenizer = losa.load(server.name)
+    prompts = [f"{prompt} " + "the old man said that he had been in the house, and " * 6 for prompt in PROMPTS]
+    running = batches.Batches(model)
+
+    async def ask(prompt):
+        config = copy.deepcopy(model.generation_config)
+        config.max_new_tokens, config.do_sample = TOKENS, False
+        inputs = {"input_ids": tokenizer(prompt)["input_ids"]}
+        return await running.generate_non_streaming(model, tokenizer, inputs, config, "same")
+
+    async def ask_all():
+        return await asyncio.gather(*map(ask, prompts))
+
+    try:
+        for prompt, (text, given, tokens) in zip(prompts, asyncio.run(ask_all()), strict=True):
+            assert given > 64
+            assert len(tokens) == TOKENS
+            assert text.startswith(alone(server, prompt)[0])
+    finally:
+        running.stop()
+
+
 @pytest.mark.nightly
 def test_memory_is_steady_over_five_hundred_requests(server):
     process = psutil.Process(server.process.pid)
@@ -269,7 +316,7 @@ def test_sigterm_lets_answers_finish_and_is_no_failure(server, tmp_path):
 
 
 def test_a_port_that_is_taken(monkeypatch, capsys):
-    pytest.importorskip("uvicorn", reason='needs pip install "losa[serve]"')
+    monkeypatch.setattr(start, "is_serve_available", lambda: True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert_one_line_error(losa_main(monkeypatch, capsys, "serve", "nowhere", "--port", port), f"port {port}")

@@ -32,7 +32,7 @@ from losa.serving.requests import refused
 PAGE = 256  # tokens of the cache that a request gets at once
 BATCH = 512  # tokens of one forward: a longer prompt takes several, and others decode in between
 ROOM = 8  # requests whose whole windows the cache has room for, as far as CACHE_BYTES go; more share the room, or wait
-CACHE_BYTES = 1 << 30
+CACHE_BYTES = 1 << 28
 
 
 class Batches(CBGenerateManager):

@@ -3,10 +3,19 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 STOPS = 16  # strings to stop at; OpenAI takes 4
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _whole(text: str) -> str:
+    """The text; ValueError where half of a character stands alone, which no tokenizer takes."""
+    text.encode()
+    return text
+
+
+Whole = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[Whole, Field(min_length=1)]
 
 
 class _Asked(BaseModel):
@@ -14,6 +23,7 @@ class _Asked(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
+    model: Text | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -21,22 +31,26 @@ class _Asked(BaseModel):
     stop: Text | Annotated[list[Text], Field(max_length=STOPS)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     generation_config: None = None
 
 
 class _Part(BaseModel):
     type: Literal["text"]
-    text: str
+    text: Whole
 
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Text
-    content: str | list[_Part] | None = None
+    content: Whole | list[_Part] | None = None
+
+
+class _Format(BaseModel):
+    type: Literal["text"]
 
 
 class Chat(_Asked):
@@ -45,7 +59,7 @@ class Chat(_Asked):
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Literal[False] | None = None
-    response_format: Annotated[dict[str, Any], Field(max_length=1)] | None = None
+    response_format: _Format | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
