@@ -104,3 +104,15 @@ def open_without_losa(directory: str, ids_file: str, logits_file: str) -> None:
     with torch.no_grad():
         torch.save(model(input_ids=torch.load(ids_file)).logits, logits_file)
     assert "losa" not in sys.modules
+
+
+def import_losa_last(directory: str) -> None:
+    """Opens a packed checkpoint with transformers, which has been there before losa."""
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    assert "losa" not in AUTO_QUANTIZER_MAPPING
+    import losa
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert any(isinstance(module, losa.SparseLinear) for module in model.modules())

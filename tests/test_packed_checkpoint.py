@@ -234,8 +234,16 @@ def test_the_model_card_says_how_it_opens(tmp_path):
     (tmp_path / "sparse" / "README.md").write_text("# A model\n")
     pack_checkpoint(tmp_path / "sparse", tmp_path / "packed")
     assert 'losa.load("packed")' in (tmp_path / "packed" / "README.md").read_text()
+    assert "After `import losa`, transformers' own" in (tmp_path / "packed" / "README.md").read_text()
     unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == "# A model\n"
+
+
+def test_a_packed_checkpoint_without_a_card_gets_one(llama, tmp_path):
+    assert 'losa.load("packed")' in (llama / "packed" / "README.md").read_text()
+    assert not (llama / "sparse" / "README.md").exists()
+    unpack_checkpoint(llama / "packed", tmp_path / "again")
+    assert not (tmp_path / "again" / "README.md").exists()
 
 
 def test_training_and_pruning_a_packed_model_is_refused(llama):

@@ -1,12 +1,14 @@
 """LoSA: sparse language models with their quality recovered.
 
 `run` is the method; `prune`, `attach` and `merge` are its stages, one by one. `load` opens what they made, packed or not;
-`SparseConfig` is the plug-in for transformers' own `from_pretrained`. Names are imported when first used, so that
-`import losa` and `losa --help` do not wait for torch.
+`SparseConfig` is the plug-in for transformers' own `from_pretrained`, which opens packed checkpoints once losa is imported, be it
+before transformers or after. Names are imported when first used, so that `import losa` and `losa --help` do not wait for torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from losa.runtime.registration import install
 
 if TYPE_CHECKING:
     from losa.adapter import attach, merge
@@ -21,7 +23,7 @@ __version__: str
 
 _HOMES = {
     "LosaConfig": "losa.config",
-    "SparseConfig": "losa.runtime.plugin",  # where it is registered with transformers
+    "SparseConfig": "losa.runtime.header",
     "SparseLinear": "losa.runtime.linear",
     "attach": "losa.adapter",
     "keep_zeros": "losa.zeros",
@@ -44,3 +46,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__, "__version__"])
+
+
+install()  # the one thing done at import time: packed checkpoints open in transformers

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from losa.cli_options import AsJson, DryRun, Model, Output, Overwrite, Request, Resume, Trust, requests
-from losa.cli_serving import bench, chat, generate, push
+from losa.cli_serving import bench, chat, generate, push, serve
 from losa.signals import Interrupted, end_quietly, raised
 from losa.terminal import OTHERS, err, heavy, out, quiet, say
 
@@ -295,7 +295,7 @@ def unpack(
     say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code), overwrite)} layers: {directory}")
 
 
-for _serving in (generate, chat, bench, push):
+for _serving in (generate, chat, serve, bench, push):
     app.command()(_serving)
 
 

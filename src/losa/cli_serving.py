@@ -1,4 +1,4 @@
-"""The verbs of `losa` that put a model to use: `generate`, `chat`, `bench`, `push`. `losa.cli` registers them."""
+"""The verbs of `losa` that put a model to use: `generate`, `chat`, `serve`, `bench`, `push`. `losa.cli` registers them."""
 
 import logging
 import os
@@ -106,6 +106,34 @@ def _show(piece: str) -> None:
 def _pace(done: "Generated") -> None:
     rate = f", {done.tokens / done.seconds:.1f} a second" if done.seconds else ""
     err.print(f"{done.tokens} tokens in {done.seconds:.1f} s{rate}, by {done.road}", highlight=False, style="dim")
+
+
+def serve(
+    model: Served,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; `0.0.0.0` lets other machines in, and asks for no key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
+    device: Device = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Serve MODEL to OpenAI's clients: chat, completions, streaming, many requests at a time; until SIGTERM or Ctrl-C.
+
+    The name to ask for is MODEL as it is given here. Needs `pip install "losa[serve]"`.
+
+    Example: `losa serve llama-packed`, then `curl localhost:8000/v1/completions -H "Content-Type: application/json" -d
+    '{"model": "llama-packed", "prompt": "The old man", "max_tokens": 20}'`
+    """
+    from losa.serving.start import check_installed, listen
+    from losa.serving.start import serve as answer
+
+    check_installed()
+    with listen(host, port) as listening:
+        loaded, tokenizer = _served(model, device, trust_remote_code)
+        place = f"[{host}]" if ":" in host else host
+        say(f"serving {model} at http://{place}:{listening.getsockname()[1]}/v1")
+        answer(loaded, tokenizer, model, listening)
+    say("stopped")
 
 
 def bench(

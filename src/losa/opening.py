@@ -31,8 +31,6 @@ LIMITS_OF_FAKES = (DataDependentOutputException, DynamicOutputShapeException, Un
 
 def load(config: LosaConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """See `losa.models.load`."""
-    from losa.runtime import plugin  # noqa: F401 - importing it lets transformers open packed checkpoints; it imports losa.models
-
     name, trust = config.model, config.trust_remote_code
     writes = config.output is not None  # a sparse checkpoint, with copies of what lies beside the weights
     if writes and Path(name).is_dir():

@@ -31,7 +31,9 @@ from losa.runtime.values import ValueType
 NOTE = (
     PACKED + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
     '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
-    "`losa unpack` writes the checkpoint that transformers opens alone, as the example above shows.\n"
+    "After `import losa`, transformers' own `from_pretrained` and `pipeline` open it too. Without it they warn of an unknown "
+    "quantization type `losa` and end in size mismatches.\n\n"
+    "`losa unpack` writes the checkpoint that transformers opens alone.\n"
 )
 
 logger = logging.getLogger(__name__)
@@ -309,10 +311,13 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
 
 
 def _note_on_card(directory: Path, note: str) -> None:
-    """Replaces what the model card says of packing, where there is a card."""
+    """Replaces what the model card says of packing; a card that says nothing else comes and goes with it."""
     card = directory / CARD
-    if card.is_file():
-        card.write_text(read_text(card).split(PACKED)[0] + note, encoding="utf-8")
+    text = (read_text(card) if card.is_file() else "").split(PACKED)[0] + note
+    if text:
+        card.write_text(text, encoding="utf-8")
+    else:
+        card.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

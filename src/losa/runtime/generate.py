@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import BatchEncoding, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from losa.models import max_length
 from losa.runtime.decode import road
@@ -115,9 +115,10 @@ def generate(
     wanted.eos_token_id, wanted.max_new_tokens = stop or None, min(tokens, window - given)
     if wanted.pad_token_id is None:
         wanted.pad_token_id = stop[0] if tokenizer.pad_token_id is None and stop else tokenizer.pad_token_id
+    draw = drawing(wanted, temperature, seed, model.device) if temperature else []
     start = time.perf_counter()
     with suppress(KeyboardInterrupt):  # what was shown by then is the answer
-        model.generate(**inputs, streamer=streamer, logits_processor=drawing(model, temperature, seed))
+        model.generate(**inputs, streamer=streamer, logits_processor=LogitsProcessorList(draw))
     return Generated("".join(streamer.pieces), streamer.tokens, time.perf_counter() - start, road(model))
 
 

@@ -12,16 +12,18 @@ transformers makes `SparseConfig` of this dictionary; so it is also what a user 
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from losa.doors import shown, tensor_heads
 from losa.runtime.linear import SparseLinear
 from losa.runtime.values import HEADS, TYPES, ValueType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHOD = "losa"
 KEEP = "keep"
@@ -99,13 +101,13 @@ class SparseConfig(QuantizationConfigMixin):
         return {key: value for key, value in found.items() if key not in ("head", "tied") or self.head != KEEP}
 
 
-def head_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def head_of(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     """The linear layer that makes logits, by its name; empty where there is none."""
     head = model.get_output_embeddings()
     return {name: module for name, module in model.named_modules() if module is head and isinstance(module, nn.Linear)}
 
 
-def swap_in(model: PreTrainedModel, config: SparseConfig) -> dict[str, SparseLinear]:
+def swap_in(model: "PreTrainedModel", config: SparseConfig) -> dict[str, SparseLinear]:
     """Replaces the layers that the header names by empty `SparseLinear`s, on the model's (meta) device; returns them.
 
     Raises:

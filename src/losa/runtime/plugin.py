@@ -1,23 +1,25 @@
-"""The plug-in that lets transformers open packed checkpoints: importing this module registers it.
+"""The plug-in that lets transformers open packed checkpoints; `import losa` registers it (`losa.runtime.registration`).
 
 `from_pretrained` builds the model on the meta device, asks the quantizer to put its modules in, and fills them from the files:
-a packed model never exists in its dense size. Without the plug-in (losa not imported), `from_pretrained` stops with a size
-mismatch: `weight` of a packed layer has one dimension.
+a packed model never exists in its dense size. Without the plug-in (losa not imported), transformers warns of an unknown
+quantization type `losa`, and `from_pretrained` stops with a size mismatch: `weight` of a packed layer has one dimension.
+
+This module is imported while transformers is: at its top it needs nothing that is not loaded with `transformers.quantizers`.
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 
-from losa.models import find_decoder
-from losa.runtime import decode
 from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import settle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,14 @@ class SparseQuantizer(HfQuantizer):
             logger.warning("a packed model computes in bfloat16; %s was asked for", dtype)
         return torch.bfloat16
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: Any = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: Any = None, **_: Any) -> None:
         if self.pre_quantized:
             layers = swap_in(model, self.quantization_config)
             check_files(checkpoint_files or [], layers)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
+        from losa.runtime import decode
+
         if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             found = f"device_map leaves {len(away)} tensors on the host or the disk, {away[0]} first"
             raise ValueError(f"{found}; packed layers are not offloaded: choose a device_map of GPUs only, or the CPU")
@@ -76,13 +80,15 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def pack_model(model: PreTrainedModel, config: SparseConfig) -> dict[str, int]:
+def pack_model(model: "PreTrainedModel", config: SparseConfig) -> dict[str, int]:
     """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next. So
     is the head, where the configuration says so; an embedding that it was tied to stays dense, and is tied no more.
 
     Returns:
         The number of stored values of each layer.
     """
+    from losa.models import find_decoder
+
     linears, head, layers = dict(find_decoder(model).linears()), head_of(model), {}
     if config.head != KEEP and head:
         linears |= head
@@ -97,6 +103,11 @@ def pack_model(model: PreTrainedModel, config: SparseConfig) -> dict[str, int]:
     return layers
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:  # a module that is reloaded, as notebooks do, registers once
-    register_quantization_config(METHOD)(SparseConfig)
-    register_quantizer(METHOD)(SparseQuantizer)
+def register() -> None:
+    """Makes the method known to transformers; once is enough, a module that is reloaded needs it again."""
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(SparseConfig)
+        auto.register_quantizer(METHOD)(SparseQuantizer)
+
+
+register()

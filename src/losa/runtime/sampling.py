@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -81,14 +80,11 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
-def drawing(model: PreTrainedModel, temperature: float, seed: int) -> LogitsProcessorList:
-    """What sampling does to the logits: temperature, then the model's own `top_k` and `top_p`, then the draw. Nothing at 0."""
-    if not temperature:
-        return LogitsProcessorList([])
-    wanted = model.generation_config
+def drawing(wanted: GenerationConfig, temperature: float, seed: int, device: torch.device) -> list[LogitsProcessor]:
+    """What sampling does to the logits: temperature, then `top_k` and `top_p` of what is wanted, then the draw."""
     steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
     if wanted.top_k:
         steps.append(TopKLogitsWarper(wanted.top_k))
     if wanted.top_p < 1:
         steps.append(TopPLogitsWarper(wanted.top_p))
-    return LogitsProcessorList([*steps, _Draw(seed, model.device)])
+    return [*steps, _Draw(seed, device)]
