@@ -58,7 +58,7 @@ class SparseQuantizer(HfQuantizer):
         settle(model)
         decode.attach(model)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
         """`model.dequantize()`: dense layers again, with their zeros, in `dtype`, or bfloat16."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, SparseLinear):
