@@ -33,6 +33,7 @@ from soak.readers import TARGETS, Target, save_samples
 from losa.doors import out_of_memory
 
 SECONDS, BYTES = 10, 1 << 30  # of a mutant
+PATIENCE = 120  # seconds without a word from a worker, which on a busy machine is slow to start
 TURN = 500  # mutants of a worker: what libraries keep of each does not add up
 SENTENCE = 20_000  # characters of a message; what a user wrote is shown to him
 
@@ -111,7 +112,7 @@ def _lines(pipe: int, process: int) -> Iterator[str]:
     """Lines of a worker. One that says nothing for long is killed."""
     rest = b""
     while True:
-        if not select.select([pipe], [], [], 3 * SECONDS)[0]:
+        if not select.select([pipe], [], [], PATIENCE)[0]:
             os.kill(process, signal.SIGKILL)
         data = os.read(pipe, 65536)
         if not data:
