@@ -54,29 +54,29 @@ class _Plan:
         if not all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb")) or not _is_norm(final):
             return None
         tensors: list[Tensor] = []
-        places = []
+        places, norms = [], [final]
         empty = torch.empty(0, dtype=torch.bfloat16)
         for block in blocks:
-            for name in NORMS:
-                norm = _find(block, name)
-                tensors.append(norm.weight if norm is not None else empty)
-            for name in LAYERS:
-                layer = block.get_submodule(name)
-                held = layer._parameters
-                parts = [held[part] for part in PARTS]
-                tensors += [empty if part is None else part for part in parts]
             for name in (*NORMS, *LAYERS):
                 parent, _, leaf = name.rpartition(".")
-                if (module := _find(block, name)) is not None:
-                    places.append((block.get_submodule(parent)._modules, leaf, module))
+                modules = block.get_submodule(parent)._modules
+                if (module := modules.get(leaf)) is None:  # a norm of queries or keys that the family does not have
+                    tensors.append(empty)
+                    continue
+                places.append((modules, leaf, module))
+                if name in NORMS:
+                    norms.append(module)
+                    tensors.append(module.weight)
+                else:
+                    parts = [module._parameters[part] for part in PARTS]
+                    tensors += [empty if part is None else part for part in parts]
         first = blocks[0]
         attention, width = first.self_attn, first.self_attn.head_dim
         sizes = {(block.self_attn.q_proj.out_features, block.mlp.up_proj.out_features) for block in blocks}
         scalings = {block.self_attn.scaling for block in blocks}
-        norms = [norm for norm in (_find(block, name) for block in blocks for name in NORMS) if norm is not None]
         kernel = attention.q_proj.kernel
         values = {block.get_submodule(name).values for block in blocks for name in LAYERS}
-        alike = len(values) == len(sizes) == len(scalings) == len({norm.variance_epsilon for norm in [*norms, final]}) == 1
+        alike = len(values) == len(sizes) == len(scalings) == len({norm.variance_epsilon for norm in norms}) == 1
         if not alike or kernel not in kernels.COMPILED or any(tensor.device.type != "cpu" for tensor in tensors):
             return None
         query, key = attention.q_proj, attention.k_proj
