@@ -51,5 +51,5 @@ def test_a_gzip_bomb_is_refused_and_plain_repetition_is_not(tmp_path):
 def test_nested_json_is_named(tmp_path):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text("[" * 100_000)
-        with pytest.raises(ValueError, match=f"{name} is not valid JSON"):
+        with pytest.raises(ValueError, match=rf"{name}.*: not valid JSON \(nested too deeply\)"):
             load_documents(str(tmp_path / name))
