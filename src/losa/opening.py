@@ -85,7 +85,7 @@ def check_content(content: Mapping[str, Any]) -> None:
     Raises:
         ValueError: quantised weights, a malformed packed header, or more layers, heads or experts than can be.
     """
-    from losa.runtime.header import METHOD, SparseConfig  # it needs the kernels, which `losa plan --help` does not
+    from losa.runtime.header import METHOD, Packing  # it needs the kernels, which `losa plan --help` does not
 
     found = content.get("quantization_config")
     if found is not None and not isinstance(found, Mapping):
@@ -94,7 +94,7 @@ def check_content(content: Mapping[str, Any]) -> None:
         method = str(found.get("quant_method") or "a method that it does not name")[:40]
         raise ValueError(f"it is quantised with {method}; LoSA takes bf16, fp16 or fp32 weights, so use the original checkpoint")
     if found is not None:
-        SparseConfig(**{str(key): value for key, value in found.items()})
+        Packing.of(found)
     for key, value in content.items():
         counts = re.match(r"num_|n_layer|n_head|.*_layers$", str(key))
         if counts and isinstance(value, int) and abs(value) > COUNT:

@@ -20,11 +20,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from losa.environment import machine, resolve_device
+from losa.integrations.transformers import SparseConfig
 from losa.models import load, max_length
 from losa.opening import open_config, open_weights
 from losa.progress import progress
 from losa.runtime.decode import road
-from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 from losa.runtime.sampling import speaker
