@@ -1,0 +1,219 @@
+"""Packed layers in an engine that merges and shards: q, k and v are one product there, gate and up another, and a process has
+only its own rows or columns of each.
+
+What an engine cuts and puts together are dense matrices, so a packed format of its own for every shard is not needed:
+
+    a dense checkpoint with zeros   loads as any other; a layer is packed when its weight is complete (`PackedAfterLoading`)
+    a packed checkpoint             each matrix comes as numbers and scales (`packed.expand`), which the engine's own loader cuts
+                                    and merges; nothing is rounded again, and they are packed when complete (`PackedBefore`)
+
+Both are linear methods as vLLM has them, an object that makes a layer's parameters, finishes them and multiplies. They need
+nothing of it: a layer is known by its attributes.
+
+Legend: O out_features, I in_features, G scale groups along I.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losa.runtime import kernels
+from losa.runtime.linear import SparseLinear
+from losa.runtime.packed import PARTS, PackedWeight, check, compress, expand, pack
+from losa.runtime.values import BFLOAT16, ValueType
+
+GATHERED = ("weight", "weight_scale", "weight_groups")  # what is merged: numbers, and scales of rows and of groups of columns
+DENSE_BYTES = 2  # of a weight in bfloat16
+
+logger = logging.getLogger(__name__)
+
+
+class PackedAfterLoading:
+    """A linear method that loads a dense weight and packs it, where that makes it smaller.
+
+    Args:
+        kind: the type of the stored values.
+        dense: makes the method that a layer keeps where packing it would not make it smaller.
+    """
+
+    def __init__(self, kind: ValueType, dense: Callable[[], Any]) -> None:
+        self.kind, self.dense = kind, dense
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """The dense `[O, I]` weight, this process's share; `attributes` has the engine's `weight_loader`."""
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        _register(layer, "weight", torch.empty(shape, dtype=params_dtype), **attributes)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Packs, and lets go of the dense weight; one that is tied stays with the other layer that uses it."""
+        W_OI = layer.weight.data
+        density = (torch.count_nonzero(W_OI) / max(1, W_OI.numel())).item()
+        if self.kind.bytes_per_weight(density) >= DENSE_BYTES:
+            layer.quant_method = self.dense()
+            layer.quant_method.process_weights_after_loading(layer)
+            return
+        _settle(layer, pack(W_OI.bfloat16(), self.kind))
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x W^T + b`, `[..., I]` -> `[..., O]`, by the kernel of the device."""
+        return multiply(layer, x, bias)
+
+
+class PackedBefore:
+    """A linear method that loads the packed matrices which one layer of the engine is made of.
+
+    Args:
+        kind: the type of the stored values.
+        names: of the matrices, as the header has them, in the engine's order.
+        counts: their stored values, as the header claims.
+    """
+
+    def __init__(self, kind: ValueType, names: list[str], counts: list[int]) -> None:
+        self.kind, self.names, self.counts = kind, names, counts
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Callable[..., None],
+        **attributes: Any,
+    ) -> None:
+        """A parameter for each part of a packed matrix, all of them empty until their first matrix has come.
+
+        Raises:
+            ValueError: columns are cut inside of a group that shares a scale.
+        """
+        group = self.kind.group
+        if group and input_size_per_partition != input_size and input_size_per_partition % group:
+            found = f"{self.names[0]} has {input_size} columns, {input_size_per_partition} for each process"
+            raise ValueError(
+                f"{found}, and {self.kind.name} values share scales by {group}: pack int8 values, or use fewer processes"
+            )
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        numbers = torch.bfloat16 if self.kind is BFLOAT16 else torch.int8
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (numbers, (rows, columns))}
+        if self.kind.scaled:
+            shapes["weight_scale"] = (torch.float32, (rows,))
+        if group:
+            shapes["weight_groups"] = (torch.uint8, (rows, -(-columns // group)))
+        gathering = _Gathering(self, layer, input_size, shapes, weight_loader)
+        parts = [part for part in PARTS if part in shapes or part not in GATHERED]
+        for part in parts:
+            dtype = shapes[part][0] if part in shapes else torch.uint8
+            _register(layer, part, torch.empty(0, dtype=dtype), weight_loader=partial(gathering.take, part), **attributes)
+        gathering.parts = set(parts)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Every matrix has come by now.
+
+        Raises:
+            ValueError: one has not.
+        """
+        if not hasattr(layer, "sparse"):
+            raise ValueError(f"the packed checkpoint lacks a part of {self.names[0]}; it is damaged, pack the model again")
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x W^T + b`, `[..., I]` -> `[..., O]`, by the kernel of the device."""
+        return multiply(layer, x, bias)
+
+
+@dataclass
+class _Gathering:
+    """Takes the parts of packed matrices as they come, hands complete ones to the engine's loader, and packs the layer when it is
+    complete: of the whole model, one layer at a time is dense."""
+
+    method: PackedBefore
+    layer: Any
+    columns: int
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    load: Callable[..., None]
+
+    def __post_init__(self) -> None:
+        self.parts: set[str] = set()
+        self.come: dict[Any, dict[str, Tensor]] = {}
+        self.done = 0
+
+    def take(self, part: str, parameter: nn.Parameter, tensor: Tensor, shard: Any = None) -> None:
+        """As an engine's `weight_loader`, for one part of one matrix; `shard` says which of the layer's.
+
+        Raises:
+            ValueError: the parts of a matrix disagree with each other, with the header or with the layer.
+        """
+        come = self.come.setdefault(shard, {})
+        come[part] = tensor
+        if come.keys() != self.parts:
+            return
+        del self.come[shard]
+        kind, index = self.method.kind, shard_index(shard)
+        fields: dict[str, Any] = {field: come.get(part) for part, field in PARTS.items()}
+        packed = PackedWeight(**fields, rows=full_rows(self.layer, shard), columns=self.columns, type=kind)
+        check(packed, self.method.names[index], self.method.counts[index])
+        for name, found in zip(GATHERED, expand(packed), strict=True):
+            if found is not None:
+                target = getattr(self.layer, name)
+                if not target.numel():
+                    dtype, shape = self.shapes[name]
+                    target.data = torch.zeros(shape, dtype=dtype, device=target.device)
+                self.load(target, found, *(() if shard is None else (shard,)))
+        self.done += 1
+        if self.done == len(self.method.names):
+            gathered = [getattr(self.layer, name).data if name in self.shapes else None for name in GATHERED]
+            numbers, scale, groups = gathered
+            assert numbers is not None
+            _settle(self.layer, compress(numbers, scale, groups, kind))
+
+
+def shard_index(shard: Any) -> int:
+    """Which of a merged layer's matrices, by what vLLM's loaders call it: `q`, `k`, `v`, a number, or nothing."""
+    return {None: 0, "q": 0, "k": 1, "v": 2}[shard] if shard is None or isinstance(shard, str) else int(shard)
+
+
+def full_rows(layer: Any, shard: Any) -> int:
+    """Rows of a matrix in the checkpoint, whatever this process has of them."""
+    if isinstance(shard, str):
+        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
+        return heads * (getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size)
+    if shard is not None:
+        return layer.output_sizes[shard]
+    return getattr(layer, "org_vocab_size", None) or layer.output_size
+
+
+def multiply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` of a layer that was packed."""
+    sparse = layer.sparse
+    return kernels.linear(x, sparse.packed, bias, sparse.kernel, sparse.index)
+
+
+def _settle(layer: Any, packed: PackedWeight) -> None:
+    """Puts a packed weight in the place of what it was made from."""
+    for part in PARTS:
+        layer._parameters.pop(part, None)
+    layer.sparse = SparseLinear.from_packed(packed)
+
+
+def _register(layer: Any, name: str, tensor: Tensor, **attributes: Any) -> None:
+    """A parameter with what vLLM's loaders look for: which dimension is which, and who loads it."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    dimensions = {"output_dim": 0} if name == "weight_scale" else {"output_dim": 0, "input_dim": 1}
+    for key, value in (dimensions | attributes).items():
+        setattr(parameter, key, value)
+    layer.register_parameter(name, parameter)
