@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from losa.runtime import kernels
 from losa.runtime.linear import SparseLinear
+from losa.runtime.memory import HugePages, settle
 from losa.runtime.packed import PARTS, PackedWeight, check, compress, expand, pack
 from losa.runtime.values import BFLOAT16, ValueType
 
@@ -38,11 +39,12 @@ class PackedAfterLoading:
 
     Args:
         kind: the type of the stored values.
+        pages: where packed weights live on a CPU.
         dense: makes the method that a layer keeps where packing it would not make it smaller.
     """
 
-    def __init__(self, kind: ValueType, dense: Callable[[], Any]) -> None:
-        self.kind, self.dense = kind, dense
+    def __init__(self, kind: ValueType, pages: HugePages, dense: Callable[[], Any]) -> None:
+        self.kind, self.pages, self.dense = kind, pages, dense
 
     def create_weights(
         self,
@@ -66,7 +68,7 @@ class PackedAfterLoading:
             layer.quant_method = self.dense()
             layer.quant_method.process_weights_after_loading(layer)
             return
-        _settle(layer, pack(W_OI.bfloat16(), self.kind))
+        _replace(layer, pack(W_OI.bfloat16(), self.kind), self.pages)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x W^T + b`, `[..., I]` -> `[..., O]`, by the kernel of the device."""
@@ -78,12 +80,13 @@ class PackedBefore:
 
     Args:
         kind: the type of the stored values.
+        pages: where packed weights live on a CPU.
         names: of the matrices, as the header has them, in the engine's order.
         counts: their stored values, as the header claims.
     """
 
-    def __init__(self, kind: ValueType, names: list[str], counts: list[int]) -> None:
-        self.kind, self.names, self.counts = kind, names, counts
+    def __init__(self, kind: ValueType, pages: HugePages, names: list[str], counts: list[int]) -> None:
+        self.kind, self.pages, self.names, self.counts = kind, pages, names, counts
 
     def create_weights(
         self,
@@ -179,7 +182,7 @@ class _Gathering:
             gathered = [getattr(self.layer, name).data if name in self.shapes else None for name in GATHERED]
             numbers, scale, groups = gathered
             assert numbers is not None
-            _settle(self.layer, compress(numbers, scale, groups, kind))
+            _replace(self.layer, compress(numbers, scale, groups, kind), self.method.pages)
 
 
 def shard_index(shard: Any) -> int:
@@ -203,11 +206,12 @@ def multiply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     return kernels.linear(x, sparse.packed, bias, sparse.kernel, sparse.index)
 
 
-def _settle(layer: Any, packed: PackedWeight) -> None:
+def _replace(layer: Any, packed: PackedWeight, pages: HugePages) -> None:
     """Puts a packed weight in the place of what it was made from."""
     for part in PARTS:
         layer._parameters.pop(part, None)
     layer.sparse = SparseLinear.from_packed(packed)
+    settle(layer.sparse, pages)
 
 
 def _register(layer: Any, name: str, tensor: Tensor, **attributes: Any) -> None:

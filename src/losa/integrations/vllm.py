@@ -25,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from losa.integrations.layers import PackedAfterLoading, PackedBefore
 from losa.runtime.header import KEEP, METHOD, Packing
+from losa.runtime.memory import HugePages
 from losa.runtime.values import BFLOAT16
 
 
@@ -45,6 +46,7 @@ class SparseQuantization(QuantizationConfig):
     def __init__(self, packing: Packing | None = None) -> None:
         super().__init__()
         self.packing = packing or Packing(self.values)
+        self.pages = HugePages()
 
     def __repr__(self) -> str:
         return f"{self.name}({self.packing.values} values, head {self.packing.head})"
@@ -92,7 +94,7 @@ class SparseQuantization(QuantizationConfig):
         dense = UnquantizedEmbeddingMethod if is_head else UnquantizedLinearMethod
         kind = self.packing.type_of(is_head)
         if not self.packing.layers:
-            return dense() if is_head and self.packing.head == KEEP else PackWhileLoading(kind, dense)
+            return dense() if is_head and self.packing.head == KEEP else PackWhileLoading(kind, self.pages, dense)
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping.get(leaf, [leaf])]
         if prefix in self.packing.layers:  # merged in the checkpoint, too
@@ -102,7 +104,7 @@ class SparseQuantization(QuantizationConfig):
             return dense()
         if missing:
             raise ValueError(f"the packed header names a part of {prefix}, but not {missing[0]}; vLLM needs all packed, or none")
-        return OpenPacked(kind, names, [self.packing.layers[name] for name in names])
+        return OpenPacked(kind, self.pages, names, [self.packing.layers[name] for name in names])
 
 
 class SparseInt8(SparseQuantization):
