@@ -161,16 +161,26 @@ def check(model: str, args: argparse.Namespace) -> None:
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **packing).eval()
         theirs = scores(network)
         greedy = [network.generate(one, max_new_tokens=GREEDY, do_sample=False)[0, one.shape[1] :].tolist() for one in ids]
-        exact = scores(network.float() if method == "dense" else network.dequantize().float())
+        exact_network = network.float() if method == "dense" else network.dequantize().float()
+        exact = scores(exact_network)
         ours = torch.tensor([score for text in found["scores"] for score in text], dtype=torch.float64)
-        same = [
-            next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), GREEDY)
-            for pair in zip(found["tokens"], greedy, strict=True)
-        ]
         errors = {name: (one - exact).abs() for name, one in (("vLLM", ours), ("transformers", theirs))}
         told = ", ".join(f"{name} largest {error.max():.4f} mean {error.mean():.4f}" for name, error in errors.items())
-        print(f"{method}: error against float32: {told}; of {GREEDY} greedy tokens the same: {same}", flush=True)
+        parted = [part(exact_network, *three) for three in zip(ids, found["tokens"], greedy, strict=True)]
+        print(f"{method}: error against float32: {told}; greedy tokens the same: {'; '.join(parted)}", flush=True)
         print("  ", tokenizer.decode(found["tokens"][0])[:150].replace("\n", " "), flush=True)
+
+
+def part(network: Any, prompt: Any, ours: list[int], theirs: list[int]) -> str:
+    """After how many tokens two greedy texts part, and how far apart float32 has their two tokens there."""
+    import torch
+
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if same is None:
+        return f"all {len(ours)}"
+    with torch.no_grad():
+        logits = network(torch.cat([prompt, torch.tensor([ours[:same]], dtype=torch.long)], 1)).logits[0, -1]
+    return f"{same} (logits {logits[theirs[same]]:.2f} and {logits[ours[same]]:.2f})"
 
 
 def main() -> None:
@@ -189,6 +199,7 @@ def main() -> None:
     if args.engine:
         engine(args.model, args.engine, args.check)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # engines are ended, too
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             from decode import save_random

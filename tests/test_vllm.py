@@ -11,6 +11,8 @@ import pickle
 import subprocess
 import sys
 from copy import deepcopy
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -214,11 +216,16 @@ if __name__ == "__main__":
 """
 
 
-def ask_engine(model, processes: bool = False, **options: Any) -> dict[str, Any]:
-    """Log-probabilities of the prompts, and greedy tokens, from a vLLM in a process of its own."""
+def ask_engine(model: Path, processes: bool = False, **options: Any) -> dict[str, Any]:
+    """Log-probabilities of the prompts, and greedy tokens, from a vLLM in a process of its own; asked once for each question."""
+    return _ask_engine(model, processes, json.dumps(options))
+
+
+@cache
+def _ask_engine(model: Path, processes: bool, options: str) -> dict[str, Any]:
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "KMP_BLOCKTIME": "0", "OMP_NUM_THREADS": "1"}
     own |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)), "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, "-c", ENGINE, str(model), json.dumps(IDS), str(NEW), json.dumps(options)]
+    command = [sys.executable, "-c", ENGINE, str(model), json.dumps(IDS), str(NEW), options]
     if processes:  # vLLM starts them by importing the main module, which must be a file
         script = model.parent / "engine.py"
         script.write_text(ENGINE)
