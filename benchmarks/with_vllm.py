@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,13 +37,11 @@ GREEDY = 40
 
 
 def environment(threads: int) -> dict[str, str]:
-    """For an engine: these cores, little cache, no log."""
-    cores = {
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "OMP_NUM_THREADS": str(threads),
-    }
-    return os.environ | cores | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    """For an engine: these cores, no log, and torch's cache of what was compiled. That of vLLM 0.32 does not load on a CPU, so that
+    every start would compile."""
+    own = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": str(threads)}
+    own |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_AOT_COMPILE": "0", "HF_HUB_OFFLINE": "1"}
+    return os.environ | own
 
 
 def engine(model: str, method: str, check: bool) -> None:
@@ -53,6 +52,7 @@ def engine(model: str, method: str, check: bool) -> None:
     quantization = None if method == "dense" else method
     options: dict[str, Any] = {"enforce_eager": True} if check else {"skip_tokenizer_init": True}
     options |= {"max_model_len": 256, "max_num_seqs": 8, "enable_prefix_caching": False, "disable_log_stats": True}
+    options["kv_cache_memory_bytes"] = 256 << 20
     llm = LLM(model, quantization=quantization, dtype="bfloat16", **options)
 
     def seconds(requests: int, tokens: int) -> float:
@@ -86,6 +86,10 @@ class Engine:
         command = [sys.executable, __file__, model, "--engine", method]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         self.process = subprocess.Popen(command, env=environment(threads), **pipes)
+        self.start = 0.0
+
+    def wait(self) -> None:
+        """Until it has started; then it stops."""
         self.start = self._read()["start"]
         self._signal(signal.SIGSTOP)
 
@@ -116,18 +120,20 @@ class Engine:
 
 def compare(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table: medians over the rounds."""
-    engines = {method: Engine(model, method, args.threads) for method in args.methods}
     runs: dict[tuple[str, int], list[dict[str, float]]] = {(m, n): [] for n in args.requests for m in args.methods}
-    try:
+    engines: dict[str, Engine] = {}
+    with ExitStack() as stack:
+        for method in args.methods:
+            engines[method] = Engine(model, method, args.threads)
+            stack.callback(engines[method].end)
+            engines[method].wait()
+            print(method, "started", engines[method].start, flush=True)
         for _ in range(args.rounds):
             for method, requests in runs:
                 runs[method, requests].append(engines[method].ask(requests=requests, tokens=args.tokens))
                 print(method, requests, runs[method, requests][-1], flush=True)
-    finally:
-        for one in engines.values():
-            one.end()
     rows = []
-    for (method, requests), found in runs.items():
+    for (method, requests), found in runs.items() if args.rounds else ():
         row = {"method": method, "requests": requests, "tokens_per_second": median(run["decode"] for run in found)}
         row["seconds_to_first"] = median(run["first"] for run in found)
         rows.append(row | {"start_seconds": engines[method].start})
@@ -211,6 +217,8 @@ def main() -> None:
             check(model, args)
             return
         rows = compare(model, args)
+    if not rows:  # `--rounds 0` only fills torch's cache
+        return
     from importlib.metadata import version
 
     import torch
