@@ -37,8 +37,7 @@ GREEDY = 40
 
 
 def environment(threads: int) -> dict[str, str]:
-    """For an engine: these cores, no log, and torch's cache of what was compiled. That of vLLM 0.32 does not load on a CPU, so that
-    every start would compile."""
+    """For an engine: these cores, no log, and torch's cache of what was compiled, as that of vLLM 0.32 does not load on a CPU."""
     own = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": str(threads)}
     own |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_AOT_COMPILE": "0", "HF_HUB_OFFLINE": "1"}
     return os.environ | own

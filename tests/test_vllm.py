@@ -164,7 +164,7 @@ def test_a_head_that_is_tied_leaves_the_embedding_its_weight():
 
 def test_rows_of_a_matrix_are_those_of_the_whole_model():
     attention = SimpleNamespace(total_num_heads=9, total_num_kv_heads=3, head_size=64, v_head_size=32)
-    assert [full_rows(attention, shard) for shard in "qkv"] == [576, 192, 96]
+    assert [full_rows(attention, shard) for shard in ("q", "k", "v", None)] == [576, 192, 96, 864]
     assert full_rows(SimpleNamespace(output_sizes=[40, 24]), 1) == 24
     assert full_rows(SimpleNamespace(output_size=128), None) == 128
     assert full_rows(SimpleNamespace(output_size=128, org_vocab_size=100), None) == 100

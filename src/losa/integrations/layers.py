@@ -13,9 +13,8 @@ nothing of it: a layer is known by its attributes.
 Legend: O out_features, I in_features, G scale groups along I.
 """
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,12 +25,10 @@ from losa.runtime import kernels
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import HugePages, settle
 from losa.runtime.packed import PARTS, PackedWeight, check, compress, expand, pack
-from losa.runtime.values import BFLOAT16, ValueType
+from losa.runtime.values import ValueType
 
-GATHERED = ("weight", "weight_scale", "weight_groups")  # what is merged: numbers, and scales of rows and of groups of columns
+MERGED = ("weight", "weight_scale", "weight_groups")  # numbers, and scales of rows and of groups of columns: what `expand` gives
 DENSE_BYTES = 2  # of a weight in bfloat16
-
-logger = logging.getLogger(__name__)
 
 
 class PackedAfterLoading:
@@ -112,18 +109,17 @@ class PackedBefore:
                 f"{found}, and {self.kind.name} values share scales by {group}: pack int8 values, or use fewer processes"
             )
         rows, columns = sum(output_partition_sizes), input_size_per_partition
-        numbers = torch.bfloat16 if self.kind is BFLOAT16 else torch.int8
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (numbers, (rows, columns))}
+        merged = {"weight": torch.empty(rows, columns, dtype=torch.int8 if self.kind.scaled else torch.bfloat16, device="meta")}
+        stored = {"weight": self.kind.stored, "weight_mask": torch.uint8, "weight_offsets": torch.int64}
         if self.kind.scaled:
-            shapes["weight_scale"] = (torch.float32, (rows,))
+            merged["weight_scale"] = torch.empty(rows, dtype=torch.float32, device="meta")
+            stored["weight_scale"] = torch.float32
         if group:
-            shapes["weight_groups"] = (torch.uint8, (rows, -(-columns // group)))
-        gathering = _Gathering(self, layer, input_size, shapes, weight_loader)
-        parts = [part for part in PARTS if part in shapes or part not in GATHERED]
-        for part in parts:
-            dtype = shapes[part][0] if part in shapes else torch.uint8
+            merged["weight_groups"] = torch.empty(rows, -(-columns // group), dtype=torch.uint8, device="meta")
+            stored["weight_groups"] = torch.uint8
+        gathering = _Gathering(self, layer, input_size, merged, set(stored), weight_loader)
+        for part, dtype in stored.items():
             _register(layer, part, torch.empty(0, dtype=dtype), weight_loader=partial(gathering.take, part), **attributes)
-        gathering.parts = set(parts)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Every matrix has come by now.
@@ -146,14 +142,12 @@ class _Gathering:
 
     method: PackedBefore
     layer: Any
-    columns: int
-    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    load: Callable[..., None]
-
-    def __post_init__(self) -> None:
-        self.parts: set[str] = set()
-        self.come: dict[Any, dict[str, Tensor]] = {}
-        self.done = 0
+    columns: int  # of a matrix in the checkpoint
+    merged: dict[str, Tensor]  # numbers and scales of the whole layer; on the meta device until the first of them come
+    parts: set[str]  # that a matrix comes in
+    load: Callable[..., None]  # the engine's
+    come: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
+    done: int = 0  # matrices
 
     def take(self, part: str, parameter: nn.Parameter, tensor: Tensor, shard: Any = None) -> None:
         """As an engine's `weight_loader`, for one part of one matrix; `shard` says which of the layer's.
@@ -170,17 +164,15 @@ class _Gathering:
         fields: dict[str, Any] = {field: come.get(part) for part, field in PARTS.items()}
         packed = PackedWeight(**fields, rows=full_rows(self.layer, shard), columns=self.columns, type=kind)
         check(packed, self.method.names[index], self.method.counts[index])
-        for name, found in zip(GATHERED, expand(packed), strict=True):
+        for name, found in zip(MERGED, expand(packed), strict=True):
             if found is not None:
                 target = getattr(self.layer, name)
                 if not target.numel():
-                    dtype, shape = self.shapes[name]
-                    target.data = torch.zeros(shape, dtype=dtype, device=target.device)
+                    target.data = torch.zeros_like(self.merged[name], device=target.device)
                 self.load(target, found, *(() if shard is None else (shard,)))
         self.done += 1
         if self.done == len(self.method.names):
-            gathered = [getattr(self.layer, name).data if name in self.shapes else None for name in GATHERED]
-            numbers, scale, groups = gathered
+            numbers, scale, groups = (getattr(self.layer, name).data if name in self.merged else None for name in MERGED)
             assert numbers is not None
             _replace(self.layer, compress(numbers, scale, groups, kind), self.method.pages)
 
@@ -197,6 +189,10 @@ def full_rows(layer: Any, shard: Any) -> int:
         return heads * (getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size)
     if shard is not None:
         return layer.output_sizes[shard]
+    if hasattr(
+        layer, "total_num_heads"
+    ):  # fused in the checkpoint; the layer's own size counts heads that several processes share
+        return sum(full_rows(layer, part) for part in "qkv")
     return getattr(layer, "org_vocab_size", None) or layer.output_size
 
 
