@@ -91,7 +91,7 @@ def test_no_command_shows_the_help():
 
 def test_run_from_file_options_and_set(folder, tmp_path):
     """In a process of its own. `--set` wins over options, options over the file."""
-    values = toy_config(folder, steps=2, delta=0.0).to_dict()
+    values = toy_config(folder, steps=2, rate_band=0.0).to_dict()
     (tmp_path / "c.yaml").write_text(LosaConfig.from_dict(values | {"sparsity": 0.3, "seed": 4}).to_yaml())
     arguments = ["run", str(folder / "model"), "-o", str(tmp_path / "sparse"), "-c", str(tmp_path / "c.yaml")]
     arguments += ["--sparsity", "0.5", "--pruner", "magnitude", "--seed", "5"]

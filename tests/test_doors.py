@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from losa.config import LosaConfig, read_config
+from losa.config import LosaConfig
 from losa.doors import (
     INDEX,
     JSON_BYTES,
@@ -23,6 +23,7 @@ from losa.doors import (
     tensor_heads,
     weight_files,
 )
+from losa.yaml_tree import read_config
 
 
 class Panic(BaseException):

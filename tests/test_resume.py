@@ -191,7 +191,7 @@ def test_half_written_stages_are_ignored(folder, uninterrupted, output):
     ("changes", "lines"),
     [
         ({"train": {"lr": 0.02}}, ["train.lr: 0.01 -> 0.02"]),
-        ({"sparsity": 0.5}, ["delta: 0.02 -> 0.01", "sparsity: 0.6 -> 0.5"]),
+        ({"sparsity": 0.5}, ["rate_band: 0.02 -> 0.01", "sparsity: 0.6 -> 0.5"]),
         ({"pruner": "magnitude", "seed": 3}, ["pruner: 'wanda' -> 'magnitude'", "seed: 0 -> 3"]),
     ],
 )

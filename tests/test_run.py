@@ -240,7 +240,7 @@ def test_one_shot_baseline_of_the_reviewers(done, tmp_path):
     """One step, uniform rates, uniform ranks: Wanda and masked LoRA."""
     folder, _, _ = done
     output = tmp_path / "sparse"
-    toy_run(folder, output=str(output), steps=1, delta=0.0, adapter={"allocation": "uniform"})
+    toy_run(folder, output=str(output), steps=1, rate_band=0.0, adapter={"allocation": "uniform"})
     (step,) = record_of(output)["steps"]
     assert (step["target"], step["rates"], step["ranks"]) == (0.6, [0.6, 0.6], [10, 10])
     assert step["importance"] is None
@@ -253,7 +253,7 @@ def test_one_shot_baseline_of_the_reviewers(done, tmp_path):
 def test_prune_changes_survivors_only_if_the_solver_does(done, tmp_path, pruner):
     folder, _, _ = done
     output = tmp_path / "pruned"
-    config = toy_config(folder, output=str(output), pruner=pruner, delta=0.0)
+    config = toy_config(folder, output=str(output), pruner=pruner, rate_band=0.0)
     model = prune(*load(config), config)
     source, result, record = tensors(folder / "model"), tensors(output), record_of(output)
     for name in pruned_names(output):
@@ -268,7 +268,7 @@ def test_prune_changes_survivors_only_if_the_solver_does(done, tmp_path, pruner)
 
 def test_prune_is_the_baseline_of_a_run(done):
     folder, _, _ = done
-    config = toy_config(folder, output=None, delta=0.0, train={"data": None}, calibration={"data": str(folder / "text.txt")})
+    config = toy_config(folder, output=None, rate_band=0.0, train={"data": None}, calibration={"data": str(folder / "text.txt")})
     found = prune(*load(config), config).losa_record["perplexity"]
     assert {name: record_of(folder / "sparse")["perplexity"][name] for name in found} == found
 
@@ -427,7 +427,7 @@ def test_documents_can_be_samples(done, tmp_path):
 
 def test_a_model_pruned_in_memory_keeps_its_zeros_through_a_run(tmp_path):
     folder = set_up(tmp_path)
-    config = toy_config(folder, output=None, sparsity=0.5, delta=0.0, steps=1)
+    config = toy_config(folder, output=None, sparsity=0.5, rate_band=0.0, steps=1)
     model = prune(*load(config), config)
     before = model.losa_masks
     config = toy_config(folder, output=None, steps=2)
@@ -592,25 +592,11 @@ def test_protection_that_cannot_be_is_refused(tmp_path, changes, message):
 
 def test_importance_by_depth_prunes_late_blocks_more(tmp_path):
     set_up(tmp_path, num_hidden_layers=3)
-    record = toy_run(tmp_path, rates="depth", delta=0.1, output=None).losa_record
+    record = toy_run(tmp_path, rates="depth", rate_band=0.1, output=None).losa_record
     for step in record["steps"]:
         assert step["rates"] == sorted(step["rates"]) and step["rates"][0] < step["rates"][-1]
     with pytest.raises(ValueError, match="rates is 'width', expected one of rmi, depth, uniform, owl, dlp, error"):
         toy_config(tmp_path, rates="width")
-
-
-@pytest.mark.parametrize("rule", ["owl", "dlp", "error"])
-def test_layers_have_their_own_rates_by_any_rule(tmp_path, rule):
-    record = toy_run(set_up(tmp_path), rates=rule, output=None).losa_record
-    for step in record["steps"]:
-        assert step["achieved"] == pytest.approx(step["target"], abs=1e-3)
-        assert len(set(step["layer_rates"].values())) > 1
-    assert record["config"]["delta"] == pytest.approx({"owl": 0.08, "dlp": 0.15, "error": 0.1}[rule])
-
-
-def test_the_old_name_of_rates_still_works(tmp_path, caplog):
-    assert toy_config(tmp_path, importance="depth", rates="depth").rates == "depth"
-    assert "importance is called rates now" in caplog.text
 
 
 def test_samples_before_and_after_are_in_the_record_and_on_the_card(done):

@@ -58,7 +58,7 @@ def test_flops_follow_the_configuration():
     assert flops(rates="rmi")["baseline"] == 0  # a single step's own pruning is the baseline
     assert base.keys() == WORK.keys()
     assert base["reconstruction"] == 0 < flops(reconstruct={"epochs": 1})["reconstruction"]
-    assert flops(rates="rmi", delta=0.0)["importance"] == flops(rates="depth")["importance"] == 0 < base["importance"]
+    assert flops(rates="rmi", rate_band=0.0)["importance"] == flops(rates="depth")["importance"] == 0 < base["importance"]
     magnitude, wanda = (flops(steps=3, pruner=pruner)["baseline"] for pruner in ("magnitude", "wanda"))
     assert magnitude == wanda / 2  # no statistic
     assert flops(train={"distill": 0.0})["training"] < base["training"]

@@ -28,13 +28,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from losa.adapter import masked_linears
-from losa.config import LosaConfig, differences
+from losa.config import LosaConfig
 from losa.doors import read_json
 from losa.output import BENCH as BENCH
 from losa.output import EVALUATION as EVALUATION
 from losa.output import HALF, MANIFEST, PREVIOUS, RECORD, WORK, fresh, stages, sync
 from losa.output import publish as put_in_place
 from losa.position import Position
+from losa.yaml_tree import differences
 
 FORMAT = 2
 STATE = "state.safetensors"

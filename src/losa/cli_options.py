@@ -142,7 +142,7 @@ class Request:
     @property
     def overrides(self) -> dict[str, Any]:
         """Dotted keys and values; `--set` wins over options."""
-        from losa.config import parse_set
+        from losa.yaml_tree import parse_set
 
         return self.options | parse_set(self.sets)
 

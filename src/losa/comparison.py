@@ -20,7 +20,7 @@ from torch import Tensor
 from losa import distributed
 from losa.baselines import lift_masks, mask_again
 from losa.checkpoint import replace, to_json
-from losa.config import LosaConfig, build, merge, nested, read_config, read_presets, require
+from losa.config import LosaConfig, read_presets
 from losa.data import read_run
 from losa.doors import door, read_json
 from losa.evaluation.context import context_use
@@ -30,10 +30,11 @@ from losa.output import claim
 from losa.progress import progress
 from losa.report.content import public
 from losa.session import Session, check_request
+from losa.yaml_tree import build, current_names, merge, nested, read_config, require
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT: dict[str, Any] = {"steps": 1, "delta": 0.0, "reconstruct": {"epochs": 0}}
+ONE_SHOT: dict[str, Any] = {"steps": 1, "rate_band": 0.0, "reconstruct": {"epochs": 0}}
 PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
 UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}, "train": {"weights": "adapters"}}
 
@@ -58,7 +59,7 @@ METHODS: dict[str, Method] = {
     "SparseGPT + masked LoRA": Method("losa", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + LoSA": Method("losa", PAPER | {"pruner": "wanda"}),
     "SparseGPT + LoSA": Method("losa", PAPER | {"pruner": "sparsegpt"}),
-    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "delta": 0.0}),
+    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "rate_band": 0.0}),
     "LoSA without rank allocation": Method("losa", PAPER | {"pruner": "wanda", "adapter": {"allocation": "uniform"}}),
     "LoSA without dynamic steps": Method("losa", PAPER | {"pruner": "wanda", "steps": 1}),
     "masked full fine-tuning": Method("losa", ONE_SHOT | {"pruner": "wanda", "train": {"weights": "all"}}),
@@ -84,6 +85,7 @@ class CompareConfig:
             self.methods = [] if self.variants else list(METHODS)
         for name in self.methods:
             require(name in METHODS, "methods", name, "some of " + ", ".join(METHODS))
+        self.run = current_names(LosaConfig, self.run)
         require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
@@ -129,7 +131,7 @@ class CompareConfig:
                 for changes in ({} if dense else at, method.changes):
                     merge(values, changes)
                 if ":" in target and not dense:  # the pattern fixes all rates
-                    values["delta"] = 0.0
+                    values["rate_band"] = 0.0
                 yield Row(name, method.maker, "" if dense else target, seed, LosaConfig.from_dict(values), self.context)
 
 
@@ -140,7 +142,7 @@ def _variant(name: str, changes: Any) -> Method:
     require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
     method = METHODS.get(base, Method("losa", PAPER))
     values = copy.deepcopy(method.changes)
-    merge(values, {key: value for key, value in changes.items() if key != "method"})
+    merge(values, current_names(LosaConfig, {key: value for key, value in changes.items() if key != "method"}))
     return Method(method.maker, values)
 
 

@@ -65,7 +65,7 @@ def _demo(config: LosaConfig, overwrite: bool) -> DemoResult:
     samples = {}
     model, tokenizer = load(config)
     samples["dense"] = sample(model, tokenizer)
-    uniform = LosaConfig.from_dict(config.to_dict() | {"output": None, "delta": 0.0})
+    uniform = LosaConfig.from_dict(config.to_dict() | {"output": None, "rate_band": 0.0})
     samples["pruned only"] = sample(prune(model, tokenizer, uniform), tokenizer)
     model, tokenizer = load(config)
     model = run(model, tokenizer, config, overwrite=overwrite, claimed=True)

@@ -97,7 +97,7 @@ def prune(
     overwrite: bool = False,
     claimed: bool = False,
 ) -> PreTrainedModel:
-    """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `delta: 0`).
+    """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `rate_band: 0`).
 
     Takes, returns and raises what `run` does.
     """
@@ -129,19 +129,19 @@ def measure_baselines(session: Session) -> None:
 def sparsify(session: Session, step: int) -> None:
     """First half of dynamic step `step`: target, layer rates, pruning, reconstruction errors, ranks."""
     config = session.config
-    assert config.sparsity is not None and config.delta is not None
+    assert config.sparsity is not None and config.rate_band is not None
     target, rule, measured = cubic_sparsity(step, config.steps, config.sparsity), get_rule(config.rates), None
-    if config.delta > 0:
+    if config.rate_band > 0:
         with session.timed("importance"):
             ids_ST = session.data.calibration[: config.calibration.rmi_sequences, : config.calibration.rmi_length]
             measured = measure(session.model, ids_ST, rule, session.device)
     previous = session.record["steps"][-1]["layer_rates"] if session.record["steps"] else None
-    rates = allot(session.model, rule, measured, target, config.delta, previous, config.protect)
+    rates = allot(session.model, rule, measured, target, config.rate_band, previous, config.protect)
     with session.timed("pruning"):
         errors, damping = _prune_to(session, rates, share=target / config.sparsity)
-    omega = config.adapter.omega(step, config.steps)
+    mean_rank = config.adapter.mean_rank(step, config.steps)
     uniform = config.adapter.allocation == "uniform"
-    ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, omega, config.adapter.max_rank)
+    ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, mean_rank, config.adapter.max_rank)
     session.set_ranks(ranks)
     session.record["steps"].append(
         {

@@ -24,7 +24,7 @@ def evaluation_windows(config: LosaConfig) -> int:
 
 def importance_sequences(config: LosaConfig) -> int:
     """Sequences that one dynamic step measures importance on; 0 where the rule needs none."""
-    return config.calibration.rmi_sequences if config.delta and get_rule(config.rates).needs != "nothing" else 0
+    return config.calibration.rmi_sequences if config.rate_band and get_rule(config.rates).needs != "nothing" else 0
 
 
 def training_rows(config: LosaConfig) -> int:
