@@ -51,11 +51,11 @@ def ceiling(args: argparse.Namespace, output: Path) -> float:
         from losa import LosaConfig, load
         from losa.adapter import attach, masked_linears
         from losa.data import prepare
-        from losa.environment import keep_freed_memory, resolve_device
         from losa.evaluation import perplexity
         from losa.models import max_length
+        from losa.system.environment import keep_freed_memory, resolve_device
+        from losa.system.yaml_tree import parse_set
         from losa.training import train
-        from losa.yaml_tree import parse_set
 
         keep_freed_memory()
         overrides = {"model": args.model, "train.data": args.data, "eval.data": args.eval_data, "train.distill": 0}

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from losa import LosaConfig
-from losa.plan import plan
+from losa.planning.plan import plan
 from losa.report.content import duration
 
 SHAPES = {

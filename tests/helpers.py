@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
-from losa.checkpoint import RECORD
+from losa.api import run
+from losa.commands.toy import TOY, toy_tokenizer
 from losa.config import LosaConfig
-from losa.doctor import TOY, toy_tokenizer
-from losa.method import run
 from losa.models import load
 from losa.report.page import PAGE
+from losa.system.output import RECORD
 
 WORDS = ["THE", "QUICK", "BROWN", "FOX", "JUMPS", "OVER", "A", "LAZY", "DOG", "WHILE", "SIX", "WIZARDS", "BOX"]
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from losa.cli import app, main
+from losa.commands.inspect import inspect
 from losa.config import LosaConfig
 from losa.evaluation import evaluate_checkpoint
-from losa.inspect import inspect
 from losa.models import load
 
 COMMANDS = typer.main.get_command(app).commands
@@ -426,7 +426,7 @@ def test_memory_that_runs_out_is_a_sentence(folder, monkeypatch, capsys, error):
     def eat(*_):
         raise error
 
-    monkeypatch.setattr("losa.inspect.inspect", eat)
+    monkeypatch.setattr("losa.commands.inspect.inspect", eat)
     result = losa_main(monkeypatch, capsys, "inspect", folder / "model")
     assert_one_line_error(result, "out of memory: ")
     assert "losa plan" in result[2]

@@ -17,7 +17,7 @@ from losa.adapter import attach, masked_linears, merge
 from losa.baselines import lift_masks, mask_again
 from losa.comparison import METHODS, CompareConfig, compare
 from losa.report.comparison import cells, markdown, provenance, spread
-from losa.yaml_tree import parse_set
+from losa.system.yaml_tree import parse_set
 
 
 @pytest.fixture(scope="module")

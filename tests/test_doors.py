@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save_file
 
 from losa.config import LosaConfig
-from losa.doors import (
+from losa.system.doors import (
     INDEX,
     JSON_BYTES,
     check_links,
@@ -23,7 +23,7 @@ from losa.doors import (
     tensor_heads,
     weight_files,
 )
-from losa.yaml_tree import read_config
+from losa.system.yaml_tree import read_config
 
 
 class Panic(BaseException):

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, pipeline
 
 import losa
 from losa import SparseConfig, SparseLinear
-from losa.doctor import toy_tokenizer
+from losa.commands.inspect import inspect
+from losa.commands.toy import toy_tokenizer
 from losa.evaluation.perplexity import perplexity
-from losa.inspect import inspect
 from losa.models import find_decoder
 from losa.runtime import kernels
 from losa.runtime.bench import compare, weight_bytes

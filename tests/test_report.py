@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from losa.allocation import allocate_ranks, cubic_sparsity
+from losa.api import prune
 from losa.cli import app
+from losa.cli.tables import summary
 from losa.config import LosaConfig
-from losa.method import prune
 from losa.models import load
 from losa.report.card import model_card
 from losa.report.content import command, gap_closed, headline, layer_bytes, overview, public, warning
 from losa.report.figures import plots
 from losa.report.page import documents, page, refresh
-from losa.report.table import summary
 
 EVALUATION = {
     "perplexity": [

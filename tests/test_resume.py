@@ -13,10 +13,10 @@ from helpers import Stop, StopAtStep, comparable, file_bytes, save_text, set_up,
 from processes import call, losa, start
 from transformers import AutoModelForCausalLM
 
-from losa.checkpoint import latest_stage
-from losa.environment import versions
 from losa.models import load
-from losa.origin import origin
+from losa.session.origin import origin
+from losa.session.stages import latest_stage
+from losa.system.environment import versions
 
 VARIANTS = {
     "wanda": {},
@@ -297,7 +297,7 @@ def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch, where,
         toy_run(here, callbacks=(StopAtStep(1),))
     before = stages(here / "sparse")
     if where == "version":
-        monkeypatch.setattr("losa.origin.versions", lambda: versions() | {"torch": "9.9"})
+        monkeypatch.setattr("losa.session.origin.versions", lambda: versions() | {"torch": "9.9"})
     elif where == "link":
         set_up(tmp_path / "other")
         change_head(tmp_path / "other", "weights")

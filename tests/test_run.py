@@ -24,11 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from losa.adapter import masked_linears
 from losa.allocation import cubic_sparsity
-from losa.checkpoint import read_record, to_json, verify_zeros
+from losa.api import prune, run
 from losa.config import LosaConfig
-from losa.method import prune, run
 from losa.models import load
-from losa.samples import answer, opening
+from losa.session.result import verify_zeros
+from losa.session.samples import answer, opening
+from losa.system.output import read_record
+from losa.system.writing import to_json
 
 
 class Look(TrainerCallback):
@@ -521,7 +523,7 @@ def test_a_dense_model_that_says_nothing_is_refused(tmp_path, where, value):
 def test_a_result_that_says_nothing_is_not_saved(done, tmp_path, monkeypatch):
     folder, _, _ = done
     values = iter([40.0, math.nan])
-    monkeypatch.setattr("losa.session.perplexity", lambda *_, **__: next(values))
+    monkeypatch.setattr("losa.session.session.perplexity", lambda *_, **__: next(values))
     config = toy_config(folder, output=str(tmp_path / "sparse"), calibration={"data": str(folder / "text.txt")})
     with pytest.raises(FloatingPointError, match=r"perplexity is nan \(pruned\), a finite number when dense"):
         prune(*load(config), config)

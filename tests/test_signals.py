@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from losa.signals import SIGNALS, Interrupted, Noted, raised
+from losa.system.signals import SIGNALS, Interrupted, Noted, raised
 
 
 @pytest.mark.parametrize("number", SIGNALS)

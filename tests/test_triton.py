@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.adapter.function import adapter_gradients, effective_weight
 from losa.bits import pack_bits
-from losa.doctor import TOY, toy_tokenizer
+from losa.commands.toy import TOY, toy_tokenizer
 from losa.runtime import kernels
 from losa.runtime.bench import compare
 from losa.runtime.linear import SparseLinear

@@ -3,7 +3,7 @@
 import pytest
 
 from losa.config import LosaConfig, TrainConfig
-from losa.yaml_tree import differences, parse_set, warn_of_old_name
+from losa.system.yaml_tree import differences, parse_set, warn_of_old_name
 
 
 def test_parse_set_reads_yaml_values():

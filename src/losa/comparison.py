@@ -17,20 +17,20 @@ from typing import Any
 
 from torch import Tensor
 
-from losa import distributed
-from losa.baselines import lift_masks, mask_again
-from losa.checkpoint import replace, to_json
+from losa.baselines import lift_masks, mask_again, one_shot
 from losa.config import LosaConfig, read_presets
 from losa.data import read_run
-from losa.doors import door, read_json
 from losa.evaluation.context import context_use
-from losa.method import adapt, dynamic_steps, reconstruct, sparsify
+from losa.method import adapt, dynamic_steps, sparsify
 from losa.models import load
-from losa.output import claim
-from losa.progress import progress
 from losa.report.content import public
 from losa.session import Session, check_request
-from losa.yaml_tree import build, current_names, merge, nested, read_config, require
+from losa.system import distributed
+from losa.system.doors import door, read_json
+from losa.system.output import claim
+from losa.system.progress import progress
+from losa.system.writing import replace, to_json
+from losa.system.yaml_tree import build, current_names, merge, nested, read_config, require
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
 
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
-    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see sources.py)
+    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see data/sources.py)
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
@@ -265,12 +265,6 @@ def _losa(session: Session) -> None:
     session.go_through(dynamic_steps(session.config))
 
 
-def _prune(session: Session) -> None:
-    sparsify(session, session.config.steps)
-    if session.config.reconstruct.epochs:
-        reconstruct(session)
-
-
 def _lora(session: Session) -> dict[str, Tensor]:
     """Returns the masks that were lifted."""
     sparsify(session, 1)
@@ -282,7 +276,7 @@ def _lora(session: Session) -> dict[str, Tensor]:
 TRAINED = ("losa", "lora")
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
-    "prune": _prune,
+    "prune": one_shot,
     "losa": _losa,
     "lora": _lora,
 }

@@ -16,7 +16,7 @@ import yaml
 
 from losa.allocation import BANDS
 from losa.pruning import Pattern, get_pruner
-from losa.yaml_tree import build, current_names, merge, nested, parse_yaml, read_config, renamed_from, require
+from losa.system.yaml_tree import build, current_names, merge, nested, parse_yaml, read_config, renamed_from, require
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 WHOLE_RATE = 0.576  # peak learning rate times the hidden size, where all weights are trained: 1e-3 at 576 (docs/LOG.md)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
-from losa.progress import progress
+from losa.system import distributed
+from losa.system.progress import progress
 
 TOLERANCE = 1e-4  # of the attention's output, relative; float32 leaves about 1e-6, a norm or a gate in between several percent
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.adapter.function import MaskedLowRankLinear, MaskedWholeLinear, effective_weight, effective_whole
 from losa.bits import pack_bits, unpack_bits
 from losa.models import check_supported, find_decoder
+from losa.system import distributed
 
 
 class MaskedLinear(nn.Linear):

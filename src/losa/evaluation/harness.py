@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.evaluation.zeroshot import SPLITS, local_rows
-from losa.progress import Loop, progress
+from losa.system.progress import Loop, progress
 
 __all__ = ["Scorer", "load_tasks", "score", "version", "word_perplexity"]
 

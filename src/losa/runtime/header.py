@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from losa.doors import shown, tensor_heads
 from losa.runtime.linear import SparseLinear
 from losa.runtime.values import HEADS, TYPES, ValueType
+from losa.system.doors import shown, tensor_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
