@@ -109,7 +109,6 @@ def test_run_from_file_options_and_set(folder, tmp_path):
 def test_preset_of_run(folder, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr("losa.session.check_request", lambda config, **kwargs: seen.append(config), raising=False)
-    monkeypatch.setattr("losa.session.check_output", lambda config, resume: seen.append(config), raising=False)
     monkeypatch.setattr("losa.models.load", lambda config: (_ for _ in ()).throw(ValueError("enough")))
     losa_main(monkeypatch, capsys, "run", folder / "model", "-o", folder / "o", "--preset", "paper", "--data", "own.json")
     assert seen[0].train.samples == 10_000
