@@ -1,7 +1,7 @@
 """Promised: nothing imports what stands above it, nothing goes round in circles, and files and functions stay small.
 
-Imports inside functions count, those for type checkers alone do not. `losa/__init__.py` only names the public functions, and is in
-no layer.
+Imports inside functions count, those for type checkers alone do not. `losa/__init__.py` only names the public functions and is
+in no layer.
 """
 
 import ast

@@ -256,7 +256,8 @@ class LosaConfig:
         Raises:
             ValueError: unknown key (with the nearest known one), wrong type, or value out of range.
         """
-        return build(cls, values)
+        made: LosaConfig = build(cls, values)
+        return made
 
     @classmethod
     def load(cls, path: str | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None) -> "LosaConfig":

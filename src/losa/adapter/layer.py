@@ -115,10 +115,11 @@ class MaskedLinear(nn.Linear):
             score_OI = self.score_OI if self.scored else None
             y: Tensor
             if self.delta_OI is not None:
-                y = MaskedWholeLinear.apply(x, self.weight, self.bias, self.keep_bits, self.delta_OI, self.reused_OI, score_OI)
+                trained = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI)
+                y = MaskedWholeLinear.apply(x, self.weight, self.bias, *trained)  # type: ignore[no-untyped-call]
                 return y
             adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
-            y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)
+            y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)  # type: ignore[no-untyped-call]
             return y
         return nn.functional.linear(x, self.effective(), self.bias)
 

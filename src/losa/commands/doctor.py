@@ -69,6 +69,5 @@ def self_test(device: str = "auto") -> dict[str, float]:
         difference = max((packed(part).logits - reopened(part).logits).abs().max().item() for part in (ids[:, :1], ids))
         if not difference < 0.01:
             raise RuntimeError(f"self-test failed: logits of the packed model differ by {difference:.4f}")
-        return {"sparsity asked": 0.6, "sparsity in the file": zeros, "packed model differs by": difference} | sparse.losa_record[
-            "perplexity"
-        ]
+        found = {"sparsity asked": 0.6, "sparsity in the file": zeros, "packed model differs by": difference}
+        return found | dict(sparse.losa_record["perplexity"])

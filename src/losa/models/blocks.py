@@ -128,7 +128,8 @@ class BlockInputs:
     def run(self, block: nn.Module, index: int, hidden_bTH: Tensor) -> Tensor:
         """What block number `index` makes of any hidden states, called as the model calls it, on the device it is on."""
         output = self.calls[index](block, hidden_bTH)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     def output(self, block: nn.Module, index: int, batch: int) -> Tensor:
         """Runs block number `index` over one batch; the stream itself stays where it is."""

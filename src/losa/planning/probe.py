@@ -116,7 +116,7 @@ class _Probe:
         self.whole = config.train.whole
         self.model = attach(model, config.adapter.max_rank, config.adapter.scale, whole=self.whole)
         self.block = find_decoder(self.model).blocks[0]
-        self.hidden, self.dtype = model.config.get_text_config().hidden_size, model.dtype
+        self.hidden, self.dtype = int(model.config.get_text_config().hidden_size), model.dtype
 
     def states(self, rows: int, length: int, batch: int | None = None) -> BlockInputs:
         """Random hidden states, and what the model calls its block with at this length."""

@@ -43,7 +43,7 @@ class _Meter(TorchDispatchMode):
     """Bytes of the storages made since it was entered: alive now, and at most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self.known: set[int] = set()
 
@@ -93,7 +93,7 @@ def _simulate(build: Callable[[], PreTrainedModel], config: LosaConfig, work: Ca
             setattr(model.get_submodule(parent), leaf, decoder.blocks[:count])
             with _Meter() as meter, _one_chunk():
                 work(model)
-            return meter.peak
+            return int(meter.peak)
 
     with torch.device("meta"):
         blocks = len(find_decoder(build()).blocks)
@@ -155,9 +155,8 @@ def simulate_reconstruction(build: Callable[[], PreTrainedModel], config: LosaCo
         with _Meter() as meter:
             difference = stream.output(block, index, 0).float() - stream.hidden[0].float()
             difference.square().mean().backward()
-        return meter.peak + 12 * sum(
-            linear.weight.numel() for linear in block_linears(block).values()
-        )  # gradients are in the peak
+        trained = sum(linear.weight.numel() for linear in block_linears(block).values())
+        return int(meter.peak) + 12 * trained  # gradients are in the peak
 
 
 def _largest_block(model: PreTrainedModel) -> tuple[int, nn.Module]:

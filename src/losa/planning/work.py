@@ -42,7 +42,7 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
         config: resolved.
         windows: of evaluation; what the configuration tells when None.
     """
-    prunable, hidden = sum(decoder.sizes()), text_config.hidden_size
+    prunable, hidden = sum(decoder.sizes()), int(text_config.hidden_size)
     head = text_config.vocab_size * hidden
 
     def forward(length: int) -> float:

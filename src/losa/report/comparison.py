@@ -53,7 +53,7 @@ def context_table(rows: Rows) -> str:
 
 def making(row: dict[str, Any]) -> float:
     """Seconds that making a row's model took: importance, pruning and training, not reading text or evaluating."""
-    return sum(value for stage, value in row["seconds"].items() if stage not in ("reading text", "evaluation"))
+    return float(sum(value for stage, value in row["seconds"].items() if stage not in ("reading text", "evaluation")))
 
 
 def label(target: str) -> str:

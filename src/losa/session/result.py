@@ -28,7 +28,7 @@ def shard_size(source: str) -> str | int:
         return "50GB"
     folder = Path(index).parent
     shards = set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values())
-    return max((folder / shard).stat().st_size for shard in shards)
+    return int(max((folder / shard).stat().st_size for shard in shards))
 
 
 def verify_zeros(directory: Path, masks: dict[str, Tensor]) -> None:

@@ -32,7 +32,8 @@ def join(device: torch.device, alone: bool = False) -> None:
     if launched() > 1:
         dist.init_process_group(backend)
     elif alone:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def world_size() -> int:

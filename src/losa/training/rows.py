@@ -15,7 +15,7 @@ from losa.data.blocks import Packed, Samples
 from losa.loss import IGNORED
 
 
-class Rows(Dataset):
+class Rows(Dataset[dict[str, Any]]):
     """Training rows: packed blocks `(S, T)`, with what counts in them, or samples of their own lengths."""
 
     def __init__(self, rows: Tensor | Packed | Samples) -> None:

@@ -103,7 +103,7 @@ class LosaTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, then hands the loss to the guard (no host synchronisation here)."""
-        loss = super().training_step(*args, **kwargs)
+        loss: Tensor = super().training_step(*args, **kwargs)
         self.guard.loss = loss.detach()
         self.curve.losses += loss.detach()
         return loss
