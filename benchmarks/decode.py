@@ -20,7 +20,7 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for what torch allocates 
 import torch
 from training import SHAPES, random_model
 
-from losa.doctor import toy_tokenizer
+from losa.commands.toy import toy_tokenizer
 from losa.models import find_decoder
 from losa.runtime.bench import compare
 

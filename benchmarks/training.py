@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.adapter import attach, dense_mode, masked_linears
-from losa.environment import keep_freed_memory, machine
 from losa.loss import causal_loss
 from losa.models import block_linears, find_decoder
+from losa.system.environment import keep_freed_memory, machine
 
 SHAPES = {
     "1.1B": {

@@ -16,8 +16,8 @@ from losa import comparison
 from losa.adapter import attach, masked_linears, merge
 from losa.baselines import lift_masks, mask_again
 from losa.comparison import METHODS, CompareConfig, compare
-from losa.config import parse_set
 from losa.report.comparison import cells, markdown, provenance, spread
+from losa.system.yaml_tree import parse_set
 
 
 @pytest.fixture(scope="module")

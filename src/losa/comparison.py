@@ -16,33 +16,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from losa import distributed
-from losa.baselines import lift_masks, mask_again
-from losa.checkpoint import replace, to_json
-from losa.config import LosaConfig, build, merge, nested, read_config, read_presets, require
+from losa.baselines import lift_masks, mask_again, one_shot
+from losa.config import LosaConfig, read_presets
+from losa.cost import decoding_speed, stored_size
 from losa.data import read_run
-from losa.doors import door, read_json
-from losa.environment import machine
 from losa.evaluation.context import context_use
-from losa.method import adapt, dynamic_steps, put_on_grid, reconstruct, sparsify
-from losa.models import find_decoder, load
-from losa.output import claim
-from losa.progress import progress
-from losa.pruning.grid import FORMATS
+from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
+from losa.models import load
 from losa.report.content import public
-from losa.runtime.bench import race
-from losa.runtime.header import SparseConfig
-from losa.runtime.plugin import pack_model
 from losa.session import Session, check_request
+from losa.system import distributed
+from losa.system.doors import door, read_json
+from losa.system.output import claim
+from losa.system.progress import progress
+from losa.system.writing import replace, to_json
+from losa.system.yaml_tree import build, current_names, merge, nested, read_config, require
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT: dict[str, Any] = {"steps": 1, "delta": 0.0, "reconstruct": {"epochs": 0}}
+ONE_SHOT: dict[str, Any] = {"steps": 1, "rate_band": 0.0, "reconstruct": {"epochs": 0}}
 PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
+ALL: dict[str, Any] = {"train": {"weights": "all"}}
 UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}, "train": {"weights": "adapters"}}
 
 
@@ -68,7 +64,7 @@ METHODS: dict[str, Method] = {
     "SparseGPT + masked LoRA": Method("losa", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + LoSA": Method("losa", PAPER | {"pruner": "wanda"}),
     "SparseGPT + LoSA": Method("losa", PAPER | {"pruner": "sparsegpt"}),
-    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "delta": 0.0}),
+    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "rate_band": 0.0}),
     "LoSA without rank allocation": Method("losa", PAPER | {"pruner": "wanda", "adapter": {"allocation": "uniform"}}),
     "LoSA without dynamic steps": Method("losa", PAPER | {"pruner": "wanda", "steps": 1}),
     "masked full fine-tuning": Method("losa", ONE_SHOT | {"pruner": "wanda", "train": {"weights": "all"}}),
@@ -77,7 +73,10 @@ METHODS: dict[str, Method] = {
     "losa int4": Method("losa", {"values": "int4"}),
     # The rivals: no zeros, few bits, by the same solver and calibration (GPTQ), and with the same training.
     **{f"GPTQ {bits}-bit": Method("round", {"values": f"dense{bits}"}) for bits in (8, 4, 3, 2)},
-    **{f"GPTQ {bits}-bit + training": Method("round and train", {"steps": 1, "values": f"dense{bits}"}) for bits in (4, 3, 2)},
+    **{
+        f"GPTQ {bits}-bit + training": Method("round and train", ALL | {"steps": 1, "values": f"dense{bits}"})
+        for bits in (4, 3, 2)
+    },
 }
 
 
@@ -109,6 +108,7 @@ class CompareConfig:
         for name in self.methods:
             require(slug(name) in SLUGS, "methods", name, "some of " + ", ".join(SLUGS))
         self.methods = [SLUGS[slug(name)] for name in self.methods]
+        self.run = current_names(LosaConfig, self.run)
         require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
@@ -153,7 +153,7 @@ class CompareConfig:
                 for changes in (at if dense else at | {"seed": seed}, method.changes):
                     merge(values, changes)
                 if ":" in target and not full:  # the pattern fixes all rates
-                    values["delta"] = 0.0
+                    values["rate_band"] = 0.0
                 config = LosaConfig.from_dict(values)
                 yield Row(name, method.maker, "" if full else target, seed, config, self.context, self.speed)
 
@@ -165,7 +165,7 @@ def _variant(name: str, changes: Any) -> Method:
     require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(SLUGS))
     method = Method("losa", PAPER) if base == "LoSA" else METHODS[SLUGS[slug(base)]]
     values = copy.deepcopy(method.changes)
-    merge(values, {key: value for key, value in changes.items() if key != "method"})
+    merge(values, current_names(LosaConfig, {key: value for key, value in changes.items() if key != "method"}))
     return Method(method.maker, values)
 
 
@@ -202,11 +202,12 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def _compare(config: CompareConfig) -> list[dict[str, Any]]:
-    from losa.report.comparison import write_plots, write_tables
+    from losa.report.comparison import write_tables
+    from losa.report.plots import write_plots
 
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
-    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see sources.py)
+    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see data/sources.py)
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
@@ -296,14 +297,6 @@ def _losa(session: Session) -> None:
     session.go_through(dynamic_steps(session.config))
 
 
-def _prune(session: Session) -> None:
-    sparsify(session, session.config.steps)
-    if session.config.reconstruct.epochs:
-        reconstruct(session)
-    if session.config.values:
-        put_on_grid(session)
-
-
 def _lora(session: Session) -> dict[str, Tensor]:
     """Returns the masks that were lifted."""
     sparsify(session, 1)
@@ -319,41 +312,11 @@ def _round_and_train(session: Session) -> None:
     adapt(session, 1)
 
 
-def stored_size(model: PreTrainedModel, values: str | None) -> tuple[float, int]:
-    """Bits of a weight of the decoder's blocks, and bytes of the model, all else in bfloat16.
-
-    Args:
-        values: the grid that the weights are on; None: bfloat16, packed where that is smaller.
-    """
-    weights = [linear.weight for linear in find_decoder(model).linears().values()]
-    count = sum(weight.numel() for weight in weights)
-    density = sum(int(weight.count_nonzero()) for weight in weights) / count
-    bits = FORMATS[values].bits_per_weight(density) if values else min(16.0, 1 + 16 * density)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - count
-    return bits, round((bits * count + 16 * rest) / 8)
-
-
-def decoding_speed(model: PreTrainedModel, values: str | None, device: torch.device) -> dict[str, Any] | None:
-    """Tokens per second of the model, packed in place where it has zeros, and of what it is when dense, in turns; None for dense
-    models of few bits, which this package does not run. The head is packed as `losa pack` does it: in int8 where values round."""
-    kind = FORMATS[values] if values else None
-    if kind is not None and not kind.sparse:
-        return None
-    model = model.to(torch.bfloat16).eval()
-    models = {"dense": model}
-    if any(not linear.weight.all() for linear in find_decoder(model).linears().values()):
-        models["packed"] = copy.deepcopy(model)
-        pack_model(models["packed"], SparseConfig(values or "bfloat16"))
-    raced = race(models, device)
-    own = raced[list(models)[-1]]
-    return {"tokens_per_second": own, "of_dense": own / raced["dense"], "machine": machine(device.type)}
-
-
 TRAINED = ("losa", "lora", "round and train")
 FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
-    "prune": _prune,
+    "prune": one_shot,
     "losa": _losa,
     "lora": _lora,
     "round": put_on_grid,

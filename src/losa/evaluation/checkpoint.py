@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from losa.checkpoint import EVALUATION, RECORD, read_record, replace, to_json
 from losa.config import LosaConfig
 from losa.data import (
     EvaluationText,
@@ -22,12 +21,14 @@ from losa.data import (
     read_held_out,
     training_source,
 )
-from losa.doors import door, read_json
-from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
 from losa.models import load, max_length
-from losa.opening import open_config, open_tokenizer
+from losa.models.opening import open_config, open_tokenizer
+from losa.system.doors import door, read_json
+from losa.system.environment import resolve_device
+from losa.system.output import EVALUATION, RECORD, read_record
+from losa.system.writing import replace, to_json
 
 TRIAL_BYTES = 1 << 16  # written before measuring, to see that they can be; a result has fewer
 BY_TOKEN, BY_ANSWER, BY_WORD = "token, windowed", "answer token, windowed", "word, lm-eval"
