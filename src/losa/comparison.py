@@ -282,6 +282,7 @@ def measure(row: Row) -> dict[str, Any]:
     session = Session.start(model, tokenizer, config, kind=kind, data=data)
     lifted = MAKERS[row.maker](session)
     session.finish("made")
+    bits, stored = stored_size(session.model, config.values)
     if lifted:
         mask_again(session.model, lifted)
         session.measure("masked again")
@@ -289,7 +290,6 @@ def measure(row: Row) -> dict[str, Any]:
     device = session.device if session.config.blocks_on_host else None
     texts = (train.data, config.calibration.data, config.eval.data)
     context = context_use(session.model, session.data.evaluation, device) if row.also.context else None
-    bits, stored = stored_size(session.model, config.values)
     return {
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),

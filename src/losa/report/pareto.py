@@ -46,9 +46,7 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
                 mean(lambda row: row["bytes"]),
                 mean(lambda row: row["speed"]["tokens_per_second"]) if fast else None,
                 mean(lambda row: row["speed"]["of_dense"]) if fast else None,
-                mean(lambda row: row["tasks"]["mean"]["acc"])
-                if all(row["tasks"] and row["tasks"]["mean"] for row in mine)
-                else None,
+                mean(lambda row: row["tasks"]["mean"]["acc"]) if scored else None,
             )
         )
     return found
