@@ -45,7 +45,9 @@ def test_kernels_compile_without_warnings(compiler):
 
 
 def test_lines_end_at_120_characters():
-    long = [f"{path.name}:{n}" for path in CSRC.glob("*.[ch]*") for n, line in enumerate(path.open(), 1) if len(line.rstrip()) > 120]
+    long = [
+        f"{path.name}:{n}" for path in CSRC.glob("*.[ch]*") for n, line in enumerate(path.open(), 1) if len(line.rstrip()) > 120
+    ]
     assert not long, "clang-format -i csrc/*.cpp csrc/*.h"
 
 

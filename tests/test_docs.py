@@ -177,7 +177,10 @@ def test_every_page_of_the_site_is_in_its_navigation():
 
 def test_the_readme_is_one_screen():
     assert len(README.split()) <= 900
-    assert max(len(line) for block in re.findall(r"```(?:bash|python)\n(.*?)```", README, re.DOTALL) for line in block.splitlines()) <= 80
+    assert (
+        max(len(line) for block in re.findall(r"```(?:bash|python)\n(.*?)```", README, re.DOTALL) for line in block.splitlines())
+        <= 80
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
