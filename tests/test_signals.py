@@ -39,6 +39,16 @@ def test_a_destructor_hides_nothing():
         time.sleep(5)
 
 
+def test_an_import_is_finished_first(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "amid.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
+    with pytest.raises(Interrupted), raised():
+        import amid
+
+        time.sleep(5)
+    assert amid.whole
+
+
 def test_a_noted_signal_waits_and_a_second_does_not():
     reached = []
     with pytest.raises(KeyboardInterrupt), Noted().listening() as noted:

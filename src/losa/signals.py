@@ -7,9 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MOMENT, PATIENCE = 0.05, 60.0  # seconds: until a signal is sent again, and altogether that an import is waited for
 
 
 class Interrupted(BaseException):
@@ -40,20 +42,38 @@ def end_quietly() -> None:
         atexit.register(signal.signal, number, signal.SIG_DFL)
 
 
+def importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where the main thread is."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def raised() -> Iterator[None]:
     """Has both signals raise `Interrupted` while it lasts. Also where a library makes another exception of it on the way, and
-    where it is raised in a destructor, which Python lets no exception leave: it is then raised again a moment later."""
+    where it is raised in a destructor, which Python lets no exception leave: it is then raised again a moment later. So it is
+    amid an import, which an exception would leave half done; torch then ends the process in its own way."""
     came = 0
+    patience = PATIENCE
 
-    def interrupt(number: int, frame: Any) -> None:
-        nonlocal came
+    def send_again(number: int) -> None:
+        threading.Timer(MOMENT, os.kill, (os.getpid(), number)).start()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came, patience
+        if importing(frame) and patience > 0:
+            patience -= MOMENT
+            send_again(number)
+            return
         came = number
         raise Interrupted(number)
 
     def again(lost: Any) -> None:
         if isinstance(lost.exc_value, Interrupted):
-            threading.Timer(0.05, os.kill, (os.getpid(), lost.exc_value.number)).start()
+            send_again(lost.exc_value.number)
         else:
             before(lost)
 
