@@ -35,6 +35,7 @@ from losa.output import EVALUATION as EVALUATION
 from losa.output import HALF, MANIFEST, PREVIOUS, RECORD, WORK, fresh, stages, sync
 from losa.output import publish as put_in_place
 from losa.position import Position
+from losa.pruning.grid import FORMATS, Grid
 
 FORMAT = 2
 STATE = "state.safetensors"
@@ -149,6 +150,8 @@ def save_stage(
             tensors[f"{key}.weight"] = layer.weight.data
         if layer.score_OI is not None:
             tensors[f"{key}.score"] = layer.score_OI
+        if layer.grid is not None:
+            tensors |= {f"{key}.step": layer.grid.step_OG, f"{key}.low": layer.grid.low_OG}
     manifest = {
         "done": done,
         "config": config.to_dict(),
@@ -269,6 +272,9 @@ def load_stage(manifest: Mapping[str, Any], model: PreTrainedModel) -> None:
         trained = {name: tensors[f"{key}.{name}"] for name in layer.trained}
         layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"), trained)
         layer.score_OI = tensors.get(f"{key}.score")
+        if f"{key}.step" in tensors:
+            format = FORMATS[manifest["config"]["values"]]
+            layer.set_grid(Grid(format, tensors[f"{key}.step"], tensors[f"{key}.low"]))
 
 
 def clear_stages(output: Path) -> None:

@@ -22,6 +22,7 @@ import yaml
 from losa.allocation import BANDS
 from losa.doors import YAML_BYTES, door, read_text, read_yaml, shown
 from losa.pruning import Pattern, get_pruner
+from losa.pruning.grid import FORMATS
 
 RENAMED = {"importance": "rates"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -209,6 +210,7 @@ class LosaConfig:
     rates: str = "uniform"  # or the rule that gives layers rates of their own: rmi, depth, owl, dlp or error; see rates.py
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
     delta: float | None = None  # how far a rate may leave the mean; what the rule's paper uses when None; 0 is uniform
+    values: str | None = None  # int8 or int4: surviving weights lie on a grid that `losa pack --values` stores without loss
     rotate: bool = False  # turn the values of every attention head first, so that pruning finds more small weights; rotation.py
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
@@ -232,6 +234,7 @@ class LosaConfig:
         if pattern.structured:
             fits = abs(self.sparsity - pattern.sparsity) < 1e-9
             require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
+        require(self.values is None or self.values in FORMATS, "values", self.values, "int8 or int4")
         require(self.rates in BANDS, "rates", self.rates, "one of " + ", ".join(BANDS))
         if self.delta is None:
             self.delta = 0.0 if pattern.structured else BANDS[self.rates](self.sparsity)

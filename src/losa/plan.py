@@ -36,7 +36,7 @@ from losa.loss import causal_loss
 from losa.models import Decoder, block_inputs, block_linears, check_supported, find_decoder, max_length
 from losa.opening import check_model, open_config
 from losa.probe import BATCH, EVALUATION_BATCH, probe, probe_bytes
-from losa.pruning import get_pruner
+from losa.pruning import Pruner, get_pruner
 from losa.session import check_decoder, check_parts
 from losa.training import activation_checkpointing, every_block
 from losa.work import evaluation_windows, stage_flops
@@ -333,7 +333,11 @@ def _largest_block(model: PreTrainedModel) -> tuple[int, nn.Module]:
 
 def _solver_bytes(build: Callable[[], PreTrainedModel], config: LosaConfig) -> int:
     """Of the largest block: the statistic of every input, what solving the largest group of layers takes, all answers."""
-    pruner = get_pruner(config.pruner)
+    pruners = [get_pruner(name) for name in (config.pruner, *(["sparsegpt"] if config.values else []))]  # rounding is like that
+    return max(_pruner_bytes(build, pruner) for pruner in pruners)
+
+
+def _pruner_bytes(build: Callable[[], PreTrainedModel], pruner: Pruner) -> int:
     with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
         model = attach(build(), whole=True)
         index, block = _largest_block(model)

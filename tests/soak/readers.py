@@ -66,6 +66,7 @@ class Target:
 
 def save_samples(folder: Path) -> None:
     """Everything that `TARGETS` read, once."""
+    (folder / "where.txt").write_text(str(folder), "utf-8")  # a stage knows the paths of its run; mutants are read in a copy
     set_up(folder / "work", dtype=torch.bfloat16)
     toy_run(folder / "work", steps=1, train={"tokens": 640}, eval={"data": str(folder / "work" / "text.txt")})
     (folder / "work" / "sparse").rename(folder / "finished")
@@ -186,7 +187,7 @@ def _row(folder: Path) -> None:
 
 
 def _resume(folder: Path) -> None:
-    values = toy_values(folder.with_name("work"))
+    values = toy_values(Path(folder.with_name("where.txt").read_text("utf-8")) / "work")
     config = LosaConfig.from_dict(values).resolve(32, 64)
     manifest = latest_stage(folder, config)
     if manifest is not None:
