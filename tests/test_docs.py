@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import tomllib
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -173,6 +174,12 @@ def test_every_page_of_the_site_is_in_its_navigation():
     elsewhere = dict(re.findall(r'"(.+\.md)": "(.+\.md)"', (DOCS / "pages.py").read_text("utf-8")))
     assert set(re.findall(r"[\w/-]+\.md", nav)) == pages | set(elsewhere.values())
     assert all((ROOT / source).is_file() for source in elsewhere)
+
+
+def test_there_is_one_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 def test_the_readme_is_one_screen():

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from losa.demo import assets
+import losa
 from losa.pruning import PRUNERS, Pattern
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ASSETS = Path(losa.__file__).parent / "demo_assets"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
@@ -32,7 +33,7 @@ def run(monkeypatch, capsys):
 def text(tmp_path):
     """The beginning of the demo's text, which is tokenised sooner."""
     path = tmp_path / "text.txt"
-    path.write_text((assets() / "train.txt").read_text("utf-8")[:160_000], encoding="utf-8")
+    path.write_text((ASSETS / "train.txt").read_text("utf-8")[:160_000], encoding="utf-8")
     return path
 
 
