@@ -21,6 +21,9 @@ PAGES = {
     "csrc/README.md": "kernels.md",
     "benchmarks/README.md": "benchmarks-readme.md",
 }
+FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+# GitHub begins a list or a table right under a line of text, and a table under a comment; Markdown in Python wants a blank line.
+UNDER_TEXT = re.compile(r"^((?![ \-*|#>]|\d+\. ).*\S.*\n)(?=(?:- |\d+\. |\|))", re.MULTILINE)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -47,4 +50,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return text
         return f"{image}[{text}]({posixpath.relpath(to, posixpath.dirname(name) or '.')}{hash_}{anchor})"
 
-    return LINK.sub(turn, markdown)
+    parts = FENCED.split(LINK.sub(turn, markdown))  # every other one is fenced
+    parts[::2] = [UNDER_TEXT.sub(r"\1\n", part) for part in parts[::2]]
+    return "".join(parts)
