@@ -10,12 +10,15 @@ import datetime
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from losa import distributed
 from losa.baselines import lift_masks, mask_again
@@ -23,12 +26,17 @@ from losa.checkpoint import replace, to_json
 from losa.config import LosaConfig, build, merge, nested, read_config, read_presets, require
 from losa.data import read_run
 from losa.doors import door, read_json
+from losa.environment import machine
 from losa.evaluation.context import context_use
-from losa.method import adapt, dynamic_steps, reconstruct, sparsify
-from losa.models import load
+from losa.method import adapt, dynamic_steps, put_on_grid, reconstruct, sparsify
+from losa.models import find_decoder, load
 from losa.output import claim
 from losa.progress import progress
+from losa.pruning.grid import FORMATS
 from losa.report.content import public
+from losa.runtime.bench import race
+from losa.runtime.header import SparseConfig
+from losa.runtime.plugin import pack_model
 from losa.session import Session, check_request
 
 logger = logging.getLogger(__name__)
@@ -52,6 +60,8 @@ METHODS: dict[str, Method] = {
     "Wanda": Method("prune", ONE_SHOT | {"pruner": "wanda"}),
     "SparseGPT": Method("prune", ONE_SHOT | {"pruner": "sparsegpt"}),
     "ALPS": Method("prune", ONE_SHOT | {"pruner": "alps"}),
+    "ALPS int8": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int8"}),
+    "ALPS int4": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int4"}),
     "Wanda + LoRA": Method("lora", UNIFORM | {"pruner": "wanda"}),
     "SparseGPT + LoRA": Method("lora", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + masked LoRA": Method("losa", UNIFORM | {"pruner": "wanda"}),
@@ -63,7 +73,20 @@ METHODS: dict[str, Method] = {
     "LoSA without dynamic steps": Method("losa", PAPER | {"pruner": "wanda", "steps": 1}),
     "masked full fine-tuning": Method("losa", ONE_SHOT | {"pruner": "wanda", "train": {"weights": "all"}}),
     "losa": Method("losa", {}),
+    "losa int8": Method("losa", {"values": "int8"}),
+    "losa int4": Method("losa", {"values": "int4"}),
+    # The rivals: no zeros, few bits, by the same solver and calibration (GPTQ), and with the same training.
+    **{f"GPTQ {bits}-bit": Method("round", {"values": f"dense{bits}"}) for bits in (8, 4, 3, 2)},
+    **{f"GPTQ {bits}-bit + training": Method("round and train", {"steps": 1, "values": f"dense{bits}"}) for bits in (4, 3, 2)},
 }
+
+
+def slug(name: str) -> str:
+    """A method's name as it is typed: `Wanda + masked LoRA` is `wanda-masked-lora`."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+SLUGS = {slug(name): name for name in METHODS}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,6 +99,7 @@ class CompareConfig:
     methods: list[str] | None = None  # names of `METHODS`; all of them when None, or none if there are variants
     targets: list[str] = field(default_factory=lambda: ["0.7"])  # sparsities, or patterns such as 2:4
     seeds: list[int] = field(default_factory=lambda: [0])
+    speed: bool = False  # also measure tokens per second, packed, against dense in turns
     context: bool = False  # also measure how much every row makes of what it has read (`evaluation/context.py`)
     variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
 
@@ -83,7 +107,8 @@ class CompareConfig:
         if self.methods is None:
             self.methods = [] if self.variants else list(METHODS)
         for name in self.methods:
-            require(name in METHODS, "methods", name, "some of " + ", ".join(METHODS))
+            require(slug(name) in SLUGS, "methods", name, "some of " + ", ".join(SLUGS))
+        self.methods = [SLUGS[slug(name)] for name in self.methods]
         require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
@@ -120,25 +145,25 @@ class CompareConfig:
         return [row for name, method in made.items() for row in self._rows_of(name, method)]
 
     def _rows_of(self, name: str, method: Method) -> "Iterator[Row]":
-        dense = method.maker == "dense"  # one row: it depends on neither target nor seed
-        for target in self.targets[:1] if dense else self.targets:
+        dense, full = method.maker == "dense", method.maker in FULL
+        for target in self.targets[:1] if full else self.targets:
             for seed in self.seeds[:1] if dense else self.seeds:
-                at: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": target}
-                at["seed"] = seed
                 values = copy.deepcopy(self.run)
-                for changes in ({} if dense else at, method.changes):
+                at: dict[str, Any] = {} if full else {"pattern": target} if ":" in target else {"sparsity": target}
+                for changes in (at if dense else at | {"seed": seed}, method.changes):
                     merge(values, changes)
-                if ":" in target and not dense:  # the pattern fixes all rates
+                if ":" in target and not full:  # the pattern fixes all rates
                     values["delta"] = 0.0
-                yield Row(name, method.maker, "" if dense else target, seed, LosaConfig.from_dict(values), self.context)
+                config = LosaConfig.from_dict(values)
+                yield Row(name, method.maker, "" if full else target, seed, config, self.context, self.speed)
 
 
 def _variant(name: str, changes: Any) -> Method:
     require(isinstance(changes, dict), f"variants.{name}", changes, "a mapping of keys to values")
     base = changes.get("method", "LoSA")
-    known = isinstance(base, str) and (base in METHODS or base == "LoSA")
-    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
-    method = METHODS.get(base, Method("losa", PAPER))
+    known = isinstance(base, str) and (slug(base) in SLUGS or base == "LoSA")
+    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(SLUGS))
+    method = Method("losa", PAPER) if base == "LoSA" else METHODS[SLUGS[slug(base)]]
     values = copy.deepcopy(method.changes)
     merge(values, {key: value for key, value in changes.items() if key != "method"})
     return Method(method.maker, values)
@@ -154,11 +179,13 @@ class Row:
     seed: int
     config: LosaConfig
     context: bool
+    speed: bool
 
     @property
     def key(self) -> str:
         """A hash of all that decides the result; not the name."""
-        return hashlib.sha256(f"{self.maker} {self.config.fingerprint()} {self.context}".encode()).hexdigest()[:16]
+        decides = f"{self.maker} {self.config.fingerprint()} {self.context} {self.speed}"
+        return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -222,8 +249,9 @@ def measure(row: Row) -> dict[str, Any]:
 
     Returns:
         `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
-        `context`, what `context_use` says, or None; `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`,
-        `date`, `config`.
+        `bits` of a weight of the decoder's blocks and `bytes` of the model, stored as `losa pack` does, or as dense models of few
+        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tokens` trained on;
+        `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
     """
     config = row.config
     kind = "run" if row.maker in TRAINED else "prune"
@@ -238,11 +266,16 @@ def measure(row: Row) -> dict[str, Any]:
     record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
     texts = (train.data, config.calibration.data, config.eval.data)
+    context = context_use(session.model, session.data.evaluation, device) if row.context else None
+    bits, stored = stored_size(session.model, config.values)
     return {
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),
         "sparsity": record["sparsity"]["achieved"],
-        "context": context_use(session.model, session.data.evaluation, device) if row.context else None,
+        "bits": bits,
+        "bytes": stored,
+        "context": context,
+        "speed": decoding_speed(session.model, config.values, session.device) if row.speed else None,  # last: it packs the model
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
         "seconds": record["seconds"],
@@ -267,6 +300,8 @@ def _prune(session: Session) -> None:
     sparsify(session, session.config.steps)
     if session.config.reconstruct.epochs:
         reconstruct(session)
+    if session.config.values:
+        put_on_grid(session)
 
 
 def _lora(session: Session) -> dict[str, Tensor]:
@@ -277,10 +312,50 @@ def _lora(session: Session) -> dict[str, Tensor]:
     return masks
 
 
-TRAINED = ("losa", "lora")
+def _round_and_train(session: Session) -> None:
+    """Of the dense model, so its masks are full. Each half as in a run."""
+    put_on_grid(session)
+    session.record["steps"].append({"step": 1})
+    adapt(session, 1)
+
+
+def stored_size(model: PreTrainedModel, values: str | None) -> tuple[float, int]:
+    """Bits of a weight of the decoder's blocks, and bytes of the model, all else in bfloat16.
+
+    Args:
+        values: the grid that the weights are on; None: bfloat16, packed where that is smaller.
+    """
+    weights = [linear.weight for linear in find_decoder(model).linears().values()]
+    count = sum(weight.numel() for weight in weights)
+    density = sum(int(weight.count_nonzero()) for weight in weights) / count
+    bits = FORMATS[values].bits_per_weight(density) if values else min(16.0, 1 + 16 * density)
+    rest = sum(parameter.numel() for parameter in model.parameters()) - count
+    return bits, round((bits * count + 16 * rest) / 8)
+
+
+def decoding_speed(model: PreTrainedModel, values: str | None, device: torch.device) -> dict[str, Any] | None:
+    """Tokens per second of the model, packed in place where it has zeros, and of what it is when dense, in turns; None for dense
+    models of few bits, which this package does not run. The head is packed as `losa pack` does it: in int8 where values round."""
+    kind = FORMATS[values] if values else None
+    if kind is not None and not kind.sparse:
+        return None
+    model = model.to(torch.bfloat16).eval()
+    models = {"dense": model}
+    if any(not linear.weight.all() for linear in find_decoder(model).linears().values()):
+        models["packed"] = copy.deepcopy(model)
+        pack_model(models["packed"], SparseConfig(values or "bfloat16"))
+    raced = race(models, device)
+    own = raced[list(models)[-1]]
+    return {"tokens_per_second": own, "of_dense": own / raced["dense"], "machine": machine(device.type)}
+
+
+TRAINED = ("losa", "lora", "round and train")
+FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
     "prune": _prune,
     "losa": _losa,
     "lora": _lora,
+    "round": put_on_grid,
+    "round and train": _round_and_train,
 }

@@ -1,4 +1,4 @@
-"""What `losa compare` found: a CSV line a row, a Markdown table of methods against targets, and two plots."""
+"""What `losa compare` found: a CSV line a row, tables in Markdown and LaTeX, plots, and what to use (`pareto.py`)."""
 
 import csv
 import statistics
@@ -6,23 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from losa.report import pareto
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[dict[str, Any]]
 
-COLUMNS = ("method", "target", "seed", "perplexity", "masked_again", "sparsity", "tokens", "training_seconds", "seconds", "date")
+COLUMNS = [
+    "method", "target", "seed", "perplexity", "masked_again", "sparsity", "bits", "bytes", "tokens_per_second", "of_dense",
+    "tokens", "training_seconds", "seconds", "date",
+]  # fmt: skip
 
 
 def write_tables(path: Path, rows: Rows) -> None:
-    """`path` with `.csv`, `.md` and, if it was measured, `-context.md` at its end."""
+    """`path` with `.csv`, `.md`, `.tex` and, if it was measured, `-context.md` at its end."""
     with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for row in rows:
             times = {"training_seconds": row["seconds"].get("training", 0.0), "seconds": round(making(row), 1)}
-            writer.writerow([(row | times)[column] for column in COLUMNS])
-    path.with_name(f"{path.name}.md").write_text(markdown(rows), "utf-8")
+            speed = row["speed"] or {"tokens_per_second": None, "of_dense": None}
+            writer.writerow([(row | times | speed)[column] for column in COLUMNS])
+    tables = [markdown(rows), pareto.table(rows)]
+    advice = "".join(f"- {line}.\n" for line in pareto.recommendations(rows))
+    path.with_name(f"{path.name}.md").write_text("\n".join([*tables, advice]).rstrip() + "\n", "utf-8")
+    path.with_name(f"{path.name}.tex").write_text("\n".join(map(latex, tables)), "utf-8")
     if rows[0]["context"] is not None:
         path.with_name(f"{path.name}-context.md").write_text(context_table(rows), "utf-8")
 
@@ -36,6 +45,16 @@ def markdown(rows: Rows) -> str:
         cells = [cell([row for row in mine if row["target"] in ("", target)]) for target in targets]
         lines.append(f"| {method} | {' | '.join(cells)} | {statistics.mean(map(making, mine)):.0f} |")
     return "\n".join(lines) + f"\n\n{provenance(rows)}\n"
+
+
+def latex(table: str) -> str:
+    """A Markdown table as a tabular of booktabs."""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    special = {"%": r"\%", "±": r"$\pm$", "&": r"\&", "_": r"\_", "#": r"\#"}
+    rows = [" & ".join("".join(special.get(sign, sign) for sign in cell.strip(" |")) for cell in line) + r" \\" for line in lines]
+    columns = "l" + "r" * (len(lines[0]) - 1)
+    body = "\n".join([r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"])
+    return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n"
 
 
 def context_table(rows: Rows) -> str:
@@ -98,10 +117,15 @@ def provenance(rows: Rows) -> str:
 
 
 def write_plots(path: Path, rows: Rows) -> None:
-    """`path` with `-by-sparsity.svg` if there are several sparsities, with `-by-time.svg` if something was trained.
+    """`path` with `-by-bytes.svg`, with `-by-speed.svg` if speed was measured, with `-by-sparsity.svg` if there are several
+    sparsities, with `-by-time.svg` if something was trained.
 
     Of a dense merge, the model masked again is shown: a sparse model among sparse models.
     """
+    _save(pareto.by_bytes(rows), path.with_name(f"{path.name}-by-bytes.svg"))
+    speeds = pareto.by_speed(rows)
+    if speeds is not None:
+        _save(speeds, path.with_name(f"{path.name}-by-speed.svg"))
     sparsities = sorted({float(row["target"]) for row in rows if row["target"] and ":" not in row["target"]})
     if len(sparsities) > 1:
         _save(_by_sparsity(rows, sparsities), path.with_name(f"{path.name}-by-sparsity.svg"))
