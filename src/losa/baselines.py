@@ -8,16 +8,18 @@ from transformers import PreTrainedModel
 
 from losa.adapter import masked_linears
 from losa.bits import pack_bits
-from losa.method import prune_to, reconstruct, sparsify
+from losa.method import prune_to, put_on_grid, reconstruct, sparsify
 from losa.rates import allot, get_rule
 from losa.session import Session
 
 
 def one_shot(session: Session) -> None:
-    """Prunes once, straight to the target, with reconstruction where the configuration asks for it, and without training."""
+    """Prunes once, straight to the target, with the reconstruction and rounding that are asked for, and without training."""
     sparsify(session, session.config.steps)
     if session.config.reconstruct.epochs:
         reconstruct(session)
+    if session.config.values:
+        put_on_grid(session)
 
 
 def measure_baselines(session: Session) -> None:

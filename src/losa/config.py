@@ -16,6 +16,7 @@ import yaml
 
 from losa.allocation import BANDS
 from losa.pruning import Pattern, get_pruner
+from losa.pruning.grid import FORMATS
 from losa.system.yaml_tree import build, current_names, merge, nested, parse_yaml, read_config, renamed_from, require
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -169,6 +170,7 @@ class LosaConfig:
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
     # How far a rate may leave the mean, delta in the formulas; what the rule's paper uses when None; 0 is uniform.
     rate_band: float | None = field(default=None, metadata=renamed_from("delta"))
+    values: str | None = None  # int8 or int4: surviving weights lie on a grid that `losa pack --values` stores without loss
     rotate: bool = False  # turn the values of every attention head first, so that pruning finds more small weights; rotation.py
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
@@ -192,6 +194,7 @@ class LosaConfig:
         if pattern.structured:
             fits = abs(self.sparsity - pattern.sparsity) < 1e-9
             require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
+        require(self.values is None or self.values in FORMATS, "values", self.values, "int8 or int4")
         require(self.rates in BANDS, "rates", self.rates, "one of " + ", ".join(BANDS))
         if self.rate_band is None:
             self.rate_band = 0.0 if pattern.structured else BANDS[self.rates](self.sparsity)

@@ -7,6 +7,7 @@ for t = 1..T:
     prune the merged weights, block by block                    calibration.prune_blocks -> reconstruction errors
     adapter ranks by reconstruction error                       allocation.allocate_ranks
     reconstruct each block, in the last step                    reconstruction.reconstruction_visit
+    round what is left to a grid, if values are int8 or int4    calibration.rounding_visit
     train adapters, or all weights, under the mask              training.train
 merge; save; re-open; verify every zero                         session.Session.finish
 
@@ -21,9 +22,10 @@ from tempfile import TemporaryDirectory
 
 from losa.adapter import collect_scores, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
-from losa.calibration import prune_blocks, walk_blocks
+from losa.calibration import prune_blocks, rounding_visit, walk_blocks
 from losa.config import LosaConfig
 from losa.pruning import Pattern, Solution, get_pruner
+from losa.pruning.grid import FORMATS
 from losa.pruning.sparsegpt import DAMPING
 from losa.rates import allot, block_means, get_rule, measure
 from losa.reconstruction import reconstruction_visit
@@ -39,7 +41,11 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
         phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step), alike))
         if step == config.steps and config.reconstruct.epochs:
             phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0}))
+        if step == config.steps and config.values and config.train.whole:
+            phases.append(Phase(f"{step:02d}-rounded", put_on_grid, {"rounding": 1.0}))
         phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step), {"training": trained}))
+    if config.values and not config.train.whole:  # adapters do not see the grid; what they were merged to is rounded
+        phases.append(Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0}))
     return phases
 
 
@@ -115,6 +121,23 @@ def reconstruct(session: Session) -> None:
         )
     if session.kind == "run":
         session.measure("reconstructed")
+
+
+def put_on_grid(session: Session) -> None:
+    """Rounds the surviving weights to `config.values`; a training after it has them rounded in every forward."""
+    config = session.config
+    assert config.values is not None
+    with session.timed("rounding"):
+        walk_blocks(
+            session.model,
+            session.data.calibration[: config.calibration.sequences],
+            [rounding_visit(FORMATS[config.values])],
+            label=f"rounding to {config.values}",
+            dense_sequences=0,
+            device=session.device,
+        )
+    if session.kind == "run" and config.train.whole:
+        session.measure("rounded")
 
 
 def adapt(session: Session, step: int) -> None:

@@ -86,6 +86,16 @@ SHARED: dict[str, Shared] = {
     "pattern": Shared(
         "pattern", Annotated[str | None, typer.Option(help="`unstructured` (default), or `n:m` such as `2:4` or `4:8`.")]
     ),
+    "values": Shared(
+        "values",
+        Annotated[
+            str | None,
+            typer.Option(
+                help="`int8` or `int4`: also round the surviving weights, so that `losa pack --values` with the same name loses "
+                "nothing; the result stays a bfloat16 checkpoint."
+            ),
+        ],
+    ),
     "protect": Shared(
         "protect",
         Annotated[

@@ -253,7 +253,11 @@ def pack(
     directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.")],
     packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
     values: Annotated[
-        str, typer.Option(help="`bfloat16` keeps every weight; `int8` and `int4` round them, with scales of rows or groups.")
+        str,
+        typer.Option(
+            help="`bfloat16` keeps every weight; `int8` and `int4` round them, with scales of rows or groups, unless "
+            "`--values` of run or prune did so already."
+        ),
     ] = "bfloat16",
     head: Annotated[
         str | None,
@@ -276,6 +280,10 @@ def pack(
         f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: "
         f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense"
     )
+    if values != "bfloat16":
+        kept = "no weight changed: the checkpoint was on this grid already" if done["lossless"] else "weights were rounded"
+        hint = "" if done["lossless"] else f"; losa run --values {values} has the model make up for that"
+        say(f"{values}: {kept}{hint}")
     if done["head_bytes"]:
         say(f"and the output head in {done['head']}: {size(done['head_bytes'])}")
     say(f"saved and verified: {packed}")

@@ -31,6 +31,7 @@ from losa.pruning import Pattern, Pruner, get_pruner
 from losa.rates import get_rule
 
 BATCH, EVALUATION_BATCH = 8, 4  # the defaults of walk_blocks and perplexity
+ROUNDING = 2  # times what SparseGPT takes for the same layers (docs/LOG.md)
 BUDGET = 0.5  # seconds of one measurement, roughly
 SHORT, MOST = 32, 8192  # tokens of the first measurement, and of any
 VOCABULARY, SEQUENCES = 16384, 256  # of the head and of importance, at most; larger ones are scaled up from there
@@ -286,6 +287,10 @@ class _Probe:
             trained = line(updates, reconstruct.epochs * seen * window)
             found["reconstruction"] = L * (trained + 2 * forward(-(-seen // BATCH), seen * window))
             found["reconstruction"] += updates * update
+        found["rounding"] = 0.0
+        if config.values:  # every process rounds all layers
+            rounding = ROUNDING * self.solve(get_pruner("sparsegpt"))
+            found["rounding"] = L * (forward(calls, sequences * window) + collect(calls, sequences * window) + rounding)
         found["training"] = self._training(forward, P)
         windows, shown = -(-evaluation_windows(config) // P), config.eval.length or 1
         calls = -(-windows // EVALUATION_BATCH)

@@ -14,7 +14,7 @@ from losa.rates import get_rule
 MEASURED = 3  # times that perplexity is measured: dense, pruned only, at the end
 ASSUMED_TOKENS = 340_000  # of an evaluation text that nobody has read yet: about what WikiText-2's test part has
 # Whose pace a stage goes at before any of it was done; all others at that of evaluation, which is nothing but products.
-LIKE = {"pruning": "baseline"}
+LIKE = {"pruning": "baseline", "rounding": "pruning"}
 
 
 def evaluation_windows(config: LosaConfig) -> int:
@@ -50,8 +50,8 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
 
     train, calibrating, steps = config.train, config.calibration, config.steps
     length, window, shown = train.length or 1, calibrating.length or 1, config.eval.length or 1
-    walks = 1 + (get_pruner(config.pruner).collect is not None)  # collect, advance
-    pruned = walks * (calibrating.sequences or 1) * window * forward(window)
+    walk = (calibrating.sequences or 1) * window * forward(window)
+    pruned = (1 + (get_pruner(config.pruner).collect is not None)) * walk  # collect, advance
     errors = steps * min(calibrating.error_sequences, calibrating.sequences or 1) * window * forward(window)
     reconstructed = config.reconstruct.sequences * window * forward(window)
     short = min(calibrating.rmi_length, window)
@@ -61,6 +61,7 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
         "importance": steps * importance_sequences(config) * short * forward(short),
         "pruning": steps * pruned + errors,
         "reconstruction": (2 + 3 * config.reconstruct.epochs) * reconstructed if config.reconstruct.epochs else 0.0,
+        "rounding": 2 * walk if config.values else 0.0,
         "training": training_rows(config) * length * (repeats * forward(length) + (2 * repeats - 2) * head),
         "evaluation": MEASURED * (windows or evaluation_windows(config)) * shown * (forward(shown) + 2 * head),
     }

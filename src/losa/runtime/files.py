@@ -49,8 +49,9 @@ def pack_checkpoint(
         overwrite: the output may be what losa wrote earlier; it is replaced.
 
     Returns:
-        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its
-        values, and `head_bytes`, 0 for a head that stays as it was.
+        `layers`, `sparsity` (ratio), `lossless`, whether all layers but the head unpack to themselves; `dense_bytes` and
+        `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that stays
+        as it was.
 
     Raises:
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
@@ -78,6 +79,7 @@ def _pack_claimed(
         "dense_bytes": 2 * total,
         "packed_bytes": 0,
         "head_bytes": 0,
+        "lossless": True,
     }
     places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
     home = _home_of_head(model, source)
@@ -100,7 +102,8 @@ def _pack_claimed(
                 if (not here and not repeated) or (config.tied and here == list(last)):
                     made[key] = tensor
                 for name in here:
-                    packed = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
+                    packed, same = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
+                    sizes["lossless"] &= same or name in last
                     parts = packed.tensors()
                     made |= {f"{name}.{part}": found for part, found in parts.items()}
                     config.layers[name] = packed.stored
@@ -123,7 +126,8 @@ def _pack_claimed(
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
 
-def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> PackedWeight:
+def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> tuple[PackedWeight, bool]:
+    """The packed weight, and whether it unpacks to itself."""
     if W_OI.shape != shape or not W_OI.is_floating_point():
         raise ValueError(f"{name}.weight is {W_OI.dtype} {tuple(W_OI.shape)} in the file, expected floats of {tuple(shape)}")
     if W_OI.dtype != torch.bfloat16:
@@ -132,9 +136,10 @@ def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> 
     if not torch.isfinite(rounded).all():
         raise ValueError(f"{name}.weight holds NaN or infinity in bfloat16; the checkpoint is damaged")
     packed = pack(rounded, kind)
-    if not kind.rounds and not torch.equal(unpack(packed), rounded):
+    same = torch.equal(unpack(packed), rounded)
+    if not kind.rounds and not same:
         raise RuntimeError(f"{name}: what was packed does not unpack to itself; the result is void")
-    return packed
+    return packed, same
 
 
 def _home_of_head(model: PreTrainedModel, source: Path) -> tuple[str, bool] | None:

@@ -7,9 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MOMENT, PATIENCE = 0.05, 60.0  # seconds: until a signal is sent again, and altogether that it is
 
 
 class Interrupted(BaseException):
@@ -40,20 +42,43 @@ def end_quietly() -> None:
         atexit.register(signal.signal, number, signal.SIG_DFL)
 
 
+def fragile(frame: FrameType | None) -> bool:
+    """Whether the main thread is where an exception would do harm: amid an import, which it would leave half done, or in Python
+    code that torch calls to compute an operator (fake tensors), whose callers in C++ end the process for some."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>" or frame.f_code.co_name == "__torch_dispatch__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def raised() -> Iterator[None]:
     """Has both signals raise `Interrupted` while it lasts. Also where a library makes another exception of it on the way, and
-    where it is raised in a destructor, which Python lets no exception leave: it is then raised again a moment later."""
+    where it is raised in a destructor, which Python lets no exception leave: it is then raised again a moment later. So it is
+    where an exception would do harm (`fragile`)."""
     came = 0
+    patience = PATIENCE
+    sent = threading.Timer(0.0, lambda: None)
 
-    def interrupt(number: int, frame: Any) -> None:
-        nonlocal came
+    def send_again(number: int) -> None:
+        nonlocal sent
+        sent.cancel()  # one of several that come is enough
+        sent = threading.Timer(MOMENT, os.kill, (os.getpid(), number))
+        sent.start()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came, patience
+        if fragile(frame) and patience > 0:
+            patience -= MOMENT
+            send_again(number)
+            return
         came = number
         raise Interrupted(number)
 
     def again(lost: Any) -> None:
         if isinstance(lost.exc_value, Interrupted):
-            threading.Timer(0.05, os.kill, (os.getpid(), lost.exc_value.number)).start()
+            send_again(lost.exc_value.number)
         else:
             before(lost)
 
@@ -66,6 +91,7 @@ def raised() -> Iterator[None]:
             raise Interrupted(came) from error
         raise
     finally:
+        sent.cancel()
         sys.unraisablehook = before
 
 
