@@ -25,7 +25,7 @@ LAYERS = {
     "packed models": "runtime.files runtime.plugin runtime.generate runtime.bench integrations serving",
     "stages": "calibration rates rotation reconstruction training evaluation",
     "run": "method baselines session planning",
-    "reports and commands": "api report comparison commands",
+    "reports and commands": "api cost report comparison commands",
     "command line": "cli __main__",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

@@ -170,6 +170,7 @@ def quick(monkeypatch):
         {"train": {"weights": "adapters", "gradient_checkpointing": True}, "reconstruct": {"epochs": 1}, "pruner": "sparsegpt"},
         {"pruner": "alps", "rates": "owl"},
         {"pruner": "movement", "rates": "depth"},
+        {"pruner": "wanda", "values": "int4"},
         {"pruner": "magnitude", "pattern": "2:4", "eval": {"windows": 7}},
     ],
 )
@@ -181,6 +182,7 @@ def test_a_probe_times_every_stage(model, quick, changes):
     absent = {"reconstruction"} if "reconstruct" not in changes else set()
     absent |= {"baseline"} if "steps" not in changes else set()
     absent |= set() if measured_importance else {"importance"}
+    absent |= set() if "values" in changes else {"rounding"}
     assert {stage for stage, seconds in made.stages.items() if seconds == 0} == absent
     assert made.seconds == sum(made.stages.values())
     assert made.probed

@@ -14,7 +14,7 @@ from losa.session import Session
 
 
 def one_shot(session: Session) -> None:
-    """Prunes once, straight to the target, with the reconstruction and rounding that are asked for, and without training."""
+    """Prunes once, straight to the target, without training; with reconstruction and rounding where these are asked for."""
     sparsify(session, session.config.steps)
     if session.config.reconstruct.epochs:
         reconstruct(session)

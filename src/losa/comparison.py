@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from losa.baselines import lift_masks, mask_again, one_shot
 from losa.config import LosaConfig, read_presets
+from losa.cost import decoding_speed, stored_size
 from losa.data import read_run
 from losa.evaluation.context import context_use
-from losa.method import adapt, dynamic_steps, sparsify
+from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
 from losa.models import load
 from losa.report.content import public
 from losa.session import Session, check_request
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 ONE_SHOT: dict[str, Any] = {"steps": 1, "rate_band": 0.0, "reconstruct": {"epochs": 0}}
 PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
+ALL: dict[str, Any] = {"train": {"weights": "all"}}
 UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}, "train": {"weights": "adapters"}}
 
 
@@ -53,6 +56,8 @@ METHODS: dict[str, Method] = {
     "Wanda": Method("prune", ONE_SHOT | {"pruner": "wanda"}),
     "SparseGPT": Method("prune", ONE_SHOT | {"pruner": "sparsegpt"}),
     "ALPS": Method("prune", ONE_SHOT | {"pruner": "alps"}),
+    "ALPS int8": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int8"}),
+    "ALPS int4": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int4"}),
     "Wanda + LoRA": Method("lora", UNIFORM | {"pruner": "wanda"}),
     "SparseGPT + LoRA": Method("lora", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + masked LoRA": Method("losa", UNIFORM | {"pruner": "wanda"}),
@@ -64,7 +69,23 @@ METHODS: dict[str, Method] = {
     "LoSA without dynamic steps": Method("losa", PAPER | {"pruner": "wanda", "steps": 1}),
     "masked full fine-tuning": Method("losa", ONE_SHOT | {"pruner": "wanda", "train": {"weights": "all"}}),
     "losa": Method("losa", {}),
+    "losa int8": Method("losa", {"values": "int8"}),
+    "losa int4": Method("losa", {"values": "int4"}),
+    # The rivals: no zeros, few bits, by the same solver and calibration (GPTQ), and with the same training.
+    **{f"GPTQ {bits}-bit": Method("round", {"values": f"dense{bits}"}) for bits in (8, 4, 3, 2)},
+    **{
+        f"GPTQ {bits}-bit + training": Method("round and train", ALL | {"steps": 1, "values": f"dense{bits}"})
+        for bits in (4, 3, 2)
+    },
 }
+
+
+def slug(name: str) -> str:
+    """A method's name as it is typed: `Wanda + masked LoRA` is `wanda-masked-lora`."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+SLUGS = {slug(name): name for name in METHODS}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,6 +98,7 @@ class CompareConfig:
     methods: list[str] | None = None  # names of `METHODS`; all of them when None, or none if there are variants
     targets: list[str] = field(default_factory=lambda: ["0.7"])  # sparsities, or patterns such as 2:4
     seeds: list[int] = field(default_factory=lambda: [0])
+    speed: bool = False  # also measure tokens per second, packed, against dense in turns
     context: bool = False  # also measure how much every row makes of what it has read (`evaluation/context.py`)
     variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
 
@@ -84,7 +106,8 @@ class CompareConfig:
         if self.methods is None:
             self.methods = [] if self.variants else list(METHODS)
         for name in self.methods:
-            require(name in METHODS, "methods", name, "some of " + ", ".join(METHODS))
+            require(slug(name) in SLUGS, "methods", name, "some of " + ", ".join(SLUGS))
+        self.methods = [SLUGS[slug(name)] for name in self.methods]
         self.run = current_names(LosaConfig, self.run)
         require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
@@ -122,25 +145,25 @@ class CompareConfig:
         return [row for name, method in made.items() for row in self._rows_of(name, method)]
 
     def _rows_of(self, name: str, method: Method) -> "Iterator[Row]":
-        dense = method.maker == "dense"  # one row: it depends on neither target nor seed
-        for target in self.targets[:1] if dense else self.targets:
+        dense, full = method.maker == "dense", method.maker in FULL
+        for target in self.targets[:1] if full else self.targets:
             for seed in self.seeds[:1] if dense else self.seeds:
-                at: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": target}
-                at["seed"] = seed
                 values = copy.deepcopy(self.run)
-                for changes in ({} if dense else at, method.changes):
+                at: dict[str, Any] = {} if full else {"pattern": target} if ":" in target else {"sparsity": target}
+                for changes in (at if dense else at | {"seed": seed}, method.changes):
                     merge(values, changes)
-                if ":" in target and not dense:  # the pattern fixes all rates
+                if ":" in target and not full:  # the pattern fixes all rates
                     values["rate_band"] = 0.0
-                yield Row(name, method.maker, "" if dense else target, seed, LosaConfig.from_dict(values), self.context)
+                config = LosaConfig.from_dict(values)
+                yield Row(name, method.maker, "" if full else target, seed, config, self.context, self.speed)
 
 
 def _variant(name: str, changes: Any) -> Method:
     require(isinstance(changes, dict), f"variants.{name}", changes, "a mapping of keys to values")
     base = changes.get("method", "LoSA")
-    known = isinstance(base, str) and (base in METHODS or base == "LoSA")
-    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
-    method = METHODS.get(base, Method("losa", PAPER))
+    known = isinstance(base, str) and (slug(base) in SLUGS or base == "LoSA")
+    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(SLUGS))
+    method = Method("losa", PAPER) if base == "LoSA" else METHODS[SLUGS[slug(base)]]
     values = copy.deepcopy(method.changes)
     merge(values, current_names(LosaConfig, {key: value for key, value in changes.items() if key != "method"}))
     return Method(method.maker, values)
@@ -156,11 +179,13 @@ class Row:
     seed: int
     config: LosaConfig
     context: bool
+    speed: bool
 
     @property
     def key(self) -> str:
         """A hash of all that decides the result; not the name."""
-        return hashlib.sha256(f"{self.maker} {self.config.fingerprint()} {self.context}".encode()).hexdigest()[:16]
+        decides = f"{self.maker} {self.config.fingerprint()} {self.context} {self.speed}"
+        return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -177,7 +202,8 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def _compare(config: CompareConfig) -> list[dict[str, Any]]:
-    from losa.report.comparison import write_plots, write_tables
+    from losa.report.comparison import write_tables
+    from losa.report.plots import write_plots
 
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,8 +250,9 @@ def measure(row: Row) -> dict[str, Any]:
 
     Returns:
         `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
-        `context`, what `context_use` says, or None; `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`,
-        `date`, `config`.
+        `bits` of a weight of the decoder's blocks and `bytes` of the model, stored as `losa pack` does, or as dense models of few
+        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tokens` trained on;
+        `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
     """
     config = row.config
     kind = "run" if row.maker in TRAINED else "prune"
@@ -240,11 +267,16 @@ def measure(row: Row) -> dict[str, Any]:
     record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
     texts = (train.data, config.calibration.data, config.eval.data)
+    context = context_use(session.model, session.data.evaluation, device) if row.context else None
+    bits, stored = stored_size(session.model, config.values)
     return {
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),
         "sparsity": record["sparsity"]["achieved"],
-        "context": context_use(session.model, session.data.evaluation, device) if row.context else None,
+        "bits": bits,
+        "bytes": stored,
+        "context": context,
+        "speed": decoding_speed(session.model, config.values, session.device) if row.speed else None,  # last: it packs the model
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
         "seconds": record["seconds"],
@@ -273,10 +305,20 @@ def _lora(session: Session) -> dict[str, Tensor]:
     return masks
 
 
-TRAINED = ("losa", "lora")
+def _round_and_train(session: Session) -> None:
+    """Of the dense model, so its masks are full. Each half as in a run."""
+    put_on_grid(session)
+    session.record["steps"].append({"step": 1})
+    adapt(session, 1)
+
+
+TRAINED = ("losa", "lora", "round and train")
+FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
     "prune": one_shot,
     "losa": _losa,
     "lora": _lora,
+    "round": put_on_grid,
+    "round and train": _round_and_train,
 }

@@ -129,8 +129,8 @@ class MaskedLinear(nn.Linear):
             score_OI = self.score_OI if self.scored else None
             y: Tensor
             if self.delta_OI is not None:
-                whole = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI, self.grid)
-                y = MaskedWholeLinear.apply(x, self.weight, self.bias, *whole)  # type: ignore[no-untyped-call]
+                trained = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI, self.grid)
+                y = MaskedWholeLinear.apply(x, self.weight, self.bias, *trained)  # type: ignore[no-untyped-call]
                 return y
             assert self.grid is None, "adapters are rounded after their training"
             adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)

@@ -109,17 +109,30 @@ def compare(
         str | None, typer.Argument(help="Local directory or hub name; `run.model` of the config when not given.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of rows, tables and plots.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Names of methods, comma-separated; all when not given.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated; all when not given: dense, magnitude, wanda, sparsegpt, alps, alps-int8, alps-int4, "
+            "wanda-lora, sparsegpt-lora, wanda-masked-lora, sparsegpt-masked-lora, wanda-losa, sparsegpt-losa, "
+            "losa-without-layer-rates, "
+            "losa-without-rank-allocation, losa-without-dynamic-steps, masked-full-fine-tuning, losa, losa-int8, losa-int4, "
+            "gptq-8-bit, gptq-4-bit, gptq-3-bit, gptq-2-bit, and the last three with -training."
+        ),
+    ] = None,
     targets: Annotated[
         str | None, typer.Option(help="Sparsities and patterns, such as `0.5,0.7,2:4`; --sparsity or --pattern is one of them.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as `0,1,2`: the table then shows mean and spread. Default 0.")] = None,
+    speed: Annotated[
+        bool | None, typer.Option("--speed", help="Also measure tokens per second, packed and dense in turns.")
+    ] = None,
 ) -> None:
     """One table of methods on one model: the same texts, tokens and seeds for dense, magnitude, Wanda, SparseGPT, each with LoRA
     (merged, so dense again), with masked LoRA (one shot, uniform: the missing baseline), with LoSA whole and without each of its
-    parts, and full fine-tuning under the mask.
+    parts, full fine-tuning under the mask, and dense models of few bits (GPTQ), with what each takes in bytes.
 
-    Rows that are there are not made again, so a comparison that was stopped goes on. Writes a CSV file, a Markdown table, plots.
+    Rows that are there are not made again, so a comparison that was stopped goes on. Writes a CSV file, tables in Markdown and
+    LaTeX, and plots of quality against bytes, speed, time and sparsity; ends with what to use for which quality.
     The config is one of a comparison; see configs/experiments. What a method is made of wins over options.
 
     Example: `losa compare novels-4m --data novels.txt --targets 0.5,0.7 --seeds 0,1,2 --set train.tokens=100000 -o comparison`
@@ -127,6 +140,7 @@ def compare(
     from losa.cli.tables import comparison_table
     from losa.comparison import CompareConfig
     from losa.comparison import compare as compare_methods
+    from losa.report.pareto import recommendations
 
     keys = ({"model": model} if model else {}) | request.overrides
     one = {name: keys.pop(name, None) for name in ("sparsity", "pattern", "seed")}
@@ -135,11 +149,14 @@ def compare(
         str(request.config) if request.config else None, keys, request.preset,
         output=str(output) if output else None, methods=methods,
         targets=targets or (None if target is None else str(target)),
-        seeds=seeds or (None if one["seed"] is None else str(one["seed"])),
+        seeds=seeds or (None if one["seed"] is None else str(one["seed"])), speed=speed,
     )  # fmt: skip
     heavy(logging.WARNING)
     logging.getLogger("losa.comparison").setLevel(logging.INFO)
-    out.print(comparison_table(compare_methods(resolved)))
+    rows = compare_methods(resolved)
+    out.print(comparison_table(rows))
+    for line in recommendations(rows):
+        say(line)
     say(f"tables and plots: {resolved.output}")
 
 

@@ -11,6 +11,8 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+IMPORT = "<frozen importlib._bootstrap>"
+OPERATORS = ("/torch/_library/", "/torch/_subclasses/", "/torch/_ops.py", "/torch/_prims", "/torch/_refs", "/torch/_decomp")
 MOMENT, PATIENCE = 0.05, 60.0  # seconds: until a signal is sent again, and altogether that it is
 
 
@@ -46,7 +48,8 @@ def fragile(frame: FrameType | None) -> bool:
     """Whether the main thread is where an exception would do harm: amid an import, which it would leave half done, or in Python
     code that torch calls to compute an operator (fake tensors), whose callers in C++ end the process for some."""
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>" or frame.f_code.co_name == "__torch_dispatch__":
+        file = frame.f_code.co_filename
+        if file == IMPORT or frame.f_code.co_name == "__torch_dispatch__" or any(part in file for part in OPERATORS):
             return True
         frame = frame.f_back
     return False
