@@ -65,7 +65,7 @@ def use(rule: str) -> None:
 
 
 def step_seconds(rounds: int = 5) -> dict[str, float]:
-    from training import SHAPES, random_mask, random_model
+    from common import SHAPES, random_mask, random_model
 
     model = attach(random_model(SHAPES["1.1B"] | {"num_hidden_layers": 4}, "cpu"))
     for layer in masked_linears(model).values():

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from training import SHAPES, distilled_loss, losa_model, stepper
+from common import SHAPES, distilled_loss, losa_model, random_model, stepper
 
 from losa.adapter import attach, merge
 from losa.calibration import block_grams, prune_blocks
@@ -52,8 +52,6 @@ def main() -> None:
 
     def pruning(sequences: int, errors: int) -> float:
         """Of a block."""
-        from training import random_model
-
         ids = torch.randint(0, 32000, (sequences, WINDOW))
 
         def work() -> None:

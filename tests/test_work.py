@@ -13,7 +13,15 @@ from losa.models import find_decoder
 from losa.planning.work import evaluation_windows, remaining, stage_flops
 from losa.session import Session
 
-WORK = {"baseline": 100.0, "importance": 10.0, "pruning": 500.0, "reconstruction": 0.0, "training": 3000.0, "evaluation": 300.0}
+WORK = {
+    "baseline": 100.0,
+    "importance": 10.0,
+    "pruning": 500.0,
+    "reconstruction": 0.0,
+    "training": 3000.0,
+    "evaluation": 300.0,
+    "rounding": 0.0,
+}
 
 
 def test_what_is_left_goes_at_the_pace_so_far():

@@ -22,7 +22,9 @@ from losa.baselines import lift_masks, mask_again, one_shot
 from losa.config import LosaConfig, read_presets
 from losa.cost import decoding_speed, stored_size
 from losa.data import read_run
+from losa.evaluation.checkpoint import harness, score_tasks
 from losa.evaluation.context import context_use
+from losa.evaluation.zeroshot import mean_accuracy, task_names
 from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
 from losa.models import load
 from losa.report.content import public
@@ -99,6 +101,9 @@ class CompareConfig:
     targets: list[str] = field(default_factory=lambda: ["0.7"])  # sparsities, or patterns such as 2:4
     seeds: list[int] = field(default_factory=lambda: [0])
     speed: bool = False  # also measure tokens per second, packed, against dense in turns
+    tasks: str | None = None  # also measure accuracy: `paper`, or names of lm-eval's tasks, separated by commas
+    task_data: str | None = None  # local folder with their data; the hub when None
+    limit: int | None = None  # at most so many items of each task
     context: bool = False  # also measure how much every row makes of what it has read (`evaluation/context.py`)
     variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
 
@@ -114,6 +119,10 @@ class CompareConfig:
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
         require(bool(self.targets), "targets", self.targets, "at least one, such as 0.7 or 2:4")
         require(bool(self.seeds), "seeds", self.seeds, "at least one")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.tasks is not None:
+            task_names(self.tasks)
+            harness()
         measured = self.run.get("eval") or {}
         require(isinstance(measured, dict), "run.eval", measured, "a mapping of keys to values")
         held = measured.get("data")
@@ -155,7 +164,8 @@ class CompareConfig:
                 if ":" in target and not full:  # the pattern fixes all rates
                     values["rate_band"] = 0.0
                 config = LosaConfig.from_dict(values)
-                yield Row(name, method.maker, "" if full else target, seed, config, self.context, self.speed)
+                also = Also(self.context, self.speed, self.tasks, self.task_data, self.limit)
+                yield Row(name, method.maker, "" if full else target, seed, config, also)
 
 
 def _variant(name: str, changes: Any) -> Method:
@@ -170,6 +180,17 @@ def _variant(name: str, changes: Any) -> Method:
 
 
 @dataclass(frozen=True)
+class Also:
+    """What is measured besides perplexity; see `CompareConfig`."""
+
+    context: bool
+    speed: bool
+    tasks: str | None
+    task_data: str | None
+    limit: int | None
+
+
+@dataclass(frozen=True)
 class Row:
     """A method at a target and a seed."""
 
@@ -178,13 +199,12 @@ class Row:
     target: str
     seed: int
     config: LosaConfig
-    context: bool
-    speed: bool
+    also: Also
 
     @property
     def key(self) -> str:
         """A hash of all that decides the result; not the name."""
-        decides = f"{self.maker} {self.config.fingerprint()} {self.context} {self.speed}"
+        decides = f"{self.maker} {self.config.fingerprint()} {self.also}"
         return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
@@ -251,7 +271,8 @@ def measure(row: Row) -> dict[str, Any]:
     Returns:
         `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
         `bits` of a weight of the decoder's blocks and `bytes` of the model, stored as `losa pack` does, or as dense models of few
-        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tokens` trained on;
+        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tasks`,
+        accuracy by task and `mean_accuracy`, or None; `tokens` trained on;
         `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
     """
     config = row.config
@@ -261,14 +282,14 @@ def measure(row: Row) -> dict[str, Any]:
     session = Session.start(model, tokenizer, config, kind=kind, data=data)
     lifted = MAKERS[row.maker](session)
     session.finish("made")
+    bits, stored = stored_size(session.model, config.values)
     if lifted:
         mask_again(session.model, lifted)
         session.measure("masked again")
     record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
     texts = (train.data, config.calibration.data, config.eval.data)
-    context = context_use(session.model, session.data.evaluation, device) if row.context else None
-    bits, stored = stored_size(session.model, config.values)
+    context = context_use(session.model, session.data.evaluation, device) if row.also.context else None
     return {
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),
@@ -276,7 +297,10 @@ def measure(row: Row) -> dict[str, Any]:
         "bits": bits,
         "bytes": stored,
         "context": context,
-        "speed": decoding_speed(session.model, config.values, session.device) if row.speed else None,  # last: it packs the model
+        "tasks": _accuracy(session, row.also),
+        "speed": decoding_speed(session.model, config.values, session.device)
+        if row.also.speed
+        else None,  # last: it packs the model
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
         "seconds": record["seconds"],
@@ -291,6 +315,14 @@ def measure(row: Row) -> dict[str, Any]:
 
 def _dense(session: Session) -> None:
     """Nothing is done to it."""
+
+
+def _accuracy(session: Session, also: Also) -> dict[str, Any] | None:
+    if also.tasks is None:
+        return None
+    folder = Path(also.task_data) if also.task_data else None
+    found = score_tasks(session.model, session.tokenizer, harness().load_tasks(task_names(also.tasks), folder), also.limit)
+    return {"tasks": {name: score.get("acc") for name, score in found.items()}, "mean": mean_accuracy(found)}
 
 
 def _losa(session: Session) -> None:

@@ -126,6 +126,9 @@ def compare(
     speed: Annotated[
         bool | None, typer.Option("--speed", help="Also measure tokens per second, packed and dense in turns.")
     ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Also measure accuracy, as `losa eval --tasks` does.")] = None,
+    task_data: Annotated[str | None, typer.Option(help="Folder with the tasks' data, instead of the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")] = None,
 ) -> None:
     """One table of methods on one model: the same texts, tokens and seeds for dense, magnitude, Wanda, SparseGPT, each with LoRA
     (merged, so dense again), with masked LoRA (one shot, uniform: the missing baseline), with LoSA whole and without each of its
@@ -150,6 +153,7 @@ def compare(
         output=str(output) if output else None, methods=methods,
         targets=targets or (None if target is None else str(target)),
         seeds=seeds or (None if one["seed"] is None else str(one["seed"])), speed=speed,
+        tasks=tasks, task_data=task_data, limit=limit,
     )  # fmt: skip
     heavy(logging.WARNING)
     logging.getLogger("losa.comparison").setLevel(logging.INFO)

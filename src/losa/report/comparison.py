@@ -11,8 +11,8 @@ from losa.report import pareto
 Rows = Sequence[dict[str, Any]]
 
 COLUMNS = [
-    "method", "target", "seed", "perplexity", "masked_again", "sparsity", "bits", "bytes", "tokens_per_second", "of_dense",
-    "tokens", "training_seconds", "seconds", "date",
+    "method", "target", "seed", "perplexity", "masked_again", "sparsity", "bits", "bytes", "accuracy", "tokens_per_second",
+    "of_dense", "tokens", "training_seconds", "seconds", "date",
 ]  # fmt: skip
 
 
@@ -24,7 +24,8 @@ def write_tables(path: Path, rows: Rows) -> None:
         for row in rows:
             times = {"training_seconds": row["seconds"].get("training", 0.0), "seconds": round(making(row), 1)}
             speed = row["speed"] or {"tokens_per_second": None, "of_dense": None}
-            writer.writerow([(row | times | speed)[column] for column in COLUMNS])
+            scored = {"accuracy": row["tasks"]["mean"]["acc"] if row["tasks"] and row["tasks"]["mean"] else None}
+            writer.writerow([(row | times | speed | scored)[column] for column in COLUMNS])
     tables = [markdown(rows), pareto.table(rows)]
     advice = "".join(f"- {line}.\n" for line in pareto.recommendations(rows))
     path.with_name(f"{path.name}.md").write_text("\n".join([*tables, advice]).rstrip() + "\n", "utf-8")

@@ -22,6 +22,7 @@ class Point:
     bytes: float
     speed: float | None  # tokens per second
     of_dense: float | None  # times that of the dense model, in turns
+    accuracy: float | None  # mean of the paper's seven tasks
 
 
 def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
@@ -34,7 +35,7 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
         def mean(of: Callable[[dict[str, Any]], float], mine: list[dict[str, Any]] = mine) -> float:
             return statistics.mean(map(of, mine))
 
-        fast = all(row["speed"] for row in mine)
+        fast, scored = all(row["speed"] for row in mine), all(row["tasks"] and row["tasks"]["mean"] for row in mine)
         found.append(
             Point(
                 f"{method} {zeros}".strip(),
@@ -45,6 +46,7 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
                 mean(lambda row: row["bytes"]),
                 mean(lambda row: row["speed"]["tokens_per_second"]) if fast else None,
                 mean(lambda row: row["speed"]["of_dense"]) if fast else None,
+                mean(lambda row: row["tasks"]["mean"]["acc"]) if scored else None,
             )
         )
     return found
@@ -91,11 +93,14 @@ def recommendations(rows: Sequence[dict[str, Any]]) -> list[str]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Size and speed beside quality, in Markdown."""
     found = points(rows)
-    fast = any(point.speed for point in found)
-    head = ["method", "bits a weight", "size", "perplexity", *(["tokens/s", "of dense"] if fast else [])]
+    fast, scored = any(point.speed for point in found), any(point.accuracy for point in found)
+    head = ["method", "bits a weight", "size", "perplexity", *(["zero-shot, %"] if scored else [])]
+    head += ["tokens/s", "of dense"] if fast else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for point in found:
         cells = [point.name, f"{point.bits:.2f}", size(round(point.bytes)), f"{point.perplexity:.2f}"]
+        if scored:
+            cells.append(f"{100 * point.accuracy:.1f}" if point.accuracy else "")
         if fast:
             cells += [f"{point.speed:.0f}", f"{point.of_dense:.2f}x"] if point.speed else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
