@@ -13,7 +13,7 @@ from test_data_kinds import lines, zst
 
 from losa.cli import app
 from losa.commands.toy import toy_tokenizer
-from losa.comparison import Row, measure
+from losa.comparison import Also, Row, measure
 from losa.data import hold_out, load_documents, prepare, read_run
 from losa.data.files import directory_files
 from losa.evaluation import evaluate_checkpoint
@@ -175,7 +175,7 @@ def test_a_comparison_reads_its_texts_before_each_model(home, monkeypatch):
     (home / "chat.jsonl").write_bytes(lines({"prompt": "A", "completion": ""}))
     monkeypatch.setattr("losa.comparison.load", lambda config: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: an answer in 'completion' is empty"):
-        measure(Row("LoSA", "losa", "0.6", 0, toy_config(home, **CHAT, output=None), False))
+        measure(Row("LoSA", "losa", "0.6", 0, toy_config(home, **CHAT, output=None), Also(False, False, None, None, None)))
 
 
 def test_a_tokenizer_without_a_template_gets_the_plain_form(home):

@@ -93,6 +93,7 @@ def train_from_host(model_directory, folder, on_host):
     from losa.models import load
     from losa.system import distributed
     from losa.training import train
+    from losa.training.sharding import copy_trained, sharded
 
     device = torch.device("cpu")
     model, _ = load(model_directory)
@@ -103,12 +104,12 @@ def train_from_host(model_directory, folder, on_host):
     twin = model
     if on_host:
         distributed.join(device, alone=True)
-        twin = distributed.sharded(model, device, on_host=True)
+        twin = sharded(model, device, on_host=True)
     rows = torch.randint(0, 60, (32, 16), generator=torch.Generator().manual_seed(1))
     config = TrainConfig(lr=0.01, batch_size=8)
     train(twin, rows, config, name="test", seed=0, work_dir=Path(folder), dense_on_host=on_host)
     if on_host:
-        distributed.copy_trained(twin, model)
+        copy_trained(twin, model)
         torch.distributed.destroy_process_group()
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     save_file(trained, Path(folder, f"{on_host}.safetensors"))

@@ -13,7 +13,15 @@ from losa.models import find_decoder
 from losa.planning.work import evaluation_windows, remaining, stage_flops
 from losa.session import Session
 
-WORK = {"baseline": 100.0, "importance": 10.0, "pruning": 500.0, "reconstruction": 0.0, "training": 3000.0, "evaluation": 300.0}
+WORK = {
+    "baseline": 100.0,
+    "importance": 10.0,
+    "pruning": 500.0,
+    "reconstruction": 0.0,
+    "training": 3000.0,
+    "evaluation": 300.0,
+    "rounding": 0.0,
+}
 
 
 def test_what_is_left_goes_at_the_pace_so_far():
@@ -42,8 +50,8 @@ def test_phases_cover_all_work_once(monkeypatch, steps, epochs):
     monkeypatch.setattr(Session, "start", lambda *args, **kwargs: session)
     run(None, None, session.config)
     assert [phase.name for phase in seen[1:]] == [phase.name for phase in dynamic_steps(session.config)]
-    total = {stage: sum(phase.share.get(stage, 0.0) for phase in seen) for stage in WORK}
-    expected = dict.fromkeys(WORK, 1.0) | {"evaluation": 2 / 3, "reconstruction": float(epochs > 0)}
+    total = {stage: sum(phase.part_of.get(stage, 0.0) for phase in seen) for stage in WORK}
+    expected = dict.fromkeys(WORK, 1.0) | {"evaluation": 2 / 3, "reconstruction": float(epochs > 0), "rounding": 0.0}
     assert total == pytest.approx(expected)  # the last evaluation comes after all phases
 
 

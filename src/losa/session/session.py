@@ -44,7 +44,7 @@ class Phase:
 
     name: str
     work: Callable[["Session"], None]
-    share: Mapping[str, float] = field(default_factory=dict)
+    part_of: Mapping[str, float] = field(default_factory=dict)
 
 
 Documents = Callable[[dict[str, Any], str], Mapping[str, str]]
@@ -223,7 +223,7 @@ class Session:
         for index, phase in enumerate(phases, 1):
             if index <= self.done:
                 continue
-            self.phase = phase.share
+            self.phase = phase.part_of
             phase.work(self)
             self.done = index
             logger.info("%s", self.progress(phases))
@@ -247,7 +247,7 @@ class Session:
 
     def _done(self, work: Mapping[str, float], phases: Sequence[Phase]) -> dict[str, float]:
         """Ratio of each stage that is behind."""
-        return {stage: sum(phase.share.get(stage, 0.0) for phase in phases[: self.done]) for stage in work}
+        return {stage: sum(phase.part_of.get(stage, 0.0) for phase in phases[: self.done]) for stage in work}
 
     def measure(self, name: str) -> None:
         """Perplexity of the model as it is, into `record["perplexity"][name]`.
