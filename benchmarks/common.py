@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.adapter import attach, dense_mode, masked_linears
-from losa.doctor import toy_tokenizer
+from losa.commands.toy import toy_tokenizer
 from losa.loss import causal_loss
 from losa.models import find_decoder
 

@@ -276,7 +276,7 @@ def main() -> None:
         kind, file = args.one
         print(json.dumps(llama_bench(args.llama, Path(file), args.threads) if kind == "llama" else ours(file, args.threads)))
         return
-    from losa.environment import machine
+    from losa.system.environment import machine
 
     engines = prepare(args)
     runs: dict[str, list[dict]] = {name: [] for name in engines}

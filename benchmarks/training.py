@@ -21,9 +21,9 @@ from common import RANK, SHAPES, distilled_loss, losa_model, random_mask, random
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from losa.environment import keep_freed_memory, machine
 from losa.loss import causal_loss
 from losa.models import block_linears, find_decoder
+from losa.system.environment import keep_freed_memory, machine
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

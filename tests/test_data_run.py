@@ -12,10 +12,10 @@ from test_data_chat import chats
 from test_data_kinds import lines, zst
 
 from losa.cli import app
+from losa.commands.toy import toy_tokenizer
 from losa.comparison import Row, measure
 from losa.data import hold_out, load_documents, prepare, read_run
 from losa.data.files import directory_files
-from losa.doctor import toy_tokenizer
 from losa.evaluation import evaluate_checkpoint
 from losa.evaluation.checkpoint import recorded_text
 from losa.loss import IGNORED
@@ -106,7 +106,7 @@ def test_a_short_text_gives_a_window_and_a_shorter_one_none(tmp_path):
 
 def test_a_run_trains_on_answers_and_eval_finds_what_it_held_out(home, caplog, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr("losa.training.collate", lambda rows, eos: seen.append(rows) or collate(rows, eos=eos))
+    monkeypatch.setattr("losa.training.trainer.collate", lambda rows, eos: seen.append(rows) or collate(rows, eos=eos))
     with caplog.at_level(logging.INFO):
         model = toy_run(home, **CHAT)
     labels = torch.stack([row["labels"] for rows in seen for row in rows])

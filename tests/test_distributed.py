@@ -7,7 +7,7 @@ import torch
 from helpers import record_of, set_up, tensors, toy_config, toy_values
 from safetensors.torch import load_file, save_file
 
-from losa.session import check_parts, check_request
+from losa.session.checks import check_parts, check_request
 
 
 def run_in(folder, output, count, *options):
@@ -88,10 +88,10 @@ def train_from_host(model_directory, folder, on_host):
     """Trains the adapters of a toy on a twin that streams its weights from the host, or as it is; saves them."""
     from pathlib import Path
 
-    from losa import distributed
     from losa.adapter import attach, masked_linears
     from losa.config import TrainConfig
     from losa.models import load
+    from losa.system import distributed
     from losa.training import train
 
     device = torch.device("cpu")

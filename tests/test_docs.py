@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from losa import LosaConfig, SparseLinear
 from losa.adapter import MaskedLinear
 from losa.cli import app
+from losa.commands.toy import TOY, toy_tokenizer
 from losa.comparison import CompareConfig, measure
-from losa.doctor import TOY, toy_tokenizer
 from losa.runtime.files import pack_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losa.signals import SIGNALS, Interrupted, Noted, raised
+from losa.system.signals import SIGNALS, Interrupted, Noted, raised
 
 
 @pytest.mark.parametrize("number", SIGNALS)

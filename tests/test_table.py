@@ -3,8 +3,8 @@
 import pytest
 from rich.console import Console
 
-from losa.inspect import LayerSparsity
-from losa.report.table import bench_table, evaluation_tables, grid, middle, sparsity_table
+from losa.cli.tables import bench_table, evaluation_tables, grid, middle, sparsity_table
+from losa.commands.inspect import LayerSparsity
 
 PATH = "/home/somebody/with/a/long/directory/name/and/more/of/it/texts/held-out/[a].jsonl"
 ROW = {"model": "m", "data": PATH, "window": 4096, "perplexity": 12345.6789}

@@ -12,8 +12,8 @@ from losa.runtime.registration import install
 
 if TYPE_CHECKING:
     from losa.adapter import attach, merge
+    from losa.api import prune, run
     from losa.config import LosaConfig
-    from losa.method import prune, run
     from losa.models import load
     from losa.runtime.header import SparseConfig
     from losa.runtime.linear import SparseLinear
@@ -29,8 +29,8 @@ _HOMES = {
     "keep_zeros": "losa.zeros",
     "load": "losa.models",
     "merge": "losa.adapter",
-    "prune": "losa.method",
-    "run": "losa.method",
+    "prune": "losa.api",
+    "run": "losa.api",
 }
 
 __all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "keep_zeros", "load", "merge", "prune", "run"]

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.adapter import MaskedLinear, dense_mode, masked_linears
 from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
-from losa.progress import progress
 from losa.pruning import Pattern, Pruner, Solution, get_pruner
 from losa.pruning.grid import Format
 from losa.pruning.rounding import round_to
+from losa.system import distributed
+from losa.system.progress import progress
 
 
 @torch.no_grad()

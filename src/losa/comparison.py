@@ -16,33 +16,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from losa import distributed
-from losa.baselines import lift_masks, mask_again
-from losa.checkpoint import replace, to_json
-from losa.config import LosaConfig, build, merge, nested, read_config, read_presets, require
+from losa.baselines import lift_masks, mask_again, one_shot
+from losa.config import LosaConfig, read_presets
+from losa.cost import decoding_speed, stored_size
 from losa.data import read_run
-from losa.doors import door, read_json
-from losa.environment import machine
+from losa.evaluation.checkpoint import harness, score_tasks
 from losa.evaluation.context import context_use
-from losa.method import adapt, dynamic_steps, put_on_grid, reconstruct, sparsify
-from losa.models import find_decoder, load
-from losa.output import claim
-from losa.progress import progress
-from losa.pruning.grid import FORMATS
+from losa.evaluation.zeroshot import mean_accuracy, task_names
+from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
+from losa.models import load
 from losa.report.content import public
-from losa.runtime.bench import race
-from losa.runtime.header import SparseConfig
-from losa.runtime.plugin import pack_model
 from losa.session import Session, check_request
+from losa.system import distributed
+from losa.system.doors import door, read_json
+from losa.system.output import claim
+from losa.system.progress import progress
+from losa.system.writing import replace, to_json
+from losa.system.yaml_tree import build, current_names, merge, nested, read_config, require
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT: dict[str, Any] = {"steps": 1, "delta": 0.0, "reconstruct": {"epochs": 0}}
+ONE_SHOT: dict[str, Any] = {"steps": 1, "rate_band": 0.0, "reconstruct": {"epochs": 0}}
 PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
+ALL: dict[str, Any] = {"train": {"weights": "all"}}
 UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}, "train": {"weights": "adapters"}}
 
 
@@ -68,7 +66,7 @@ METHODS: dict[str, Method] = {
     "SparseGPT + masked LoRA": Method("losa", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + LoSA": Method("losa", PAPER | {"pruner": "wanda"}),
     "SparseGPT + LoSA": Method("losa", PAPER | {"pruner": "sparsegpt"}),
-    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "delta": 0.0}),
+    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "rate_band": 0.0}),
     "LoSA without rank allocation": Method("losa", PAPER | {"pruner": "wanda", "adapter": {"allocation": "uniform"}}),
     "LoSA without dynamic steps": Method("losa", PAPER | {"pruner": "wanda", "steps": 1}),
     "masked full fine-tuning": Method("losa", ONE_SHOT | {"pruner": "wanda", "train": {"weights": "all"}}),
@@ -77,7 +75,10 @@ METHODS: dict[str, Method] = {
     "losa int4": Method("losa", {"values": "int4"}),
     # The rivals: no zeros, few bits, by the same solver and calibration (GPTQ), and with the same training.
     **{f"GPTQ {bits}-bit": Method("round", {"values": f"dense{bits}"}) for bits in (8, 4, 3, 2)},
-    **{f"GPTQ {bits}-bit + training": Method("round and train", {"steps": 1, "values": f"dense{bits}"}) for bits in (4, 3, 2)},
+    **{
+        f"GPTQ {bits}-bit + training": Method("round and train", ALL | {"steps": 1, "values": f"dense{bits}"})
+        for bits in (4, 3, 2)
+    },
 }
 
 
@@ -100,6 +101,9 @@ class CompareConfig:
     targets: list[str] = field(default_factory=lambda: ["0.7"])  # sparsities, or patterns such as 2:4
     seeds: list[int] = field(default_factory=lambda: [0])
     speed: bool = False  # also measure tokens per second, packed, against dense in turns
+    tasks: str | None = None  # also measure accuracy: `paper`, or names of lm-eval's tasks, separated by commas
+    task_data: str | None = None  # local folder with their data; the hub when None
+    limit: int | None = None  # at most so many items of each task
     context: bool = False  # also measure how much every row makes of what it has read (`evaluation/context.py`)
     variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
 
@@ -109,11 +113,16 @@ class CompareConfig:
         for name in self.methods:
             require(slug(name) in SLUGS, "methods", name, "some of " + ", ".join(SLUGS))
         self.methods = [SLUGS[slug(name)] for name in self.methods]
+        self.run = current_names(LosaConfig, self.run)
         require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
         require(bool(self.targets), "targets", self.targets, "at least one, such as 0.7 or 2:4")
         require(bool(self.seeds), "seeds", self.seeds, "at least one")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.tasks is not None:
+            task_names(self.tasks)
+            harness()
         measured = self.run.get("eval") or {}
         require(isinstance(measured, dict), "run.eval", measured, "a mapping of keys to values")
         held = measured.get("data")
@@ -153,9 +162,10 @@ class CompareConfig:
                 for changes in (at if dense else at | {"seed": seed}, method.changes):
                     merge(values, changes)
                 if ":" in target and not full:  # the pattern fixes all rates
-                    values["delta"] = 0.0
+                    values["rate_band"] = 0.0
                 config = LosaConfig.from_dict(values)
-                yield Row(name, method.maker, "" if full else target, seed, config, self.context, self.speed)
+                also = Also(self.context, self.speed, self.tasks, self.task_data, self.limit)
+                yield Row(name, method.maker, "" if full else target, seed, config, also)
 
 
 def _variant(name: str, changes: Any) -> Method:
@@ -165,8 +175,19 @@ def _variant(name: str, changes: Any) -> Method:
     require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(SLUGS))
     method = Method("losa", PAPER) if base == "LoSA" else METHODS[SLUGS[slug(base)]]
     values = copy.deepcopy(method.changes)
-    merge(values, {key: value for key, value in changes.items() if key != "method"})
+    merge(values, current_names(LosaConfig, {key: value for key, value in changes.items() if key != "method"}))
     return Method(method.maker, values)
+
+
+@dataclass(frozen=True)
+class Also:
+    """What is measured besides perplexity; see `CompareConfig`."""
+
+    context: bool
+    speed: bool
+    tasks: str | None
+    task_data: str | None
+    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -178,13 +199,12 @@ class Row:
     target: str
     seed: int
     config: LosaConfig
-    context: bool
-    speed: bool
+    also: Also
 
     @property
     def key(self) -> str:
         """A hash of all that decides the result; not the name."""
-        decides = f"{self.maker} {self.config.fingerprint()} {self.context} {self.speed}"
+        decides = f"{self.maker} {self.config.fingerprint()} {self.also}"
         return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
@@ -202,11 +222,12 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def _compare(config: CompareConfig) -> list[dict[str, Any]]:
-    from losa.report.comparison import write_plots, write_tables
+    from losa.report.comparison import write_tables
+    from losa.report.plots import write_plots
 
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
-    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see sources.py)
+    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see data/sources.py)
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
@@ -250,7 +271,8 @@ def measure(row: Row) -> dict[str, Any]:
     Returns:
         `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
         `bits` of a weight of the decoder's blocks and `bytes` of the model, stored as `losa pack` does, or as dense models of few
-        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tokens` trained on;
+        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tasks`,
+        accuracy by task and `mean_accuracy`, or None; `tokens` trained on;
         `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
     """
     config = row.config
@@ -260,14 +282,14 @@ def measure(row: Row) -> dict[str, Any]:
     session = Session.start(model, tokenizer, config, kind=kind, data=data)
     lifted = MAKERS[row.maker](session)
     session.finish("made")
+    bits, stored = stored_size(session.model, config.values)
     if lifted:
         mask_again(session.model, lifted)
         session.measure("masked again")
     record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
     texts = (train.data, config.calibration.data, config.eval.data)
-    context = context_use(session.model, session.data.evaluation, device) if row.context else None
-    bits, stored = stored_size(session.model, config.values)
+    context = context_use(session.model, session.data.evaluation, device) if row.also.context else None
     return {
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),
@@ -275,7 +297,10 @@ def measure(row: Row) -> dict[str, Any]:
         "bits": bits,
         "bytes": stored,
         "context": context,
-        "speed": decoding_speed(session.model, config.values, session.device) if row.speed else None,  # last: it packs the model
+        "tasks": _accuracy(session, row.also),
+        "speed": decoding_speed(session.model, config.values, session.device)
+        if row.also.speed
+        else None,  # last: it packs the model
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
         "seconds": record["seconds"],
@@ -292,16 +317,16 @@ def _dense(session: Session) -> None:
     """Nothing is done to it."""
 
 
+def _accuracy(session: Session, also: Also) -> dict[str, Any] | None:
+    if also.tasks is None:
+        return None
+    folder = Path(also.task_data) if also.task_data else None
+    found = score_tasks(session.model, session.tokenizer, harness().load_tasks(task_names(also.tasks), folder), also.limit)
+    return {"tasks": {name: score.get("acc") for name, score in found.items()}, "mean": mean_accuracy(found)}
+
+
 def _losa(session: Session) -> None:
     session.go_through(dynamic_steps(session.config))
-
-
-def _prune(session: Session) -> None:
-    sparsify(session, session.config.steps)
-    if session.config.reconstruct.epochs:
-        reconstruct(session)
-    if session.config.values:
-        put_on_grid(session)
 
 
 def _lora(session: Session) -> dict[str, Tensor]:
@@ -319,41 +344,11 @@ def _round_and_train(session: Session) -> None:
     adapt(session, 1)
 
 
-def stored_size(model: PreTrainedModel, values: str | None) -> tuple[float, int]:
-    """Bits of a weight of the decoder's blocks, and bytes of the model, all else in bfloat16.
-
-    Args:
-        values: the grid that the weights are on; None: bfloat16, packed where that is smaller.
-    """
-    weights = [linear.weight for linear in find_decoder(model).linears().values()]
-    count = sum(weight.numel() for weight in weights)
-    density = sum(int(weight.count_nonzero()) for weight in weights) / count
-    bits = FORMATS[values].bits_per_weight(density) if values else min(16.0, 1 + 16 * density)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - count
-    return bits, round((bits * count + 16 * rest) / 8)
-
-
-def decoding_speed(model: PreTrainedModel, values: str | None, device: torch.device) -> dict[str, Any] | None:
-    """Tokens per second of the model, packed in place where it has zeros, and of what it is when dense, in turns; None for dense
-    models of few bits, which this package does not run. The head is packed as `losa pack` does it: in int8 where values round."""
-    kind = FORMATS[values] if values else None
-    if kind is not None and not kind.sparse:
-        return None
-    model = model.to(torch.bfloat16).eval()
-    models = {"dense": model}
-    if any(not linear.weight.all() for linear in find_decoder(model).linears().values()):
-        models["packed"] = copy.deepcopy(model)
-        pack_model(models["packed"], SparseConfig(values or "bfloat16"))
-    raced = race(models, device)
-    own = raced[list(models)[-1]]
-    return {"tokens_per_second": own, "of_dense": own / raced["dense"], "machine": machine(device.type)}
-
-
 TRAINED = ("losa", "lora", "round and train")
 FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
-    "prune": _prune,
+    "prune": one_shot,
     "losa": _losa,
     "lora": _lora,
     "round": put_on_grid,

@@ -32,19 +32,19 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from losa.adapter import attach
-from losa.checkpoint import latest_position, latest_stage, load_stage
+from losa.commands.inspect import inspect
+from losa.commands.toy import toy_tokenizer
 from losa.comparison import CompareConfig, _read_row
 from losa.config import LosaConfig
 from losa.data import evaluation_documents, load_documents, pieces, training_blocks
-from losa.doctor import toy_tokenizer
 from losa.evaluation.checkpoint import recorded_text, save_results
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import local_rows
-from losa.inspect import inspect
 from losa.models import load
 from losa.report.page import refresh
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
+from losa.session.stages import latest_position, latest_stage, load_stage
 
 PROMPT = "THE QUICK BROWN FOX."
 
@@ -146,7 +146,7 @@ def _measure(folder: Path) -> None:
 
 
 def _tokenize(folder: Path) -> None:
-    from losa.opening import check_vocabulary, open_tokenizer
+    from losa.models.opening import check_vocabulary, open_tokenizer
 
     tokenizer = open_tokenizer(str(folder))
     check_vocabulary(tokenizer, 320, str(folder))

@@ -50,7 +50,7 @@ def mask_(values_PI: Tensor, bits: Tensor, rows: slice, table: Tensor) -> Tensor
 
 
 def _in_one_kernel(weight: Tensor, A_RI: Tensor) -> bool:
-    """Whether `adapter/fused.py` does it: on a GPU, with `LOSA_TRITON=1` set; not the default before it was measured."""
+    """Whether `adapter/triton.py` does it: on a GPU, with `LOSA_TRITON=1` set; not the default before it was measured."""
     fits = A_RI.dtype == torch.float32 and A_RI.shape[0] <= 64  # a rank that leaves a tile's sums in registers
     return weight.is_cuda and fits and os.environ.get("LOSA_TRITON") == "1"
 
@@ -75,7 +75,7 @@ def effective_weight(
     """
     result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)
     if grid is None and _in_one_kernel(W_OI, A_RI):
-        from losa.adapter.fused import build
+        from losa.adapter.triton import build
 
         return build(W_OI, bits, A_RI, B_OR, scale, result_OI)
     table = byte_table(W_OI.device)
@@ -104,7 +104,7 @@ def effective_whole(
 def adapter_gradients(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`dA = s B^T (M * G)` and `dB = s (M * G) A^T` in the dtype of the adapters. May overwrite `G`."""
     if _in_one_kernel(G_OI, A_RI):
-        from losa.adapter.fused import project
+        from losa.adapter.triton import project
 
         return project(G_OI, bits, A_RI, B_OR, scale)
     dA_RI, dB_OR, table = torch.zeros_like(A_RI), torch.empty_like(B_OR), byte_table(G_OI.device)

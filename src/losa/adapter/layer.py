@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.adapter.function import MaskedLowRankLinear, MaskedWholeLinear, effective_weight, effective_whole
 from losa.bits import pack_bits, unpack_bits
 from losa.models import check_supported, find_decoder
 from losa.pruning.grid import Format, Grid
+from losa.system import distributed
 
 
 class MaskedLinear(nn.Linear):
@@ -129,12 +129,12 @@ class MaskedLinear(nn.Linear):
             score_OI = self.score_OI if self.scored else None
             y: Tensor
             if self.delta_OI is not None:
-                whole = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI, self.grid)
-                y = MaskedWholeLinear.apply(x, self.weight, self.bias, *whole)
+                trained = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI, self.grid)
+                y = MaskedWholeLinear.apply(x, self.weight, self.bias, *trained)  # type: ignore[no-untyped-call]
                 return y
             assert self.grid is None, "adapters are rounded after their training"
             adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
-            y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)
+            y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)  # type: ignore[no-untyped-call]
             return y
         return nn.functional.linear(x, self.effective(), self.bias)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losa.data.files import Record, read
-from losa.doors import shown
+from losa.system.doors import shown
 
 ROLES = {
     **{name: name for name in ("system", "user", "assistant")},

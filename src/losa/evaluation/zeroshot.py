@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from losa.data import json_lines
-from losa.doors import door, read_text, regular
+from losa.system.doors import door, read_text, regular
 
 PAPER = ("hellaswag", "winogrande", "boolq", "openbookqa", "piqa", "arc_easy", "arc_challenge")  # of the LoSA paper's tables
 MORE = ("rte", "lambada_openai")  # of its neighbours'

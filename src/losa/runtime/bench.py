@@ -19,16 +19,16 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from losa.environment import machine, resolve_device
 from losa.models import load, max_length
-from losa.opening import open_config, open_weights
-from losa.progress import progress
+from losa.models.opening import open_config, open_weights
 from losa.runtime.decode import road
 from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 from losa.runtime.sampling import speaker
 from losa.runtime.values import TYPES
+from losa.system.environment import machine, resolve_device
+from losa.system.progress import progress
 
 MOST_ROUNDS = 1000
 RACES = 5  # turns of every model in `race`

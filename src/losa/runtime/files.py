@@ -17,24 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from losa.checkpoint import writing
-from losa.doors import INDEX, check_links, read_json, read_tensors, read_text, shown, weight_files
 from losa.models import check_supported, find_decoder
-from losa.opening import check_model, open_config
-from losa.output import BENCH, EVALUATION, LIST, check_free, claim, fresh, place, publish
-from losa.progress import progress
-from losa.report.card import CARD, PACKED
+from losa.models.opening import check_model, open_config
+from losa.runtime.card import NOTE, write_note
 from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
 from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.values import ValueType
-
-NOTE = (
-    PACKED + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
-    '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
-    "After `import losa`, transformers' own `from_pretrained` and `pipeline` open it too. Without it they warn of an unknown "
-    "quantization type `losa` and end in size mismatches.\n\n"
-    "`losa unpack` writes the checkpoint that transformers opens alone.\n"
-)
+from losa.system.doors import INDEX, check_links, read_json, read_tensors, shown, weight_files
+from losa.system.output import BENCH, EVALUATION, LIST, check_free, claim, commit, fresh, place
+from losa.system.progress import progress
+from losa.system.writing import writing
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +121,7 @@ def _pack_claimed(
         if config.tied:
             changes["tie_word_embeddings"] = False
         _finish(source, partial, changes, NOTE.format(name=output.name, values=config.values))
-        publish(output)
+        commit(output)
     sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
@@ -211,7 +203,7 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
         _finish(source, partial, {"quantization_config": None} | ({"tie_word_embeddings": True} if config.tied else {}), "")
-        publish(output)
+        commit(output)
     return len(config.layers) - (config.head != KEEP)
 
 
@@ -312,17 +304,7 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
             shutil.copy2(file, output / file.name)
     config = read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
-    _note_on_card(output, note)
-
-
-def _note_on_card(directory: Path, note: str) -> None:
-    """Replaces what the model card says of packing; a card that says nothing else comes and goes with it."""
-    card = directory / CARD
-    text = (read_text(card) if card.is_file() else "").split(PACKED)[0] + note
-    if text:
-        card.write_text(text, encoding="utf-8")
-    else:
-        card.unlink(missing_ok=True)
+    write_note(output, note)
 
 
 def _write_json(path: Path, value: Any) -> None:

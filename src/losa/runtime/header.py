@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from losa.doors import shown, tensor_heads
 from losa.runtime.linear import SparseLinear
 from losa.runtime.values import HEADS, TYPES, ValueType
+from losa.system.doors import shown, tensor_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,8 @@ class SparseConfig(QuantizationConfigMixin):
         """A class for every type of values. A packed checkpoint that is opened with another configuration than its own is refused
         by transformers only if the two classes have different names; else it takes the checkpoint's, and warns."""
         own = type(f"SparseConfig of {values} values", (cls,), {"__module__": cls.__module__}) if cls is SparseConfig else cls
-        return super().__new__(own)
+        made: Self = super().__new__(own)
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles, which look for a class by its name."""

@@ -200,7 +200,8 @@ def chunk_index(packed: PackedWeight) -> torch.Tensor:
         or packed.type.elements(packed.stored) != packed.values.numel()
     ):
         raise ValueError("the offsets do not count the bits of the masks; the file is damaged, pack the model again")
-    return (ends - counts).int()
+    before: torch.Tensor = (ends - counts).int()
+    return before
 
 
 def linear(x_TI: torch.Tensor, packed: PackedWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
