@@ -37,6 +37,7 @@ STAND_INS = {
     "allenai/c4:en": "text.txt",
     "wikitext2": "text.txt",
 }
+MODEL = "src/losa/demo_assets/novels-4m"  # of configs/experiments
 SHORT = "calibration: {sequences: 8, rmi_sequences: 8, length: 32}\ntrain: {tokens: 4096, length: 32}\neval: {windows: 4}\n"
 
 
@@ -209,13 +210,22 @@ def test_every_configuration_file_runs(path, toy_home):
     assert (toy_home / "out" / "losa.json").is_file()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+COMPARISONS = [*sorted((ROOT / "configs" / "experiments").glob("*.yaml")), ROOT / "benchmarks" / "pareto.yaml"]
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_every_experiment_loads_and_its_first_row_runs(path, toy_home):
-    text = re.sub(r"\bdata/[^,}\s]+", "text.txt", path.read_text("utf-8"))
+    text = (
+        path.read_text("utf-8")
+        .replace("data/bench", "tasks")
+        .replace(MODEL, "toy")
+        .replace("run:\n  train", "run:\n  model: toy\n  train")
+    )
+    text = re.sub(r"\bdata/[^,}\s]+", "text.txt", text)
     (toy_home / "experiment.yaml").write_text(text)
     lengths = {f"{part}.length": 32 for part in ("calibration", "train", "eval")}
     short = {"calibration.sequences": 8, "calibration.rmi_sequences": 8, "train.tokens": 4096, "eval.windows": 4}
-    rows = CompareConfig.load("experiment.yaml", lengths | short | {"model": "toy"}).rows()
+    rows = CompareConfig.load("experiment.yaml", lengths | short).rows()
     assert len({(row.name, row.target, row.seed) for row in rows}) == len(rows)
     assert measure(rows[0])["perplexity"] > 1
 
