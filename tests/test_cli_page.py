@@ -79,8 +79,9 @@ def row(parameter: inspect.Parameter) -> str:
 
 
 def keys(config: type, prefix: str = "") -> list[str]:
-    """Rows of a configuration dataclass: the comment behind a field is its meaning."""
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*?(?:# (.*))?$", inspect.getsource(config), re.MULTILINE))
+    """Rows of a configuration dataclass: the comment behind a field, or else in the lines above it, is its meaning."""
+    found = re.findall(r"((?:^    # .*\n)*)^    (\w+): [^#\n]*?(?:# (.*))?$", inspect.getsource(config), re.MULTILINE)
+    comments = {name: behind or above.replace("    # ", " ") for above, name, behind in found}
     rows = []
     for field in dataclasses.fields(config):
         made = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
