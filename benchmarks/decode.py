@@ -18,21 +18,9 @@ from pathlib import Path
 os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for what torch allocates itself; before torch is imported
 
 import torch
-from training import SHAPES, random_model
+from common import SHAPES, save_random
 
-from losa.doctor import toy_tokenizer
-from losa.models import find_decoder
 from losa.runtime.bench import compare
-
-
-def save_random(directory: Path, sparsity: float, shape: dict[str, int], device: str = "cpu") -> None:
-    """Random weights, the linear layers of the blocks with zeros at random places; `device` draws them."""
-    model = random_model(shape, device)
-    for linear in find_decoder(model).linears().values():
-        linear.weight.data[torch.rand(linear.weight.shape, device=device) < sparsity] = 0
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(directory)
-    toy_tokenizer().save_pretrained(directory)
 
 
 def main() -> None:

@@ -148,8 +148,7 @@ def ours(directory: str, threads: int) -> dict:
 
 def prepare(args: argparse.Namespace) -> dict[str, list[Path | str]]:
     """Engines by name: what runs each, and on which file. Files that are there are used again."""
-    from decode import save_random
-    from training import SHAPES
+    from common import SHAPES, save_random
 
     from losa.runtime.files import pack_checkpoint
 
@@ -277,7 +276,7 @@ def main() -> None:
         kind, file = args.one
         print(json.dumps(llama_bench(args.llama, Path(file), args.threads) if kind == "llama" else ours(file, args.threads)))
         return
-    from losa.environment import machine
+    from losa.system.environment import machine
 
     engines = prepare(args)
     runs: dict[str, list[dict]] = {name: [] for name in engines}

@@ -19,12 +19,12 @@ from statistics import median
 import torch
 from torch.nn.functional import linear
 
-from losa.environment import machine, resolve_device
-from losa.progress import progress
 from losa.runtime import kernels
 from losa.runtime.bench import bandwidth
 from losa.runtime.packed import PackedWeight, chunk_index, pack
 from losa.runtime.values import TYPES
+from losa.system.environment import machine, resolve_device
+from losa.system.progress import progress
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # rows x columns of Llama-2-7B's q/k/v/o, gate/up and down projections
 ROTATED = 512 << 20  # bytes of copies of a weight

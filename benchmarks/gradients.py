@@ -25,9 +25,9 @@ import losa.adapter.layer as layer_module
 from losa import LosaConfig, load, run
 from losa.adapter import attach, masked_linears
 from losa.adapter.function import MaskedLowRankLinear, adapter_gradients, effective_weight
-from losa.config import parse_set
-from losa.environment import keep_freed_memory
 from losa.loss import causal_loss
+from losa.system.environment import keep_freed_memory
+from losa.system.yaml_tree import parse_set
 
 
 class BiasedLinear(MaskedLowRankLinear):
@@ -65,7 +65,7 @@ def use(rule: str) -> None:
 
 
 def step_seconds(rounds: int = 5) -> dict[str, float]:
-    from training import SHAPES, random_mask, random_model
+    from common import SHAPES, random_mask, random_model
 
     model = attach(random_model(SHAPES["1.1B"] | {"num_hidden_layers": 4}, "cpu"))
     for layer in masked_linears(model).values():

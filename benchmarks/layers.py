@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from losa.environment import machine
-from losa.progress import progress
 from losa.runtime import kernels
 from losa.runtime.memory import huge_region
 from losa.runtime.packed import PackedWeight, pack
 from losa.runtime.values import TYPES
+from losa.system.environment import machine
+from losa.system.progress import progress
 
 SHAPES = {  # rows x columns of q/o, gate/up and down projections
     "1B": [(2048, 2048), (5632, 2048), (2048, 5632)],

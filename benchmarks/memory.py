@@ -37,8 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model == "1.1B":
-            from decode import save_random
-            from training import SHAPES
+            from common import SHAPES, save_random
 
             model = str(Path(folder, "model"))
             save_random(Path(model), 0.0, SHAPES["1.1B"])

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 PAPER = {"train.weights": "adapters", "pruner": "wanda", "rates": "rmi"}  # LoSA's own parts, at this project's loss and schedule
-ONE_SHOT = {"steps": 1, "delta": 0}
+ONE_SHOT = {"steps": 1, "rate_band": 0}
 BASELINE = PAPER | ONE_SHOT | {"adapter.allocation": "uniform", "train.distill": 0}
-RATES = {"pruner": "alps", "rates": "dlp", "delta": 0.15}
+RATES = {"pruner": "alps", "rates": "dlp", "rate_band": 0.15}
 RELEASED = {"train.distill": 0, "train.last_share": 0.6, "train.lr": 2e-4}
 
 # name -> (command, keys)
@@ -68,7 +68,7 @@ def command(args: argparse.Namespace, kind: str, keys: dict[str, object], target
         sets |= {"train.tokens": tokens_of(args, kind), "train.length": 512}
     sets |= keys
     if ":" in target:  # the pattern fixes all rates
-        sets |= {"delta": 0}
+        sets |= {"rate_band": 0}
     line = [sys.executable, "-m", "losa", "run" if kind == "before" else kind, args.model, "--output", str(output)]
     line += ["--calibration" if kind == "prune" else "--data", args.data, "--eval-data", args.eval_data]
     return line + [item for key, value in sets.items() for item in ("--set", f"{key}={value}")]

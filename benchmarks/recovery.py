@@ -16,7 +16,7 @@ from pathlib import Path
 
 from losa.report.content import gap_closed
 
-BASELINE = ["steps=1", "delta=0", "adapter.allocation=uniform", "train.distill=0"]
+BASELINE = ["steps=1", "rate_band=0", "adapter.allocation=uniform", "train.distill=0"]
 LOSA = ["train.weights=adapters", "steps=5", "rates=rmi"]
 TARGETS = {"70": ["sparsity=0.7"], "50": ["sparsity=0.5"], "60": ["sparsity=0.6"], "2:4": ["pattern=2:4"]}
 PRUNERS = ("wanda", "sparsegpt")
@@ -50,11 +50,11 @@ def ceiling(args: argparse.Namespace, output: Path) -> float:
     if not output.exists():
         from losa import LosaConfig, load
         from losa.adapter import attach, masked_linears
-        from losa.config import parse_set
         from losa.data import prepare
-        from losa.environment import keep_freed_memory, resolve_device
         from losa.evaluation import perplexity
         from losa.models import max_length
+        from losa.system.environment import keep_freed_memory, resolve_device
+        from losa.system.yaml_tree import parse_set
         from losa.training import train
 
         keep_freed_memory()
@@ -67,7 +67,7 @@ def ceiling(args: argparse.Namespace, output: Path) -> float:
         data = prepare(config, tokenizer)
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed)
         for layer in masked_linears(model).values():
-            layer.set_rank(round(config.adapter.omega_last))
+            layer.set_rank(round(config.adapter.mean_rank_last))
         train(model, data.train, config.train, name="dense, fine-tuned", seed=config.seed, work_dir=output.parent)
         output.write_text(json.dumps({"perplexity": perplexity(model, data.evaluation)}))
     return json.loads(output.read_text())["perplexity"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from losa import LosaConfig
-from losa.plan import plan
-from losa.report.content import duration
+from losa.planning.plan import plan
+from losa.system.progress import duration
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

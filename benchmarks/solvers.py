@@ -16,9 +16,9 @@ from torch import Tensor
 
 from losa import LosaConfig, load
 from losa.data import calibration_windows, load_documents, pieces
-from losa.environment import keep_freed_memory
 from losa.models import block_inputs, block_linears, find_decoder
 from losa.pruning import Pattern, alps, sparsegpt, wanda
+from losa.system.environment import keep_freed_memory
 
 FLOOR_TURNS = 500
 

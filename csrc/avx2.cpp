@@ -1,10 +1,12 @@
-// AVX2, for CPUs without the AVX-512 of avx512.cpp: from Haswell (2013) and Zen on. There is no expand instruction. Instead, one
-// byte of the mask at a time, a table of 256 shuffles spreads the next values over eight 32-bit lanes, as float32.
+// AVX2, for CPUs without the AVX-512 of avx512.cpp: from Haswell (2013) and Zen on. There is no expand instruction.
+// Instead, one byte of the mask at a time, a table of 256 shuffles spreads the next values over eight 32-bit lanes, as
+// float32.
 //
-// The eight lanes are the bits of the byte: 4 rows x 2 columns of bfloat16, 2 rows x 4 columns of int8. They are multiplied by a
-// register that repeats the word's activations, and every byte of a word has sums of its own; the columns of a row are added up
-// once a strip. A byte costs a population count, two loads, a shuffle and, for each token, a multiply-add: 7 cycles for a word of
-// 32 bfloat16 weights on Zen 4. An int8 is also shifted and converted, 15 cycles for a word of 64.
+// The eight lanes are the bits of the byte: 4 rows x 2 columns of bfloat16, 2 rows x 4 columns of int8. They are
+// multiplied by a register that repeats the word's activations, and every byte of a word has sums of its own; the
+// columns of a row are added up once a strip. A byte costs a population count, two loads, a shuffle and, for each
+// token, a multiply-add: 7 cycles for a word of 32 bfloat16 weights on Zen 4. An int8 is also shifted and converted, 15
+// cycles for a word of 64.
 #include "block.h"
 #include "kernels.h"
 
@@ -24,8 +26,9 @@ namespace {
 
 constexpr int64_t kAhead = 2048;  // bytes of values prefetched ahead, as in avx512.cpp
 
-// Shuffle controls: row m sends the next values, in order, to the lanes whose bit of m is set, and zero to the others. A value
-// fills the last kValue bytes of its lane of kLane, which makes a bfloat16 a float32 and an int8 an int32 times 2^24.
+// Shuffle controls: row m sends the next values, in order, to the lanes whose bit of m is set, and zero to the others.
+// A value fills the last kValue bytes of its lane of kLane, which makes a bfloat16 a float32 and an int8 an int32 times
+// 2^24.
 template <int kValue, int kLane>
 struct Controls {
   alignas(32) uint8_t row[256][8 * kLane];
@@ -35,7 +38,8 @@ struct Controls {
         const bool stored = (m >> lane) & 1;
         for (int b = 0; b < kLane; ++b) {
           const int byte = b - (kLane - kValue);
-          row[m][lane * kLane + b] = stored && byte >= 0 ? uint8_t(from * kValue + byte) : 0x80;  // the high bit means zero
+          row[m][lane * kLane + b] =
+              stored && byte >= 0 ? uint8_t(from * kValue + byte) : 0x80;  // the high bit means zero
         }
         from += stored;
       }
@@ -54,14 +58,16 @@ inline T load(const void* p) {
   return v;
 }
 
-// What differs between the kinds of values; int4 become int8 first. `expand` makes eight float32 of the up to eight values at v; shuffles stay within
-// 128 bits, so both halves get all of them. `activations` is the register that repeats one token's for one word.
+// What differs between the kinds of values; int4 become int8 first. `expand` makes eight float32 of the up to eight
+// values at v; shuffles stay within 128 bits, so both halves get all of them. `activations` is the register that
+// repeats one token's for one word.
 struct Bf16 {
   using Value = bf16;
   using Mask = uint32_t;
   static constexpr int kGroup = 2;
   static inline __m256 expand(const bf16* v, uint64_t byte) {
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(v)), load256(kFloat16.row[byte])));
+    return _mm256_castsi256_ps(
+        _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(v)), load256(kFloat16.row[byte])));
   }
   static inline __m256 activations(const bf16* pairs, int64_t word, int64_t tokens, int64_t t) {  // x0 x1 x0 x1 ...
     const __m256i x = _mm256_set1_epi32(load<int32_t>(pairs + (word * tokens + t) * 2));
@@ -84,9 +90,9 @@ struct Int8 {
   }
 };
 
-// Takes one word of a strip after another, and says where its values are. Every mask byte loads eight from where its own begin, so
-// as many as the word has bits must be there to read. `kSafe` checks the word against the end of the values and copies them, zeros
-// if they are missing; otherwise the caller knows that enough follow.
+// Takes one word of a strip after another, and says where its values are. Every mask byte loads eight from where its
+// own begin, so as many as the word has bits must be there to read. `kSafe` checks the word against the end of the
+// values and copies them, zeros if they are missing; otherwise the caller knows that enough follow.
 template <typename Kind, bool kSafe>
 struct Reader {
   using Value = typename Kind::Value;
@@ -113,20 +119,21 @@ struct Reader {
   inline void ahead() const { _mm_prefetch(reinterpret_cast<const char*>(v) + kAhead, _MM_HINT_T0); }
 };
 
-// ---- one to four tokens ---------------------------------------------------------------------------------------------------
+// ---- one to four tokens ------------------------------------------------------------------------------------------
 
 template <typename Kind, int T>
 struct Sums {
   static constexpr int kBytes = sizeof(typename Kind::Mask);
-  // Mask bytes of a word that one walk over a block takes. More tokens walk over it twice, so that their sums stay in registers:
-  // one that is stored and loaded at every word takes as long as that takes.
+  // Mask bytes of a word that one walk over a block takes. More tokens walk over it twice, so that their sums stay in
+  // registers: one that is stored and loaded at every word takes as long as that takes.
   static constexpr int kPart = T <= 2 ? kBytes : kBytes / 2;
   alignas(32) float a[T][8 * kBytes] = {};  // in the order of a word's bits
 };
 
 // `n` words whose masks begin at `mask`; the first one's activations are those of word `first` of the strip.
 template <typename Kind, int T, bool kSafe>
-inline void words(Reader<Kind, kSafe>& reader, const uint8_t* mask, int64_t first, int64_t n, const Activations& in, Sums<Kind, T>& sums) {
+inline void words(Reader<Kind, kSafe>& reader, const uint8_t* mask, int64_t first, int64_t n, const Activations& in,
+                  Sums<Kind, T>& sums) {
   constexpr int kBytes = Sums<Kind, T>::kBytes, kPart = Sums<Kind, T>::kPart;
   const auto start = reader.v;
   for (int part = 0; part < kBytes; part += kPart) {
@@ -209,7 +216,8 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
   Reader<Kind, false> fast{values + p.offsets[strip], values + p.count};
   int64_t i = 0;
   for (; i + kBlock <= p.words && fast.end - fast.v >= kBlock * 8 * kBytes; i += kBlock) {
-    for (int64_t b = 0; b < kBlock * kBytes; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask + i * kBytes) + 1024 + b, _MM_HINT_T0);
+    for (int64_t b = 0; b < kBlock * kBytes; b += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(mask + i * kBytes) + 1024 + b, _MM_HINT_T0);
     words<Kind, T>(fast, mask + i * kBytes, i, kBlock, in, sums);
   }
   Reader<Kind, true> safe{fast.v, fast.end};
@@ -227,20 +235,23 @@ bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   return kStream[int64_t(p.type)][in.tokens - 1](p, in, strip, out);
 }
 
-// ---- more tokens: decode a tile, then multiply ----------------------------------------------------------------------------
+// ---- more tokens: decode a tile, then multiply -------------------------------------------------------------------
 
 // One word as a tile, [16 rows, 2 columns]: a mask byte is 4 rows.
 inline void put(const bf16* v, const uint8_t* word, bf16* tile) {
 #pragma GCC unroll 4
   for (int b = 0; b < 4; ++b) {
     const uint64_t byte = word[b];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + 8 * b), _mm_shuffle_epi8(load128(v), load128(kPlain16.row[byte])));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + 8 * b),
+                     _mm_shuffle_epi8(load128(v), load128(kPlain16.row[byte])));
     v += __builtin_popcountll(byte);
   }
 }
 
 // Eight int8 as 32-bit lanes of bfloat16, exact: an integer of 8 bits is its float's upper half.
-inline __m256i half_floats(const int8_t* v, uint64_t byte) { return _mm256_srli_epi32(_mm256_castps_si256(Int8::expand(v, byte)), 16); }
+inline __m256i half_floats(const int8_t* v, uint64_t byte) {
+  return _mm256_srli_epi32(_mm256_castps_si256(Int8::expand(v, byte)), 16);
+}
 
 // One word as two tiles, of its first and its last two columns: two mask bytes are 4 rows.
 inline void put(const int8_t* v, const uint8_t* word, bf16* tile) {
@@ -251,8 +262,10 @@ inline void put(const int8_t* v, const uint8_t* word, bf16* tile) {
     v += __builtin_popcountll(byte_0);
     const __m256i rows_23 = half_floats(v, byte_1);
     v += __builtin_popcountll(byte_1);
-    // Packing leaves 32-bit lanes, two columns each, of rows 0 0 2 2 1 1 3 3: even lanes first columns, odd lanes last columns.
-    const __m256i both = _mm256_permutevar8x32_epi32(_mm256_packus_epi32(rows_01, rows_23), _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7));
+    // Packing leaves 32-bit lanes, two columns each, of rows 0 0 2 2 1 1 3 3: even lanes first columns, odd lanes last
+    // columns.
+    const __m256i both =
+        _mm256_permutevar8x32_epi32(_mm256_packus_epi32(rows_01, rows_23), _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + 4 * b), _mm256_castsi256_si128(both));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + kWordBits16 + 4 * b), _mm256_extracti128_si256(both, 1));
   }
@@ -310,8 +323,9 @@ void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64
   kDecode[int64_t(p.type)](p, cursor, strip, first, pairs, tile);
 }
 
-// N tokens by the 16 rows of one strip: 2 N sums in registers, every weight register used N times, every broadcast twice. The
-// first columns of all rows go before the second ones, which leaves registers for five tokens; with six gcc 12 spills.
+// N tokens by the 16 rows of one strip: 2 N sums in registers, every weight register used N times, every broadcast
+// twice. The first columns of all rows go before the second ones, which leaves registers for five tokens; with six gcc
+// 12 spills.
 constexpr int64_t kTokens = 5;
 
 template <int N>
@@ -341,16 +355,19 @@ void multiply_strip(const bf16* tile, int64_t pairs, const float* x, bool accumu
 }
 
 using Multiply = void (*)(const bf16*, int64_t, const float*, bool, float*);
-constexpr Multiply kMultiply[kTokens] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>, multiply_strip<4>, multiply_strip<5>};
+constexpr Multiply kMultiply[kTokens] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>, multiply_strip<4>,
+                                         multiply_strip<5>};
 
-void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum) {
+void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate,
+              float* sum) {
   constexpr int64_t kRow = 2 * kTilePairs;
   alignas(32) float floats[kTokens * kRow];  // x of a block of tokens
   const int64_t blocks = (tokens + kTokens - 1) / kTokens;
   for (int64_t b = 0; b < blocks; ++b) {  // even blocks: 8 tokens are 4 + 4
     const int64_t from = tokens * b / blocks, n = tokens * (b + 1) / blocks - from;
     for (int64_t i = 0; i < n * kRow; i += 8)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(floats + i), _mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(x + from * kRow + i)), 16));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(floats + i),
+                         _mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(x + from * kRow + i)), 16));
     kMultiply[n - 1](tile_0, pairs, floats, accumulate, sum + from * 32);
     kMultiply[n - 1](tile_1, pairs, floats, accumulate, sum + from * 32 + kStrip);
   }
@@ -362,15 +379,18 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 
 void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
 
-void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
+            float* sums, bf16* out) {
   attend_block(q, keys, values, n, width, scaling, scores, sums, out);
 }
 
 }  // namespace
 
-// Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted weights besides.
+// Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted
+// weights besides.
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, stream, decode, multiply, nullptr, round, gate, attend};
+  static constexpr Kernels kernels{"avx2", {4, 4, 4}, 1 << 30, false, false, stream,
+                                   decode, multiply,  nullptr, round, gate,  attend};
   return kernels;
 }
 

@@ -1,8 +1,10 @@
-// AVX-512: VBMI2 expands one word into one register, the bfloat16 (or VNNI byte) dot product multiplies it by a broadcast of the
-// matching activations. Needs F, BW, VL, VBMI, VBMI2, VNNI, VPOPCNTDQ and BF16: Zen 4 and later, Sapphire Rapids and later.
+// AVX-512: VBMI2 expands one word into one register, the bfloat16 (or VNNI byte) dot product multiplies it by a
+// broadcast of the matching activations. Needs F, BW, VL, VBMI, VBMI2, VNNI, VPOPCNTDQ and BF16: Zen 4 and later,
+// Sapphire Rapids and later.
 //
-// Cost of a word of 32 bfloat16 weights and one token: mask load, population count, value load, expand, broadcast, dot product,
-// about 4 cycles, while memory delivers the word's 23 bytes (70 % zeros) in 4 to 8. Integers: avx512_integer.cpp.
+// Cost of a word of 32 bfloat16 weights and one token: mask load, population count, value load, expand, broadcast, dot
+// product, about 4 cycles, while memory delivers the word's 23 bytes (70 % zeros) in 4 to 8. Integers:
+// avx512_integer.cpp.
 #include "block.h"
 #include "kernels.h"
 
@@ -42,16 +44,19 @@ struct Reader16 {
 };
 inline uint32_t pair_of(const bf16* x, int64_t i) { return load32(x + 2 * i); }
 
-// ---- one to sixteen tokens, bfloat16 --------------------------------------------------------------------------------------
+// ---- one to sixteen tokens, bfloat16 -----------------------------------------------------------------------------
 
 template <int T>
 struct Sums16 {
-  static constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;  // enough independent sums to hide the dot product's latency
+  static constexpr int kChains = T == 1   ? 4
+                                 : T == 2 ? 2
+                                          : 1;  // enough independent sums to hide the dot product's latency
   __m512 a[T][kChains];
 };
 
 template <int T, bool kSafe>
-inline void words16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t first, int64_t n, const Activations& in, Sums16<T>& sums) {
+inline void words16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t first, int64_t n, const Activations& in,
+                    Sums16<T>& sums) {
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
     reader.ahead();
@@ -61,7 +66,8 @@ inline void words16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t first,
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
         __m512& a = sums.a[t][j % Sums16<T>::kChains];
-        a = _mm512_dpbf16_ps(a, (__m512bh)w, (__m512bh)_mm512_set1_epi32(int(pair_of(in.pairs, (first + i + j) * T + t))));
+        a = _mm512_dpbf16_ps(a, (__m512bh)w,
+                             (__m512bh)_mm512_set1_epi32(int(pair_of(in.pairs, (first + i + j) * T + t))));
       }
     }
   }
@@ -69,7 +75,8 @@ inline void words16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t first,
     for (; i < n; ++i) {
       const __m512i w = reader.next(mask + 4 * (first + i));
       for (int t = 0; t < T; ++t)
-        sums.a[t][0] = _mm512_dpbf16_ps(sums.a[t][0], (__m512bh)w, (__m512bh)_mm512_set1_epi32(int(pair_of(in.pairs, (first + i) * T + t))));
+        sums.a[t][0] = _mm512_dpbf16_ps(sums.a[t][0], (__m512bh)w,
+                                        (__m512bh)_mm512_set1_epi32(int(pair_of(in.pairs, (first + i) * T + t))));
     }
   }
 }
@@ -99,14 +106,16 @@ bool stream16(const Packed& p, const Activations& in, int64_t strip, float* out)
 }
 
 using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
-constexpr Stream kStream16[16] = {stream16<1>,  stream16<2>,  stream16<3>,  stream16<4>,  stream16<5>,  stream16<6>,  stream16<7>,  stream16<8>,
-                                  stream16<9>,  stream16<10>, stream16<11>, stream16<12>, stream16<13>, stream16<14>, stream16<15>, stream16<16>};
+constexpr Stream kStream16[16] = {stream16<1>,  stream16<2>,  stream16<3>,  stream16<4>,  stream16<5>,  stream16<6>,
+                                  stream16<7>,  stream16<8>,  stream16<9>,  stream16<10>, stream16<11>, stream16<12>,
+                                  stream16<13>, stream16<14>, stream16<15>, stream16<16>};
 
 bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  return p.type == ValueType::kBFloat16 ? kStream16[in.tokens - 1](p, in, strip, out) : stream_integers(p, in, strip, out);
+  return p.type == ValueType::kBFloat16 ? kStream16[in.tokens - 1](p, in, strip, out)
+                                        : stream_integers(p, in, strip, out);
 }
 
-// ---- more tokens: decode a tile, then multiply ----------------------------------------------------------------------------
+// ---- more tokens: decode a tile, then multiply -------------------------------------------------------------------
 
 template <bool kSafe>
 inline void decode16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t n, bf16* tile) {
@@ -122,7 +131,8 @@ void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64
   const uint8_t* mask = p.mask + (strip * p.words + first) * 4;
   Reader16<false> fast{values + cursor.value, values + p.count};
   int64_t i = 0;
-  for (; i + kBlock <= pairs && fast.end - fast.v >= kBlock * kWordBits16; i += kBlock) decode16(fast, mask + 4 * i, kBlock, tile + i * kWordBits16);
+  for (; i + kBlock <= pairs && fast.end - fast.v >= kBlock * kWordBits16; i += kBlock)
+    decode16(fast, mask + 4 * i, kBlock, tile + i * kWordBits16);
   Reader16<true> safe{fast.v, fast.end};
   decode16(safe, mask + 4 * i, pairs - i, tile + i * kWordBits16);
   cursor = {safe.v - values, cursor.ok && safe.ok};
@@ -130,7 +140,8 @@ void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64
 
 // N tokens by 32 rows: 2 N sums in registers, every weight register used N times, every broadcast twice.
 template <int N>
-void multiply_tokens(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, bool accumulate, float* sum) {
+void multiply_tokens(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, bool accumulate,
+                     float* sum) {
   __m512 a[N][2];
 #pragma GCC unroll 12
   for (int t = 0; t < N; ++t) {
@@ -155,11 +166,12 @@ void multiply_tokens(const bf16* tile_0, const bf16* tile_1, int64_t pairs, cons
 }
 
 using Multiply = void (*)(const bf16*, const bf16*, int64_t, const bf16*, bool, float*);
-constexpr Multiply kMultiply[12] = {multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>,  multiply_tokens<4>,
-                                    multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>,  multiply_tokens<8>,
+constexpr Multiply kMultiply[12] = {multiply_tokens<1>, multiply_tokens<2>,  multiply_tokens<3>,  multiply_tokens<4>,
+                                    multiply_tokens<5>, multiply_tokens<6>,  multiply_tokens<7>,  multiply_tokens<8>,
                                     multiply_tokens<9>, multiply_tokens<10>, multiply_tokens<11>, multiply_tokens<12>};
 
-void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum) {
+void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate,
+              float* sum) {
   const int64_t blocks = (tokens + 11) / 12;
   for (int64_t b = 0; b < blocks; ++b) {  // even blocks: 16 tokens are 8 + 8
     const int64_t from = tokens * b / blocks, to = tokens * (b + 1) / blocks;
@@ -174,14 +186,20 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 
 void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
 
-void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
+            float* sums, bf16* out) {
   attend_block(q, keys, values, n, width, scaling, scores, sums, out);
 }
 
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens}, 1 << 30, true, false, stream, decode, multiply, integer_digits, round, gate, attend};
+  static constexpr Kernels kernels{"avx512",       {16, kIntegerTokens, kIntegerTokens},
+                                   1 << 30,        true,
+                                   false,          stream,
+                                   decode,         multiply,
+                                   integer_digits, round,
+                                   gate,           attend};
   return kernels;
 }
 

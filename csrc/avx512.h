@@ -6,17 +6,21 @@
 #include "kernels.h"
 #include "target.h"
 
-#define LOSA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx512vpopcntdq,avx2,fma,bmi,bmi2,popcnt"
+#define LOSA_AVX512                                                                                                    \
+  "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx512vpopcntdq,avx2,fma,bmi,bmi2," \
+  "popcnt"
 
 namespace losa {
 
 // Values that are integers (avx512_integer.cpp).
 bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out);
 void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
-void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes, int32_t* sums);
+void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
+                    int32_t* sums);
 // The next `words` of a strip, at most 64, as as many registers of 64 int8.
 void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes);
-// What a strip's sums of digits add to the outputs, sums [3 digits, 16 tokens, 16 rows] over words from `word` on; and the last step.
+// What a strip's sums of digits add to the outputs, sums [3 digits, 16 tokens, 16 rows] over words from `word` on; and
+// the last step.
 void add_sums(const Packed& p, const Activations& in, int64_t strip, int64_t word, const int32_t* sums, float* out);
 void times_units(const Activations& in, float* out);
 constexpr int64_t kIntegerTokens = 16;  // that are multiplied in fixed point
@@ -47,11 +51,15 @@ inline __m512i opaque(__m512i v) {
   return v;
 }
 
-// Both operands of an expand are made opaque. Zeros: on Zen 4 the zero-masking form waits for the previous contents of its
-// destination register, which chains all expands of a loop, 1.75 ns a word instead of 0.95. Values: expanding from memory is a
-// fifth slower than a load and an expand (docs/LOG.md).
-inline __m512i expand16(__mmask32 m, __m512i packed) { return _mm512_mask_expand_epi16(opaque(_mm512_setzero_si512()), m, opaque(packed)); }
-inline __m512i expand8(__mmask64 m, __m512i packed) { return _mm512_mask_expand_epi8(opaque(_mm512_setzero_si512()), m, opaque(packed)); }
+// Both operands of an expand are made opaque. Zeros: on Zen 4 the zero-masking form waits for the previous contents of
+// its destination register, which chains all expands of a loop, 1.75 ns a word instead of 0.95. Values: expanding from
+// memory is a fifth slower than a load and an expand (docs/LOG.md).
+inline __m512i expand16(__mmask32 m, __m512i packed) {
+  return _mm512_mask_expand_epi16(opaque(_mm512_setzero_si512()), m, opaque(packed));
+}
+inline __m512i expand8(__mmask64 m, __m512i packed) {
+  return _mm512_mask_expand_epi8(opaque(_mm512_setzero_si512()), m, opaque(packed));
+}
 
 }  // namespace
 }  // namespace losa

@@ -1,6 +1,7 @@
-// int8 and int4 values on AVX-512. The 64 weights of a word are multiplied by the two or three bytes of fixed-point activations:
-// integer sums are exact, and no weight is ever converted to float. int4 values become int8 by a look-up of 16 levels, 64 *stored*
-// values at a time, which at 70 % zeros is a third of the words; their sums are scaled once for each 64 columns.
+// int8 and int4 values on AVX-512. The 64 weights of a word are multiplied by the two or three bytes of fixed-point
+// activations: integer sums are exact, and no weight is ever converted to float. int4 values become int8 by a look-up
+// of 16 levels, 64 *stored* values at a time, which at 70 % zeros is a third of the words; their sums are scaled once
+// for each 64 columns.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -14,7 +15,8 @@ namespace {
 
 // The levels of `n` bytes of nibbles, in order, each xor `flip`.
 inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out, __m512i flip) {
-  const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels4))), flip);
+  const __m512i table =
+      _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels4))), flip);
   for (int64_t i = 0; i < n; i += 32) {
     const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + i)));
     const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
@@ -22,7 +24,8 @@ inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out, __m512i flip
   }
 }
 
-// The next word, expanded, every weight xor `flip`. int4 values were flipped when they were unpacked, so zeros are all that is left.
+// The next word, expanded, every weight xor `flip`. int4 values were flipped when they were unpacked, so zeros are all
+// that is left.
 template <ValueType V>
 inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
   const uint64_t m = load64(mask);
@@ -46,7 +49,8 @@ template <ValueType V>
 inline Ahead advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words, __m512i flip) {
   for (int64_t b = 0; b < 8 * words; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + b, _MM_HINT_T0);
   const char* values = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8;
-  const int64_t n = feed.next<V>(mask, words, [flip](const uint8_t* from, int64_t bytes, int8_t* to) { unpack4(from, bytes, to, flip); });
+  const int64_t n = feed.next<V>(
+      mask, words, [flip](const uint8_t* from, int64_t bytes, int8_t* to) { unpack4(from, bytes, to, flip); });
   return {values + kAhead, n * row_of(V).bits / 8 / words + 1};
 }
 
@@ -66,20 +70,23 @@ inline __m512 drained(const __m512i* a, __m512 level, __m512 total) {
 template <ValueType V>
 inline __m512 levels_of(const Packed& p, int64_t strip, int64_t word) {  // level_of of 16 rows
   if constexpr (!row_of(V).grouped) return _mm512_setzero_ps();
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.groups_of(strip, word / kBlock))));
+  const __m512i bytes =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.groups_of(strip, word / kBlock))));
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bytes, 19), _mm512_set1_epi32((127 - 15) << 23)));
 }
 
-// The instruction multiplies unsigned by signed bytes: the weights become w + 128 (one xor), the activations stay signed, and
-// what 128 added, 128 times the sum of the activations' digits, is known before the weight is read: sums begin at its negative.
+// The instruction multiplies unsigned by signed bytes: the weights become w + 128 (one xor), the activations stay
+// signed, and what 128 added, 128 times the sum of the activations' digits, is known before the weight is read: sums
+// begin at its negative.
 template <int D>
 inline __m512i start(const Activations& in, int64_t word, int64_t end, int64_t t, int64_t d) {
   int32_t sum = 0;
-  for (int64_t block = word / kBlock; block * kBlock < end; ++block) sum += in.byte_sums[(block * D + d) * in.tokens + t];
+  for (int64_t block = word / kBlock; block * kBlock < end; ++block)
+    sum += in.byte_sums[(block * D + d) * in.tokens + t];
   return _mm512_set1_epi32(-128 * sum);
 }
 
-// ---- one to four tokens: sums in registers --------------------------------------------------------------------------------
+// ---- one to four tokens: sums in registers -----------------------------------------------------------------------
 
 template <ValueType V, int T, int D>
 bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* out) {
@@ -109,7 +116,8 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
         for (int t = 0; t < T; ++t)
 #pragma GCC unroll 3
           for (int d = 0; d < D; ++d)
-            a[t][chain][d] = _mm512_dpbusd_epi32(a[t][chain][d], weights, _mm512_set1_epi32(int(load32(x + (d * T + t) * kGroup))));
+            a[t][chain][d] =
+                _mm512_dpbusd_epi32(a[t][chain][d], weights, _mm512_set1_epi32(int(load32(x + (d * T + t) * kGroup))));
       };
       for (int64_t i = w; i < end; i += kBlock) {
         const int8_t* x = in.bytes + i / kBlock * D * T * kGroup;
@@ -135,7 +143,7 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
   return feed.ok && feed.value == p.offsets[strip + 1];
 }
 
-// ---- up to sixteen: words expanded once, into the L1 cache ----------------------------------------------------------------
+// ---- up to sixteen: words expanded once, into the L1 cache -------------------------------------------------------
 
 template <ValueType V>
 inline void expand(const Packed& p, Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
@@ -149,7 +157,8 @@ inline void expand(const Packed& p, Feed& feed, const uint8_t* from, int64_t wor
 
 // N tokens from token t on, by the words [w, end) of which `bytes` are the first.
 template <ValueType V, int N, int D>
-void add_words(const int8_t* bytes, int64_t w, int64_t end, const Activations& in, int64_t t_0, __m512 level, float* out) {
+void add_words(const int8_t* bytes, int64_t w, int64_t end, const Activations& in, int64_t t_0, __m512 level,
+               float* out) {
   __m512i a[N][D];
   for (int t = 0; t < N; ++t)
     for (int d = 0; d < D; ++d) a[t][d] = start<D>(in, w, end, t_0 + t, d);
@@ -159,9 +168,12 @@ void add_words(const int8_t* bytes, int64_t w, int64_t end, const Activations& i
 #pragma GCC unroll 8
     for (int t = 0; t < N; ++t)
 #pragma GCC unroll 3
-      for (int d = 0; d < D; ++d) a[t][d] = _mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + (d * in.tokens + t) * kGroup))));
+      for (int d = 0; d < D; ++d)
+        a[t][d] =
+            _mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + (d * in.tokens + t) * kGroup))));
   }
-  for (int t = 0; t < N; ++t) _mm512_storeu_ps(out + (t_0 + t) * kStrip, drained<V, D>(a[t], level, _mm512_loadu_ps(out + (t_0 + t) * kStrip)));
+  for (int t = 0; t < N; ++t)
+    _mm512_storeu_ps(out + (t_0 + t) * kStrip, drained<V, D>(a[t], level, _mm512_loadu_ps(out + (t_0 + t) * kStrip)));
 }
 
 template <ValueType V, int D>
@@ -202,13 +214,15 @@ void add_sums_as(const Packed& p, const Activations& in, int64_t strip, int64_t 
 template <ValueType V, int D>
 bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
   using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
-  static constexpr Stream kFew[4] = {stream_few<V, 1, D>, stream_few<V, 2, D>, stream_few<V, 3, D>, stream_few<V, 4, D>};
+  static constexpr Stream kFew[4] = {stream_few<V, 1, D>, stream_few<V, 2, D>, stream_few<V, 3, D>,
+                                     stream_few<V, 4, D>};
   return in.tokens <= 4 ? kFew[in.tokens - 1](p, in, strip, out) : stream_many<V, D>(p, in, strip, out);
 }
 
-// ---- tiles of bfloat16 ----------------------------------------------------------------------------------------------------
+// ---- tiles of bfloat16 -------------------------------------------------------------------------------------------
 
-// 32 int8 -> 32 bfloat16, times the scales of their rows. Exact: every integer of 8 bits is a bfloat16, and so are the products.
+// 32 int8 -> 32 bfloat16, times the scales of their rows. Exact: every integer of 8 bits is a bfloat16, and so are the
+// products.
 template <ValueType V>
 inline __m512i widen(__m256i q, __m512 level_low, __m512 level_high) {
   __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q)));
@@ -233,7 +247,8 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
       const __m512 low = _mm512_permutexvar_ps(low_rows, level);
       const __m512 high = _mm512_permutexvar_ps(_mm512_add_epi32(low_rows, _mm512_set1_epi32(8)), level);
       for (int64_t k = j; k < std::min(fed, j + kBlock); ++k) {
-        const __m512i w = _mm512_load_si512(bytes + k * kWordBits8);  // row by row, four columns: the first two, then the last two
+        const __m512i w =
+            _mm512_load_si512(bytes + k * kWordBits8);  // row by row, four columns: the first two, then the last two
         bf16* out = tile + (i + k) * kWordBits8;
         _mm512_storeu_si512(out, widen<V>(_mm512_cvtepi32_epi16(w), low, high));
         _mm512_storeu_si512(out + kWordBits16, widen<V>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)), low, high));
@@ -246,13 +261,15 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
 }  // namespace
 
 bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  constexpr decltype(Kernels::stream) kStream[2][2] = {{stream_as<ValueType::kInt8, 2>, stream_as<ValueType::kInt8, 3>},
-                                                       {stream_as<ValueType::kInt4, 2>, stream_as<ValueType::kInt4, 3>}};
+  constexpr decltype(Kernels::stream) kStream[2][2] = {
+      {stream_as<ValueType::kInt8, 2>, stream_as<ValueType::kInt8, 3>},
+      {stream_as<ValueType::kInt4, 2>, stream_as<ValueType::kInt4, 3>}};
   return kStream[p.type == ValueType::kInt4][in.digits - 2](p, in, strip, out);
 }
 
 void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  (p.type == ValueType::kInt4 ? decode_as<ValueType::kInt4> : decode_as<ValueType::kInt8>)(p, cursor, strip, first, pairs, tile);
+  (p.type == ValueType::kInt4 ? decode_as<ValueType::kInt4> : decode_as<ValueType::kInt8>)(p, cursor, strip, first,
+                                                                                           pairs, tile);
 }
 
 void add_sums(const Packed& p, const Activations& in, int64_t strip, int64_t word, const int32_t* sums, float* out) {
@@ -266,8 +283,10 @@ void times_units(const Activations& in, float* out) {
     _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(_mm512_loadu_ps(out + t * kStrip), _mm512_set1_ps(in.unit[t])));
 }
 
-void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes, int32_t* sums) {
-  const float most = digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;  // a largest activation may round to a step more
+void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
+                    int32_t* sums) {
+  const float most =
+      digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;  // a largest activation may round to a step more
   const __m512 low = _mm512_set1_ps(-most), high = _mm512_set1_ps(most), times = _mm512_set1_ps(steps);
   for (int64_t b = 0; b * kGroup < columns; ++b) {
     __m512i q[4];
@@ -280,7 +299,8 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
     for (int64_t d = 0; d < digits; ++d) {
       const int64_t place = (b * digits + d) * tokens;
       for (int64_t i = 0; i < 4; ++i) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i), _mm512_cvtepi32_epi8(q[i]));  // the low bytes
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i),
+                         _mm512_cvtepi32_epi8(q[i]));  // the low bytes
         q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], _mm512_set1_epi32(128)), 8);
       }
       const __m512i digit = _mm512_loadu_si512(bytes + place * kGroup);
@@ -291,7 +311,8 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
 
 void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes) {
   Feed feed(p, cursor.value);
-  (p.type == ValueType::kInt4 ? expand<ValueType::kInt4> : expand<ValueType::kInt8>)(p, feed, mask, words, bytes, _mm512_setzero_si512());
+  (p.type == ValueType::kInt4 ? expand<ValueType::kInt4> : expand<ValueType::kInt8>)(p, feed, mask, words, bytes,
+                                                                                     _mm512_setzero_si512());
   cursor = {feed.value, cursor.ok && feed.ok};
 }
 

@@ -1,7 +1,9 @@
-// Mathematics of a decoder block beside its matrices: exponentials, the gate of the MLP, attention of one query over a cache.
+// Mathematics of a decoder block beside its matrices: exponentials, the gate of the MLP, attention of one query over a
+// cache.
 //
-// Every function is inlined into its caller, so that each instruction set's file compiles it for itself: include this header
-// before LOSA_TARGET_BEGIN and call it from inside. Loops over `kLanes` accumulators are what compilers make vectors of.
+// Every function is inlined into its caller, so that each instruction set's file compiles it for itself: include this
+// header before LOSA_TARGET_BEGIN and call it from inside. Loops over `kLanes` accumulators are what compilers make
+// vectors of.
 #pragma once
 
 #include <algorithm>
@@ -68,8 +70,8 @@ LOSA_INLINE void gate_block(const bf16* gate, const bf16* up, int64_t n, bf16* o
 
 // One head: out = softmax(scaling q K^T) V over `n` cached tokens, all sums in float32.
 // `scores` has room for n floats, `sums` for `width`.
-LOSA_INLINE void attend_block(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
-                              float* sums, bf16* out) {
+LOSA_INLINE void attend_block(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width,
+                              float scaling, float* scores, float* sums, bf16* out) {
   float largest = -INFINITY;
   for (int64_t t = 0; t < n; ++t) {
     const bf16* k = keys + t * width;

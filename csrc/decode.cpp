@@ -1,8 +1,9 @@
 // The operator losa::decode_step: one token through all decoder blocks of a Llama-like model, outside Python.
 //
-// For each block: h += O(attention(Q(n), K(n), V(n))), n = norm(h); h += down(silu(gate(m)) * up(m)), m = norm(h). Numbers are rounded
-// to bfloat16 where transformers' modules round them; inside attention, sums are float32. The cache is the caller's, one [1, heads, capacity, width] tensor of keys and one of values a block;
-// this token's go to index `position`, and 0..position are attended to.
+// For each block: h += O(attention(Q(n), K(n), V(n))), n = norm(h); h += down(silu(gate(m)) * up(m)), m = norm(h).
+// Numbers are rounded to bfloat16 where transformers' modules round them; inside attention, sums are float32. The cache
+// is the caller's, one [1, heads, capacity, width] tensor of keys and one of values a block; this token's go to index
+// `position`, and 0..position are attended to.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,9 +17,8 @@
 namespace losa {
 namespace {
 
-// What a block brings, in this order: four norms, then six tensors for each of seven layers (mask, values, offsets, scale,
-// scales of groups, bias).
-// A tensor without elements stands for one that is not there.
+// What a block brings, in this order: four norms, then six tensors for each of seven layers (mask, values, offsets,
+// scale, scales of groups, bias). A tensor without elements stands for one that is not there.
 enum Norms : int64_t { kInputNorm, kMlpNorm, kQueryNorm, kKeyNorm, kNorms };
 enum Layers : int64_t { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLayers };
 constexpr int64_t kParts = 6, kPerBlock = kNorms + kParts * kLayers;
@@ -39,8 +39,8 @@ struct Layer {
 
 const bf16* vector_of(const Tensor& t, int64_t n, const char* what) {
   if (t.numel() == 0 && n > 0) return nullptr;
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::BFloat16 && t.numel() == n, "losa::decode_step: expected ", n,
-                  " bfloat16 numbers on the CPU for ", what, ", found ", t.numel());
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::BFloat16 && t.numel() == n,
+                  "losa::decode_step: expected ", n, " bfloat16 numbers on the CPU for ", what, ", found ", t.numel());
   return static_cast<const bf16*>(t.const_data_ptr());
 }
 
@@ -87,8 +87,14 @@ void rotate(bf16* x, const bf16* cosine, const bf16* sine, int64_t turned) {
 struct Scratch {
   std::vector<bf16> normed, query, attended, projected, gate, up, key, value;
   explicit Scratch(const Shape& s)
-      : normed(size_t(s.hidden)), query(size_t(s.heads * s.width)), attended(query.size()), projected(size_t(s.hidden)), gate(size_t(s.inner)),
-        up(size_t(s.inner)), key(size_t(s.kv_heads * s.width)), value(key.size()) {}
+      : normed(size_t(s.hidden)),
+        query(size_t(s.heads * s.width)),
+        attended(query.size()),
+        projected(size_t(s.hidden)),
+        gate(size_t(s.inner)),
+        up(size_t(s.inner)),
+        key(size_t(s.kv_heads * s.width)),
+        value(key.size()) {}
 };
 
 struct Step {
@@ -99,7 +105,8 @@ struct Step {
   const bf16 *cosine, *sine;
   const int64_t turned, type;
 
-  void attention(Scratch& b, const bf16* query_norm, const bf16* key_norm, bf16* keys, bf16* values, int64_t capacity) const {
+  void attention(Scratch& b, const bf16* query_norm, const bf16* key_norm, bf16* keys, bf16* values,
+                 int64_t capacity) const {
     for (int64_t h = 0; h < s.heads; ++h) {
       bf16* q = &b.query[size_t(h * s.width)];
       if (query_norm) norm(q, query_norm, s.width, epsilon, q);
@@ -114,20 +121,24 @@ struct Step {
       std::memcpy(values + at, &b.value[size_t(h * s.width)], size_t(s.width) * sizeof(bf16));
     }
     const int64_t tokens = position + 1, shared = s.heads / s.kv_heads;
-    torch::stable::parallel_for(0, s.heads, std::max<int64_t>(1, 32768 / (tokens * s.width)), [&](int64_t begin, int64_t end) {
-      std::vector<float> scores(size_t(tokens + s.width));
-      for (int64_t h = begin; h < end; ++h) {
-        const int64_t from = h / shared * capacity * s.width;
-        k.attend(&b.query[size_t(h * s.width)], keys + from, values + from, tokens, s.width, scaling, scores.data(), scores.data() + tokens,
-                 &b.attended[size_t(h * s.width)]);
-      }
-    });
+    torch::stable::parallel_for(
+        0, s.heads, std::max<int64_t>(1, 32768 / (tokens * s.width)), [&](int64_t begin, int64_t end) {
+          std::vector<float> scores(size_t(tokens + s.width));
+          for (int64_t h = begin; h < end; ++h) {
+            const int64_t from = h / shared * capacity * s.width;
+            k.attend(&b.query[size_t(h * s.width)], keys + from, values + from, tokens, s.width, scaling, scores.data(),
+                     scores.data() + tokens, &b.attended[size_t(h * s.width)]);
+          }
+        });
   }
 
   void block(bf16* hidden, const Tensor* tensors, bf16* keys, bf16* values, int64_t capacity, Scratch& b) const {
-    const auto norm_of = [&](int64_t i) { return vector_of(tensors[i], i < kQueryNorm ? s.hidden : s.width, "a norm"); };
+    const auto norm_of = [&](int64_t i) {
+      return vector_of(tensors[i], i < kQueryNorm ? s.hidden : s.width, "a norm");
+    };
     Layer layers[kLayers];
-    for (int64_t l = 0; l < kLayers; ++l) layers[l] = layer_of(tensors + kNorms + kParts * l, s.rows(l), s.columns(l), type);
+    for (int64_t l = 0; l < kLayers; ++l)
+      layers[l] = layer_of(tensors + kNorms + kParts * l, s.rows(l), s.columns(l), type);
     const bf16 *first = norm_of(kInputNorm), *second = norm_of(kMlpNorm);
     STD_TORCH_CHECK(first && second, "losa::decode_step: a block without its norms");
     norm(hidden, first, s.hidden, epsilon, b.normed.data());
@@ -147,32 +158,45 @@ struct Step {
 };
 
 // x [hidden] -> the normed hidden state [hidden] that the head takes. `tensors`: see Norms; the last is the final norm.
-Tensor decode_step(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                   const Tensor& cosine, const Tensor& sine, const std::vector<int64_t>& shape, double epsilon, double scaling, int64_t position,
+Tensor decode_step(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<Tensor>& keys,
+                   const std::vector<Tensor>& values, const Tensor& cosine, const Tensor& sine,
+                   const std::vector<int64_t>& shape, double epsilon, double scaling, int64_t position,
                    int64_t values_type, int64_t kernel) {
-  STD_TORCH_CHECK(shape.size() == 5, "losa::decode_step: the shape is hidden, heads, heads of the cache, their width, inner");
+  STD_TORCH_CHECK(shape.size() == 5,
+                  "losa::decode_step: the shape is hidden, heads, heads of the cache, their width, inner");
   const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
   const int64_t blocks = int64_t(keys.size()), turned = cosine.numel();
-  STD_TORCH_CHECK(s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.width > 0 && s.inner > 0 && s.heads % s.kv_heads == 0 && turned % 2 == 0 &&
-                      turned <= s.width,
+  STD_TORCH_CHECK(s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.width > 0 && s.inner > 0 &&
+                      s.heads % s.kv_heads == 0 && turned % 2 == 0 && turned <= s.width,
                   "losa::decode_step: impossible shape");
   STD_TORCH_CHECK(blocks > 0 && values.size() == keys.size() && int64_t(tensors.size()) == blocks * kPerBlock + 1,
-                  "losa::decode_step: expected ", kPerBlock, " tensors for each of ", blocks, " blocks and a norm, found ", tensors.size());
-  const Step step{s,          kernels_of(kernel), position, float(epsilon), float(scaling), vector_of(cosine, turned, "cosines"),
-                  vector_of(sine, turned, "sines"), turned, values_type};
-  const bf16 *from = vector_of(x, s.hidden, "the hidden state"), *last = vector_of(tensors.back(), s.hidden, "the last norm");
+                  "losa::decode_step: expected ", kPerBlock, " tensors for each of ", blocks,
+                  " blocks and a norm, found ", tensors.size());
+  const Step step{s,
+                  kernels_of(kernel),
+                  position,
+                  float(epsilon),
+                  float(scaling),
+                  vector_of(cosine, turned, "cosines"),
+                  vector_of(sine, turned, "sines"),
+                  turned,
+                  values_type};
+  const bf16 *from = vector_of(x, s.hidden, "the hidden state"),
+             *last = vector_of(tensors.back(), s.hidden, "the last norm");
   STD_TORCH_CHECK(from && last, "losa::decode_step: no hidden state or no last norm");
   std::vector<bf16> hidden(from, from + s.hidden);
   Scratch scratch(s);
   for (int64_t b = 0; b < blocks; ++b) {
     const Tensor &key = keys[size_t(b)], &value = values[size_t(b)];
     for (const Tensor* t : {&key, &value})
-      STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == ScalarType::BFloat16 && t->dim() == 4 && t->size(0) == 1 &&
-                          t->size(1) == s.kv_heads && t->size(3) == s.width && position >= 0 && position < t->size(2),
-                      "losa::decode_step: a cache is a contiguous bfloat16 [1, ", s.kv_heads, ", more than ", position, ", ", s.width, "] tensor");
+      STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == ScalarType::BFloat16 && t->dim() == 4 &&
+                          t->size(0) == 1 && t->size(1) == s.kv_heads && t->size(3) == s.width && position >= 0 &&
+                          position < t->size(2),
+                      "losa::decode_step: a cache is a contiguous bfloat16 [1, ", s.kv_heads, ", more than ", position,
+                      ", ", s.width, "] tensor");
     STD_TORCH_CHECK(key.size(2) == value.size(2), "losa::decode_step: keys and values have different room");
-    step.block(hidden.data(), &tensors[size_t(b * kPerBlock)], static_cast<bf16*>(key.mutable_data_ptr()), static_cast<bf16*>(value.mutable_data_ptr()),
-               key.size(2), scratch);
+    step.block(hidden.data(), &tensors[size_t(b * kPerBlock)], static_cast<bf16*>(key.mutable_data_ptr()),
+               static_cast<bf16*>(value.mutable_data_ptr()), key.size(2), scratch);
   }
   Tensor y = torch::stable::new_empty(x, {1, 1, s.hidden});
   norm(hidden.data(), last, s.hidden, step.epsilon, static_cast<bf16*>(y.mutable_data_ptr()));
@@ -184,7 +208,8 @@ Tensor decode_step(const Tensor& x, const std::vector<Tensor>& tensors, const st
 
 STABLE_TORCH_LIBRARY_FRAGMENT(losa, m) {
   m.def(
-      "decode_step(Tensor x, Tensor[] tensors, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine, Tensor sine, int[] shape, float epsilon, "
+      "decode_step(Tensor x, Tensor[] tensors, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine, Tensor sine, "
+      "int[] shape, float epsilon, "
       "float scaling, int position, int values_type, int kernel) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(losa, CPU, m) { m.impl("decode_step", TORCH_BOX(&losa::decode_step)); }

@@ -1,8 +1,8 @@
-// The words of a strip of int8 or int4 values, some at a time, their values as int8: what comes next in memory where that will do,
-// else a copy. Bounds are checked once for all of those words.
+// The words of a strip of int8 or int4 values, some at a time, their values as int8: what comes next in memory where
+// that will do, else a copy. Bounds are checked once for all of those words.
 //
-// Include it after LOSA_TARGET_BEGIN, so that it is compiled for that instruction set: without its population counts this takes
-// longer than all the rest. Everything here has internal linkage, so that no other file gets that copy.
+// Include it after LOSA_TARGET_BEGIN, so that it is compiled for that instruction set: without its population counts
+// this takes longer than all the rest. Everything here has internal linkage, so that no other file gets that copy.
 #pragma once
 
 #include "kernels.h"
@@ -21,8 +21,8 @@ class Feed {
   int64_t value;                   // the one after those of the words
   bool ok = true;                  // false once the masks asked for more values than there are
 
-  // Moves on to the next `words` and returns how many values they have. `unpack(nibbles, n, out)` makes int8 of n bytes of nibbles,
-  // and may read 64 and write 128 too many.
+  // Moves on to the next `words` and returns how many values they have. `unpack(nibbles, n, out)` makes int8 of n bytes
+  // of nibbles, and may read 64 and write 128 too many.
   template <ValueType V, typename Unpack>
   inline int64_t next(const uint8_t* from, int64_t words, Unpack unpack) {
     int64_t n = 0;

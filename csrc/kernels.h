@@ -1,13 +1,13 @@
 // The packed weight and the table of kernels that every instruction set fills in.
 //
-// Layout (docs/packed-format.md). A weight [rows, columns] is cut into strips of 16 rows. Within a strip, a *word* covers
-// 16 rows x `columns of a word`: 2 for bfloat16 values (32 mask bits), 4 for int8 and int4 values (64 mask bits). Bit
-// row * columns + column of a word says whether that weight is stored; the stored values follow one another in the order of
-// the words and of their bits. So one expanded word is exactly one 64-byte register, in the order that the bf16 and int8 dot
-// product instructions want, and a strip is read front to back, once.
+// Layout (docs/packed-format.md). A weight [rows, columns] is cut into strips of 16 rows. Within a strip, a *word*
+// covers 16 rows x `columns of a word`: 2 for bfloat16 values (32 mask bits), 4 for int8 and int4 values (64 mask
+// bits). Bit row * columns + column of a word says whether that weight is stored; the stored values follow one another
+// in the order of the words and of their bits. So one expanded word is exactly one 64-byte register, in the order that
+// the bf16 and int8 dot product instructions want, and a strip is read front to back, once.
 //
-// Every kernel stays inside `values` whatever the masks say: a corrupt file costs wrong numbers or an error, never a read
-// out of bounds.
+// Every kernel stays inside `values` whatever the masks say: a corrupt file costs wrong numbers or an error, never a
+// read out of bounds.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@
 
 namespace losa {
 
-constexpr int64_t kStrip = 16;        // rows of a strip
-constexpr int64_t kBlock = 16;        // words decoded between two bounds checks; 64 columns of int8 and int4 values
-constexpr int64_t kTilePairs = 128;   // column pairs of a decoded tile: 8 KiB per strip, so that two fit in the L1 cache
+constexpr int64_t kStrip = 16;       // rows of a strip
+constexpr int64_t kBlock = 16;       // words decoded between two bounds checks; 64 columns of int8 and int4 values
+constexpr int64_t kTilePairs = 128;  // column pairs of a decoded tile: 8 KiB per strip, so that two fit in the L1 cache
 constexpr int64_t kTileTokens = 256;  // tokens that share a decoded tile; the next ones decode it again
 constexpr int64_t kWordBits16 = 32;   // weights of a word of bfloat16 values: 16 rows x 2 columns
 constexpr int64_t kWordBits8 = 64;    // weights of a word of int8 and int4 values: 16 rows x 4 columns
@@ -50,9 +50,12 @@ constexpr int64_t kTypes = 3;
 constexpr TypeRow kTypeRows[kTypes] = {{16, 2, false, false}, {8, 4, true, false}, {4, 4, true, true}};
 constexpr TypeRow row_of(ValueType type) { return kTypeRows[int64_t(type)]; }
 
-// int4 values: sixteen levels without zero, -8 ... -1, 1 ... 8, and the scales of their groups (src/losa/runtime/int4.py).
+// int4 values: sixteen levels without zero, -8 ... -1, 1 ... 8, and the scales of their groups
+// (src/losa/runtime/int4.py).
 constexpr int8_t kLevels4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8};
-static inline int8_t number4(const uint8_t* nibbles, int64_t i) { return kLevels4[nibbles[i >> 1] >> (4 * (i & 1)) & 15]; }
+static inline int8_t number4(const uint8_t* nibbles, int64_t i) {
+  return kLevels4[nibbles[i >> 1] >> (4 * (i & 1)) & 15];
+}
 static inline float level_of(uint8_t byte) {  // 2^(byte / 16 - 15) * (1 + byte % 16 / 16)
   const uint32_t bits = (uint32_t(byte) << 19) + ((127 - 15) << 23);
   float f;
@@ -65,9 +68,9 @@ struct Packed {
   ValueType type;
   int64_t rows;
   int64_t columns;
-  int64_t words;           // mask words of a strip
-  const uint8_t* mask;     // [strips, words * 2 * columns of a word] bytes, little endian
-  const void* values;      // [count] bf16, int8_t, or nibbles, two in a byte, the first one low
+  int64_t words;        // mask words of a strip
+  const uint8_t* mask;  // [strips, words * 2 * columns of a word] bytes, little endian
+  const void* values;   // [count] bf16, int8_t, or nibbles, two in a byte, the first one low
   int64_t count;
   const int64_t* offsets;  // [strips + 1] first value of each strip
   const float* scale;      // [rows], null where the type has none
@@ -76,7 +79,9 @@ struct Packed {
   int64_t padded_pairs() const { return words * row_of(type).columns / 2; }
   const uint8_t* mask_of(int64_t strip, int64_t word) const { return mask + (strip * words + word) * word_bytes(); }
   // The 16 scales of a block of kBlock words.
-  const uint8_t* groups_of(int64_t strip, int64_t block) const { return groups + (strip * ((words + kBlock - 1) / kBlock) + block) * kStrip; }
+  const uint8_t* groups_of(int64_t strip, int64_t block) const {
+    return groups + (strip * ((words + kBlock - 1) / kBlock) + block) * kStrip;
+  }
   // Ask for the values of the next `pairs` column pairs, half of them expected to be zero.
   void prefetch(int64_t value, int64_t pairs) const {
     const int64_t bits = row_of(type).bits;
@@ -94,11 +99,11 @@ struct Cursor {
 // Activations as the kernels read them. Columns past the last are zero.
 struct Activations {
   int64_t tokens;
-  // By words, so that one word's activations of all tokens are neighbours in memory. (Rows of a power of two bytes would all
-  // fall on the same few cache sets.)
+  // By words, so that one word's activations of all tokens are neighbours in memory. (Rows of a power of two bytes
+  // would all fall on the same few cache sets.)
   const bf16* pairs;  // [pairs of columns, tokens, 2]
-  // Values that are integers, where Kernels::digits is there: the same numbers as integers of `digits` signed bytes, lowest first,
-  // x = unit * (digit_0 + 256 * (digit_1 + 256 * digit_2)).
+  // Values that are integers, where Kernels::digits is there: the same numbers as integers of `digits` signed bytes,
+  // lowest first, x = unit * (digit_0 + 256 * (digit_1 + 256 * digit_2)).
   int64_t digits;            // 2 or 3
   const int8_t* bytes;       // [blocks of 64 columns, digits, tokens, 64]
   const int32_t* byte_sums;  // [blocks, digits, tokens]
@@ -109,23 +114,28 @@ struct Kernels {
   const char* name;
   int64_t stream_tokens[kTypes];  // by type; up to here: decode and multiply in registers
   int64_t tile_tokens;  // up to here: decode a tile once, multiply every token by it; past it the library's GEMM
-  bool bf16_gemm;       // the library's bfloat16 GEMM is fast on this instruction set; otherwise its float32 one is used
-  bool skips_zeros;     // stream does not multiply weights that are zero, so that NaN and infinity would get lost
-  // out_TS [tokens, 16] = x_TI W_SI^T for one strip, without the rows' scales, float32. Returns false if masks and values disagree.
+  bool bf16_gemm;    // the library's bfloat16 GEMM is fast on this instruction set; otherwise its float32 one is used
+  bool skips_zeros;  // stream does not multiply weights that are zero, so that NaN and infinity would get lost
+  // out_TS [tokens, 16] = x_TI W_SI^T for one strip, without the rows' scales, float32. Returns false if masks and
+  // values disagree.
   bool (*stream)(const Packed&, const Activations&, int64_t strip, float* out_TS);
-  // Decode `pairs` column pairs from pair `first` on, as [pairs, 16 rows, 2 columns] bfloat16, without the rows' scales. `first`
-  // is a multiple of kTilePairs.
+  // Decode `pairs` column pairs from pair `first` on, as [pairs, 16 rows, 2 columns] bfloat16, without the rows'
+  // scales. `first` is a multiple of kTilePairs.
   void (*decode)(const Packed&, Cursor&, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
   // sum_TS [tokens, 32] (+)= x [tokens, 2 * kTilePairs] times two decoded strips. `accumulate` false overwrites.
-  void (*multiply)(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum_TS);
-  // One token as `digits` signed bytes of `steps` * x, rounded to nearest, and their sums over every 64 columns: bytes [blocks, digits,
-  // tokens, 64] and sums [blocks, digits, tokens] of Activations, from the token's own places on. Null: stream takes bfloat16 only.
-  void (*digits)(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes, int32_t* sums);
+  void (*multiply)(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens,
+                   bool accumulate, float* sum_TS);
+  // One token as `digits` signed bytes of `steps` * x, rounded to nearest, and their sums over every 64 columns: bytes
+  // [blocks, digits, tokens, 64] and sums [blocks, digits, tokens] of Activations, from the token's own places on.
+  // Null: stream takes bfloat16 only.
+  void (*digits)(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
+                 int32_t* sums);
   // y of 16 rows: sum * scale + shift, rounded to nearest, ties to even.
   void (*round)(const float* sum, const float* scale, const float* shift, bf16* y);
   // What else a decoder block computes, for one token: see block.h.
   void (*gate)(const bf16* gate, const bf16* up, int64_t n, bf16* out);
-  void (*attend)(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out);
+  void (*attend)(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling,
+                 float* scores, float* sums, bf16* out);
 };
 
 const Kernels& portable_kernels();

@@ -1,7 +1,8 @@
-// The operator losa::sparse_linear on the CPU, through LibTorch's stable ABI: one build serves every torch from 2.10 on.
+// The operator losa::sparse_linear on the CPU, through LibTorch's stable ABI: one build serves every torch from 2.10
+// on.
 //
-// y_TO = x_TI W_OI^T + b_O, W packed: `multiply` of product.cpp, on torch's own threads; for many tokens, where that is faster,
-// panels of rows are decoded to a dense matrix that stays in the L2 cache and go through torch's own GEMM.
+// y_TO = x_TI W_OI^T + b_O, W packed: `multiply` of product.cpp, on torch's own threads; for many tokens, where that is
+// faster, panels of rows are decoded to a dense matrix that stays in the L2 cache and go through torch's own GEMM.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,7 +22,8 @@ namespace {
 constexpr int64_t kPanelBytes = 2 << 20;  // a panel stays in the L2 cache, or at worst the L3
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -38,38 +40,44 @@ bool by_panels(const Packed& p, const Kernels& k, const Tensor& x_in, const std:
     Tensor panel = torch::stable::new_empty(x, {rows, p.columns});
     void* out = panel.mutable_data_ptr();
     torch::stable::parallel_for(s, last, grain(p, kStrip), [&](int64_t begin, int64_t end) {
-      const bool fits = k.bf16_gemm ? expand(p, k, s, begin, end, static_cast<bf16*>(out)) : expand(p, k, s, begin, end, static_cast<float*>(out));
+      const bool fits = k.bf16_gemm ? expand(p, k, s, begin, end, static_cast<bf16*>(out))
+                                    : expand(p, k, s, begin, end, static_cast<float*>(out));
       if (!fits) ok = false;
     });
     std::optional<Tensor> shift;
     if (bias) shift = torch::stable::to(torch::stable::narrow(const_cast<Tensor&>(*bias), 0, from, rows), dtype);
     const Tensor product = torch::stable::to(linear(x, panel, shift), ScalarType::BFloat16);
     const bf16* y = static_cast<const bf16*>(product.const_data_ptr());
-    for (int64_t t = 0; t < tokens; ++t) std::memcpy(y_out + t * p.rows + from, y + t * rows, size_t(rows) * sizeof(bf16));
+    for (int64_t t = 0; t < tokens; ++t)
+      std::memcpy(y_out + t * p.rows + from, y + t * rows, size_t(rows) * sizeof(bf16));
   }
   return ok;
 }
 
-Tensor sparse_linear(const Tensor& x_in, const Tensor& mask, const Tensor& values, const Tensor& offsets, const std::optional<Tensor>& scale,
-                     const std::optional<Tensor>& groups, const std::optional<Tensor>& bias, int64_t rows, int64_t columns, int64_t type, int64_t kernel) {
+Tensor sparse_linear(const Tensor& x_in, const Tensor& mask, const Tensor& values, const Tensor& offsets,
+                     const std::optional<Tensor>& scale, const std::optional<Tensor>& groups,
+                     const std::optional<Tensor>& bias, int64_t rows, int64_t columns, int64_t type, int64_t kernel) {
   const Kernels& k = kernels_of(kernel);
   STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == ScalarType::BFloat16 && x_in.dim() == 2,
                   "losa::sparse_linear: x must be a bfloat16 [tokens, columns] tensor on the CPU");
-  STD_TORCH_CHECK(x_in.size(1) == columns, "losa::sparse_linear: found ", x_in.size(1), " features in x, the weight has ", columns);
+  STD_TORCH_CHECK(x_in.size(1) == columns, "losa::sparse_linear: found ", x_in.size(1),
+                  " features in x, the weight has ", columns);
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
   const int64_t tokens = x.size(0);
   const Packed p = view(mask, values, offsets, scale, groups, rows, columns, type);
   if (bias)
-    STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == ScalarType::BFloat16 && bias->numel() == rows,
-                    "losa::sparse_linear: expected ", rows, " bfloat16 biases");
+    STD_TORCH_CHECK(
+        bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == ScalarType::BFloat16 && bias->numel() == rows,
+        "losa::sparse_linear: expected ", rows, " bfloat16 biases");
   Tensor y = torch::stable::new_empty(x, {tokens, rows});
   if (tokens == 0 || rows == 0) return y;
 
   bf16* out = static_cast<bf16*>(y.mutable_data_ptr());
   const bf16* shift = bias ? static_cast<const bf16*>(bias->const_data_ptr()) : nullptr;
   const Parallel parallel = on_torch_threads;
-  const bool ok = multiplies(k, p.type, tokens) ? multiply(p, k, static_cast<const bf16*>(x.const_data_ptr()), tokens, shift, out, parallel)
-                                                : by_panels(p, k, x, bias, out);
+  const bool ok = multiplies(k, p.type, tokens)
+                      ? multiply(p, k, static_cast<const bf16*>(x.const_data_ptr()), tokens, shift, out, parallel)
+                      : by_panels(p, k, x, bias, out);
   STD_TORCH_CHECK(ok, "losa::sparse_linear: the masks and offsets of this packed weight disagree; the file is corrupt");
   return y;
 }
@@ -79,7 +87,8 @@ Tensor sparse_linear(const Tensor& x_in, const Tensor& mask, const Tensor& value
 
 STABLE_TORCH_LIBRARY(losa, m) {
   m.def(
-      "sparse_linear(Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor? scale, Tensor? groups, Tensor? bias, int rows, int columns, "
+      "sparse_linear(Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor? scale, Tensor? groups, Tensor? "
+      "bias, int rows, int columns, "
       "int values_type, int kernel) -> Tensor");
   m.def("cpu_kernels() -> int");
 }

@@ -1,5 +1,5 @@
-// Plain C++ for every machine: the same walk over masks and values, one weight at a time. A compiler turns the inner loops over
-// the 16 rows into whatever vectors the baseline has (SSE2, NEON).
+// Plain C++ for every machine: the same walk over masks and values, one weight at a time. A compiler turns the inner
+// loops over the 16 rows into whatever vectors the baseline has (SSE2, NEON).
 #include <cstring>
 
 #include "block.h"
@@ -42,7 +42,8 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
     visit_word(mask_word(p.mask_of(strip, w), 2 * kColumns), cursor, p.count, [&](int bit, int64_t at) {
       const float value = load<V>(p, strip, w, bit / kColumns, at);
       for (int64_t t = 0; t < in.tokens; ++t)
-        out[t * kStrip + bit / kColumns] += value * to_float(in.pairs[((w * kColumns + bit % kColumns) / 2 * in.tokens + t) * 2 + bit % 2]);
+        out[t * kStrip + bit / kColumns] +=
+            value * to_float(in.pairs[((w * kColumns + bit % kColumns) / 2 * in.tokens + t) * 2 + bit % 2]);
     });
   return cursor.ok && cursor.value == p.offsets[strip + 1];
 }
@@ -64,16 +65,21 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
   }
 }
 
-constexpr decltype(Kernels::stream) kStream[kTypes] = {stream_as<ValueType::kBFloat16>, stream_as<ValueType::kInt8>, stream_as<ValueType::kInt4>};
-constexpr decltype(Kernels::decode) kDecode[kTypes] = {decode_as<ValueType::kBFloat16>, decode_as<ValueType::kInt8>, decode_as<ValueType::kInt4>};
+constexpr decltype(Kernels::stream) kStream[kTypes] = {stream_as<ValueType::kBFloat16>, stream_as<ValueType::kInt8>,
+                                                       stream_as<ValueType::kInt4>};
+constexpr decltype(Kernels::decode) kDecode[kTypes] = {decode_as<ValueType::kBFloat16>, decode_as<ValueType::kInt8>,
+                                                       decode_as<ValueType::kInt4>};
 
-bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) { return kStream[int64_t(p.type)](p, in, strip, out); }
+bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  return kStream[int64_t(p.type)](p, in, strip, out);
+}
 
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
   kDecode[int64_t(p.type)](p, cursor, strip, first, pairs, tile);
 }
 
-void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate, float* sum) {
+void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate,
+              float* sum) {
   for (int64_t t = 0; t < tokens; ++t, sum += 32) {
     float a[32] = {};
     if (accumulate) std::memcpy(a, sum, sizeof a);
@@ -93,14 +99,16 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 
 void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
 
-void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores, float* sums, bf16* out) {
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
+            float* sums, bf16* out) {
   attend_block(q, keys, values, n, width, scaling, scores, sums, out);
 }
 
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16, false, true, stream, decode, multiply, nullptr, round, gate, attend};
+  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16,      false, true, stream,
+                                   decode,     multiply,  nullptr, round, gate, attend};
   return kernels;
 }
 

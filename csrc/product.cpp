@@ -11,7 +11,7 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- activations in fixed point -------------------------------------------------------------------------------------------
+// ---- activations in fixed point ----------------------------------------------------------------------------------
 
 // What a token's activations can be turned into.
 enum Road : int64_t {
@@ -21,13 +21,13 @@ enum Road : int64_t {
   kThreeDigits = 3,
 };
 
-constexpr int64_t kJudged = 16;  // activations that are judged by their largest
+constexpr int64_t kJudged = 16;                // activations that are judged by their largest
 constexpr int kTwoBits = 15, kThreeBits = 23;  // of a fixed-point number of two and of three digits
 
-// How many digits leave errors that bfloat16 outputs do not show, for any rows: none if outliers tower above all others. Rows that
-// do not meet an outlier have outputs of the size of the other activations, so what counts is the ratio of the largest to a typical
-// one: rounding to a step u errs by 0.3 u, which must be well below 2^-9 of the root mean square. That is taken as half of the
-// median of the largest of every 16 that are not all zero.
+// How many digits leave errors that bfloat16 outputs do not show, for any rows: none if outliers tower above all
+// others. Rows that do not meet an outlier have outputs of the size of the other activations, so what counts is the
+// ratio of the largest to a typical one: rounding to a step u errs by 0.3 u, which must be well below 2^-9 of the root
+// mean square. That is taken as half of the median of the largest of every 16 that are not all zero.
 Road digits_of(const bf16* x, int64_t columns) {
   constexpr int64_t kLanes = 32, kMost = 1 << 14;
   int16_t largest[kMost];
@@ -40,7 +40,8 @@ Road digits_of(const bf16* x, int64_t columns) {
     const int64_t begin = s * kLanes * kJudged, end = std::min(columns, begin + kLanes * kJudged);
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes)
-      for (int64_t l = 0; l < kLanes; ++l) most[l] = std::max(most[l], int16_t(x[i + l] & 0x7fff));  // orders like the number
+      for (int64_t l = 0; l < kLanes; ++l)
+        most[l] = std::max(most[l], int16_t(x[i + l] & 0x7fff));  // orders like the number
     for (int64_t l = 0; i < end; ++i, ++l) most[l] = std::max(most[l], int16_t(x[i] & 0x7fff));
     for (int16_t m : most) {
       top = std::max(top, m);
@@ -49,10 +50,13 @@ Road digits_of(const bf16* x, int64_t columns) {
   }
   if (top >= 0x7f80) return kExact;  // not finite
   if (n == 0) return kTwoDigits;
-  if (columns < 128 || to_float(bf16(top)) < std::ldexp(1.0f, -100)) return kExact;  // too few to tell; too small for a unit
+  if (columns < 128 || to_float(bf16(top)) < std::ldexp(1.0f, -100))
+    return kExact;  // too few to tell; too small for a unit
   std::nth_element(largest, largest + n / 2, largest + n);
   const float ratio = to_float(bf16(top)) / to_float(bf16(largest[n / 2]));
-  return ratio <= float(1 << (kTwoBits - 9)) ? kTwoDigits : ratio <= float(1 << (kThreeBits - 9)) ? kThreeDigits : kExact;
+  return ratio <= float(1 << (kTwoBits - 9))     ? kTwoDigits
+         : ratio <= float(1 << (kThreeBits - 9)) ? kThreeDigits
+                                                 : kExact;
 }
 
 // Tokens a thread looks at, at least.
@@ -64,7 +68,9 @@ struct FixedPoint {
   std::vector<float> unit;
 
   FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int64_t digits, const Parallel& parallel)
-      : bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup)), sums(size_t(divide_up(columns, kGroup) * digits * tokens)), unit(size_t(tokens)) {
+      : bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup)),
+        sums(size_t(divide_up(columns, kGroup) * digits * tokens)),
+        unit(size_t(tokens)) {
     const int bits = digits == 2 ? kTwoBits : kThreeBits;
     parallel(0, tokens, token_grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -74,13 +80,14 @@ struct FixedPoint {
         std::frexp(to_float(bf16(top)), &exponent);  // |x| < 2^exponent
         exponent = std::max(exponent, -100);         // of zeros: keeps the unit and its inverse normal floats
         unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
-        k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens, bytes.data() + t * kGroup, sums.data() + t);
+        k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens, bytes.data() + t * kGroup,
+                 sums.data() + t);
       }
     });
   }
 };
 
-// ---- the ways to multiply -------------------------------------------------------------------------------------------------
+// ---- the ways to multiply ----------------------------------------------------------------------------------------
 
 struct Job {
   const Packed& p;
@@ -127,8 +134,10 @@ struct Job {
     parallel(0, divide_up(p.columns, 2), std::max<int64_t>(1, 8192 / tokens), [&](int64_t begin, int64_t end) {
       for (int64_t t = 0; t < tokens; ++t) {
         const bf16* row = x + t * p.columns;
-        for (int64_t i = begin; i < std::min(end, p.columns / 2); ++i) std::memcpy(&interleaved[size_t((i * tokens + t) * 2)], row + 2 * i, 2 * sizeof(bf16));
-        if (end > p.columns / 2) interleaved[size_t((p.columns / 2 * tokens + t) * 2)] = row[p.columns - 1];  // an odd last column
+        for (int64_t i = begin; i < std::min(end, p.columns / 2); ++i)
+          std::memcpy(&interleaved[size_t((i * tokens + t) * 2)], row + 2 * i, 2 * sizeof(bf16));
+        if (end > p.columns / 2)
+          interleaved[size_t((p.columns / 2 * tokens + t) * 2)] = row[p.columns - 1];  // an odd last column
       }
     });
     stream({tokens, interleaved.data(), 0, nullptr, nullptr, nullptr}, y);
@@ -145,7 +154,8 @@ struct Job {
       for (int64_t first = 0; first < pairs; first += kTilePairs) {
         const int64_t n = std::min(kTilePairs, pairs - first);
         for (int64_t j = 0; j < n_strips; ++j) k.decode(p, cursor[j], s + j, first, n, tile[j]);
-        for (int64_t j = 0; j < n_strips; ++j) p.prefetch(cursor[j].value, n);  // memory works on the next tile meanwhile
+        for (int64_t j = 0; j < n_strips; ++j)
+          p.prefetch(cursor[j].value, n);  // memory works on the next tile meanwhile
         k.multiply(tile[0], tile[n_strips - 1], n, x + 2 * first * tokens, tokens, first > 0, sums);
       }
       for (int64_t j = 0; j < n_strips; ++j) {
@@ -155,8 +165,8 @@ struct Job {
     }
   }
 
-  // x by blocks of columns, [blocks, tokens, 2 * kTilePairs], zeros past the last column: rows of a block are neighbours in memory.
-  // Rows 2^n bytes apart would fall on the same few cache sets.
+  // x by blocks of columns, [blocks, tokens, 2 * kTilePairs], zeros past the last column: rows of a block are
+  // neighbours in memory. Rows 2^n bytes apart would fall on the same few cache sets.
   void by_tiles(const bf16* x, int64_t tokens, bf16* y) {
     const int64_t width = 2 * kTilePairs, blocks = divide_up(p.columns, width), chunks = divide_up(tokens, kTileTokens);
     const std::unique_ptr<bf16[]> blocked(new bf16[size_t(blocks * width * divide_up(tokens, chunks))]);
@@ -193,7 +203,8 @@ struct Job {
 
 }  // namespace
 
-bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, const bf16* bias, bf16* y, const Parallel& parallel) {
+bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, const bf16* bias, bf16* y,
+              const Parallel& parallel) {
   Job job{p, k, bias, parallel};
   if (tokens > k.stream_tokens[int64_t(p.type)]) {
     job.by_tiles(x, tokens, y);
@@ -219,10 +230,12 @@ bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, 
     return job.ok;
   }
   for (const auto* some : {&exact, &others}) {
-    std::vector<bf16> x_some(some->size() * size_t(p.columns)), y_some(some->size() * size_t(p.rows));
-    for (size_t i = 0; i < some->size(); ++i) std::memcpy(&x_some[i * size_t(p.columns)], x + (*some)[i] * p.columns, size_t(p.columns) * sizeof(bf16));
+    std::vector<bf16> x_some(some->size() * size_t(p.columns)), y_some(some -> size() * size_t(p.rows));
+    for (size_t i = 0; i < some->size(); ++i)
+      std::memcpy(&x_some[i * size_t(p.columns)], x + (*some)[i] * p.columns, size_t(p.columns) * sizeof(bf16));
     job.by(some == &exact ? kExact : road, x_some.data(), int64_t(some->size()), y_some.data());
-    for (size_t i = 0; i < some->size(); ++i) std::memcpy(y + (*some)[i] * p.rows, &y_some[i * size_t(p.rows)], size_t(p.rows) * sizeof(bf16));
+    for (size_t i = 0; i < some->size(); ++i)
+      std::memcpy(y + (*some)[i] * p.rows, &y_some[i * size_t(p.rows)], size_t(p.rows) * sizeof(bf16));
   }
   return job.ok;
 }
@@ -235,7 +248,8 @@ bool expand(const Packed& p, const Kernels& k, int64_t first_strip, int64_t begi
     Cursor cursor{p.offsets[s], true};
     const int64_t rows = std::min(kStrip, p.rows - s * kStrip);
     for (int64_t first = 0; first < p.padded_pairs(); first += kTilePairs) {
-      const int64_t n = std::min(kTilePairs, p.padded_pairs() - first), columns = std::min(2 * n, p.columns - 2 * first);
+      const int64_t n = std::min(kTilePairs, p.padded_pairs() - first),
+                    columns = std::min(2 * n, p.columns - 2 * first);
       k.decode(p, cursor, s, first, n, tile);
       for (int64_t r = 0; r < rows; ++r) {
         T* out = panel + ((s - first_strip) * kStrip + r) * p.columns + 2 * first;

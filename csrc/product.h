@@ -1,4 +1,5 @@
-// y = x W^T + b of a packed weight, in plain C++: what the torch operator calls, and what a decoding step may call by itself.
+// y = x W^T + b of a packed weight, in plain C++: what the torch operator calls, and what a decoding step may call by
+// itself.
 #pragma once
 
 #include <functional>
@@ -7,16 +8,21 @@
 
 namespace losa {
 
-// Runs `work(from, to)` over parts of [begin, end) on as many threads as the caller has; parts are at least `grain` long.
+// Runs `work(from, to)` over parts of [begin, end) on as many threads as the caller has; parts are at least `grain`
+// long.
 using Work = std::function<void(int64_t, int64_t)>;
 using Parallel = std::function<void(int64_t begin, int64_t end, int64_t grain, const Work& work)>;
 
 // Whether `multiply` is the fast way for so many tokens; past that, a dense panel and a GEMM (ops.cpp) are.
-inline bool multiplies(const Kernels& k, ValueType type, int64_t tokens) { return tokens <= k.tile_tokens || tokens <= k.stream_tokens[int64_t(type)]; }
+inline bool multiplies(const Kernels& k, ValueType type, int64_t tokens) {
+  return tokens <= k.tile_tokens || tokens <= k.stream_tokens[int64_t(type)];
+}
 
-// y [tokens, rows] = x [tokens, columns] W^T + bias. Few tokens are multiplied while the weight streams by; more share tiles that are
-// decoded into the L1 cache. The bits of y do not depend on the number of threads. Returns false if masks and values disagree.
-bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, const bf16* bias, bf16* y, const Parallel& parallel);
+// y [tokens, rows] = x [tokens, columns] W^T + bias. Few tokens are multiplied while the weight streams by; more share
+// tiles that are decoded into the L1 cache. The bits of y do not depend on the number of threads. Returns false if
+// masks and values disagree.
+bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, const bf16* bias, bf16* y,
+              const Parallel& parallel);
 
 // Strips [begin, end) as rows of the dense panel [rows, columns] that begins with strip `first_strip`; bf16 or float.
 template <typename T>

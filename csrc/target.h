@@ -1,7 +1,8 @@
-// Compile the functions between LOSA_TARGET_BEGIN("...") and LOSA_TARGET_END for more than the baseline instruction set.
+// Compile the functions between LOSA_TARGET_BEGIN("...") and LOSA_TARGET_END for more than the baseline instruction
+// set.
 //
-// Only those functions: a file-wide -mavx512f would also compile the inline functions of every header for it, and the linker
-// may keep that copy for callers on older machines. Include every header before LOSA_TARGET_BEGIN.
+// Only those functions: a file-wide -mavx512f would also compile the inline functions of every header for it, and the
+// linker may keep that copy for callers on older machines. Include every header before LOSA_TARGET_BEGIN.
 #pragma once
 
 #define LOSA_PRAGMA(x) _Pragma(#x)

@@ -91,3 +91,29 @@ def token_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(7))
 
     return ids
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """A finished toy run, which no test may change: its folder, its model, what a callback saw on the way (`helpers.Look`)."""
+    from helpers import Look, set_up, toy_run
+
+    folder = set_up(tmp_path_factory.mktemp("run"))
+    look = Look(folder / "sparse")
+    model = toy_run(folder, callbacks=(look,))
+    return folder, model, look
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A sparse checkpoint, and what packing makes of it with every type of values; no test may change them."""
+    from packing import make_sparse
+
+    from losa.runtime.files import pack_checkpoint
+
+    folder = tmp_path_factory.mktemp("packed")
+    make_sparse("llama", folder / "sparse")
+    pack_checkpoint(folder / "sparse", folder / "packed")
+    pack_checkpoint(folder / "sparse", folder / "int8", "int8")
+    pack_checkpoint(folder / "sparse", folder / "int4", "int4")
+    return folder

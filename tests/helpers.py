@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
-from losa.checkpoint import RECORD
+from losa.adapter import masked_linears
+from losa.api import run
+from losa.commands.toy import TOY, toy_tokenizer
 from losa.config import LosaConfig
-from losa.doctor import TOY, toy_tokenizer
-from losa.method import run
 from losa.models import load
 from losa.report.page import PAGE
+from losa.system.output import RECORD
 
 WORDS = ["THE", "QUICK", "BROWN", "FOX", "JUMPS", "OVER", "A", "LAZY", "DOG", "WHILE", "SIX", "WIZARDS", "BOX"]
 
@@ -219,3 +220,16 @@ class StopAtStep(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.left == 0 and state.global_step + 1 == self.update:
             raise Stop
+
+
+class Look(TrainerCallback):
+    """Notes, at the start of each training, masks, ranks and what is in the output directory."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.masks, self.ranks, self.stages = output, [], [], []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        layers = masked_linears(kwargs["model"])
+        self.masks.append({name: layer.keep_OI.clone() for name, layer in layers.items()})
+        self.ranks.append({name: layer.rank for name, layer in layers.items()})
+        self.stages.append(sorted(path.name for path in (self.output / ".losa").iterdir() if (path / "stage.json").exists()))

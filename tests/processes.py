@@ -73,8 +73,8 @@ def _ranked(rank: int, count: int, port: int, function: Callable[..., None], arg
 def losa(arguments: list[str], kill: tuple[str, str] | None = None) -> None:
     """The `losa` command. `kill=("before", name)` sends SIGKILL where a file or directory would get the name `name`, by a rename
     or by changing places with what has it."""
-    from losa import output
     from losa.cli import main
+    from losa.system import output
 
     if kill is not None:
         Path.rename = _dying(Path.rename, *kill)  # type: ignore[method-assign]

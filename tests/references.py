@@ -4,6 +4,7 @@ Where the package uses a trick (chunks, Cholesky factors, closed forms, sorts), 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -292,3 +293,19 @@ def alps(weight: Tensor, moments: Tensor, count: int, damping: float, turns: int
             seen = keep
             penalty *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
     return least_squares_on_mask(scaled, keep, gram) / norm, keep
+
+
+def gptq_under_mask(
+    weight: Tensor, keep: Tensor, moments: Tensor, damping: float, nearest: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Column by column: round what is kept, zero what is not, and let the columns that are left make up for it, with the inverse
+    of their own part of the damped Hessian taken anew for each column. `nearest(values, column)` rounds."""
+    weight, moments = weight.double().clone(), moments.double()
+    moments = moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
+    for column in range(weight.shape[1]):
+        inverse = torch.linalg.inv(moments[column:, column:])
+        new = torch.where(keep[:, column], nearest(weight[:, column], column), 0.0)
+        error = (weight[:, column] - new) / inverse[0, 0]
+        weight[:, column:] -= error[:, None] * inverse[0]
+        weight[:, column] = new
+    return weight

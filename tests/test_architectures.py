@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from losa.adapter import attach, merge
 from losa.calibration import prune_blocks
-from losa.checkpoint import write_verified
 from losa.config import TrainConfig
 from losa.integrations import transformers  # noqa: F401 - opens packed checkpoints
 from losa.models import check_supported, find_decoder, logits_by_block
 from losa.pruning import Pattern, get_pruner
 from losa.runtime.files import pack_checkpoint
+from losa.session.result import write_verified
 from losa.training import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported.md"

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from losa import calibration
 from losa.adapter import attach, masked_linears
-from losa.blocks import Call
 from losa.calibration import InputStatistics, ReconstructionError, block_grams
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
+from losa.models.blocks import Call
 from losa.pruning import PRUNERS, Pattern, get_pruner
 
 UNSTRUCTURED = Pattern()

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from losa.cli import app, main
+from losa.commands.inspect import inspect
 from losa.config import LosaConfig
 from losa.evaluation import evaluate_checkpoint
-from losa.inspect import inspect
 from losa.models import load
 
 COMMANDS = typer.main.get_command(app).commands
@@ -91,7 +91,7 @@ def test_no_command_shows_the_help():
 
 def test_run_from_file_options_and_set(folder, tmp_path):
     """In a process of its own. `--set` wins over options, options over the file."""
-    values = toy_config(folder, steps=2, delta=0.0).to_dict()
+    values = toy_config(folder, steps=2, rate_band=0.0).to_dict()
     (tmp_path / "c.yaml").write_text(LosaConfig.from_dict(values | {"sparsity": 0.3, "seed": 4}).to_yaml())
     arguments = ["run", str(folder / "model"), "-o", str(tmp_path / "sparse"), "-c", str(tmp_path / "c.yaml")]
     arguments += ["--sparsity", "0.5", "--pruner", "magnitude", "--seed", "5"]
@@ -109,7 +109,6 @@ def test_run_from_file_options_and_set(folder, tmp_path):
 def test_preset_of_run(folder, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr("losa.session.check_request", lambda config, **kwargs: seen.append(config), raising=False)
-    monkeypatch.setattr("losa.session.check_output", lambda config, resume: seen.append(config), raising=False)
     monkeypatch.setattr("losa.models.load", lambda config: (_ for _ in ()).throw(ValueError("enough")))
     losa_main(monkeypatch, capsys, "run", folder / "model", "-o", folder / "o", "--preset", "paper", "--data", "own.json")
     assert seen[0].train.samples == 10_000
@@ -426,7 +425,7 @@ def test_memory_that_runs_out_is_a_sentence(folder, monkeypatch, capsys, error):
     def eat(*_):
         raise error
 
-    monkeypatch.setattr("losa.inspect.inspect", eat)
+    monkeypatch.setattr("losa.commands.inspect.inspect", eat)
     result = losa_main(monkeypatch, capsys, "inspect", folder / "model")
     assert_one_line_error(result, "out of memory: ")
     assert "losa plan" in result[2]

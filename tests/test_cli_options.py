@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import losa
 from losa.cli import app
-from losa.cli_options import LAYERS, SHARED, Request
+from losa.cli.options import LAYERS, SHARED, Request
 from losa.config import LosaConfig
 
 COMMANDS = typer.main.get_command(app).commands
@@ -88,7 +88,7 @@ def test_eval_reads_set_and_windows(folder, monkeypatch, capsys):
 def test_compare_takes_one_target_by_the_names_of_run(folder, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr("losa.comparison.compare", lambda config: seen.append(config) or [])
-    monkeypatch.setattr("losa.report.table.comparison_table", lambda rows: "")
+    monkeypatch.setattr("losa.cli.tables.comparison_table", lambda rows: "")
     arguments = ["compare", folder / "model", "--data", folder / "text.txt", "-o", tmp_path / "out", "--seed", "3"]
     for target in (["--sparsity", "0.5"], ["--pattern", "2:4"]):
         assert losa_main(monkeypatch, capsys, *arguments, *target, "--preset", "quick")[0] == 0

@@ -2,22 +2,27 @@
 stopped, and no row that is made twice."""
 
 import csv
+import inspect
 import json
+import re
 import statistics
 import xml.etree.ElementTree as ET
 
 import pytest
 import torch
 from conftest import make_tiny_model
-from helpers import save_text, set_up, toy_run, toy_values
+from helpers import save_tasks, save_text, set_up, toy_run, toy_values
 from torch import nn
 
 from losa import comparison
 from losa.adapter import attach, masked_linears, merge
 from losa.baselines import lift_masks, mask_again
-from losa.comparison import METHODS, CompareConfig, compare
-from losa.config import parse_set
-from losa.report.comparison import cells, markdown, provenance, spread
+from losa.cli import verbs
+from losa.comparison import METHODS, SLUGS, CompareConfig, compare
+from losa.pruning.grid import FORMATS
+from losa.report.comparison import cells, latex, markdown, provenance, spread
+from losa.report.pareto import front, points, recommendations
+from losa.system.yaml_tree import parse_set
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def made(folder, tmp_path_factory):
 
 def test_every_method_is_as_sparse_as_it_says(made):
     for name, row in made[1].items():
-        expected = 0.0 if name == "dense" or name.endswith("+ LoRA") else 0.6
+        expected = 0.0 if name == "dense" or name.startswith("GPTQ") or name.endswith("+ LoRA") else 0.6
         assert row["sparsity"] == pytest.approx(expected, abs=1e-3), name
         assert (row["masked_again"] is not None) == name.endswith("+ LoRA")
 
@@ -222,3 +227,84 @@ def test_a_damaged_row_is_made_again(folder, tmp_path, caplog):
 def test_values_of_another_type_are_refused(tmp_path, values):
     with pytest.raises(ValueError, match=r"run\.eval is 'text\.txt'|variants\.mine\.method is \[\]"):
         CompareConfig(output=str(tmp_path), **values)
+
+
+def test_methods_are_typed_as_slugs_in_any_case(folder, tmp_path):
+    assert config(folder, tmp_path, methods=["WANDA", "wanda-masked-lora", "losa", "Wanda + LoSA"]).methods == [
+        "Wanda",
+        "Wanda + masked LoRA",
+        "losa",
+        "Wanda + LoSA",
+    ]
+    assert len(SLUGS) == len(METHODS)
+    help_ = inspect.signature(verbs.compare).parameters["methods"].annotation.__metadata__[0].help
+    listed = set(re.findall(r"[a-z0-9-]+", help_))
+    assert {name for name in SLUGS if not name.endswith("-training")} <= listed
+
+
+def test_rows_know_their_bits_and_bytes(made):
+    rows = made[1]
+    density = 1 - rows["ALPS int4"]["sparsity"]
+    assert rows["dense"]["bits"] == 16
+    assert rows["Wanda"]["bits"] == pytest.approx(1 + 16 * 0.4, abs=0.02)
+    assert rows["ALPS int4"]["bits"] <= FORMATS["int4"].bits_per_weight(density) + 1e-9
+    assert rows["GPTQ 3-bit"]["bits"] == 3.25
+    assert rows["Wanda + LoRA"]["bits"] == 16  # a merge that is dense again
+    order = ("GPTQ 2-bit", "ALPS int4", "GPTQ 3-bit", "GPTQ 4-bit", "Wanda", "dense")
+    assert [rows[name]["bytes"] for name in order] == sorted(rows[name]["bytes"] for name in order)
+    assert rows["GPTQ 8-bit"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=0.01)
+    assert rows["GPTQ 3-bit + training"]["perplexity"] < rows["GPTQ 3-bit"]["perplexity"]
+    assert rows["losa int4"]["perplexity"] < rows["ALPS int4"]["perplexity"]
+    head = (made[0] / "comparison.md").read_text()
+    assert "| ALPS int4 60 % |" in head and "- Within" in head
+    assert r"\toprule" in (made[0] / "comparison.tex").read_text()
+    assert ET.parse(made[0] / "comparison-by-bytes.svg").getroot().tag.endswith("svg")
+
+
+def test_speed_and_tasks_are_measured_where_they_are_wanted(folder, tmp_path):
+    methods = ["dense", "ALPS int4", "GPTQ 3-bit"]
+    tasks = {"tasks": "piqa,arc_easy", "task_data": str(save_tasks(tmp_path / "tasks")), "limit": 2}
+    found = compare(config(folder, tmp_path / "out", methods=methods, targets=["0.5"], speed=True, **tasks))
+    assert found[0]["speed"]["of_dense"] == 1 and found[1]["speed"]["tokens_per_second"] > 0
+    assert found[2]["speed"] is None  # not ours to run
+    assert set(found[0]["tasks"]["tasks"]) == {"piqa", "arc_easy"} and found[0]["tasks"]["mean"] is None
+    assert (tmp_path / "out" / "comparison-by-speed.svg").exists()
+    assert "| tokens/s | of dense |" in (tmp_path / "out" / "comparison.md").read_text()
+    with pytest.raises(ValueError, match="limit is 0, expected at least 1"):
+        config(folder, tmp_path, methods=["dense"], limit=0)
+
+
+def row(method, target, perplexity, bits, values=None, of_dense=None):
+    speed = None if of_dense is None else {"tokens_per_second": 10 * of_dense, "of_dense": of_dense}
+    about = {"method": method, "target": target, "perplexity": perplexity, "bits": bits, "bytes": bits * 1000, "speed": speed}
+    return about | {"tasks": None, "config": {"values": values}}
+
+
+def test_what_to_use_is_said_for_every_loss_of_quality():
+    rows = [
+        row("dense", "", 10.0, 16.0, of_dense=1.0),
+        row("GPTQ 4-bit", "", 10.9, 4.25, "dense4"),
+        row("losa int4", "0.5", 12.0, 3.1, "int4", of_dense=5.0),
+        row("losa", "0.5", 10.8, 9.0, of_dense=3.0),
+        row("Wanda", "0.5", 30.1, 9.0, of_dense=3.0),
+    ]
+    near, far, *rest = recommendations(rows)
+    assert near.startswith("Within 1.1 times") and "smallest is GPTQ 4-bit, 4.25 bits" in near and "llama.cpp" in near
+    assert "fastest is losa 50 %, 3.0x dense" in near
+    assert far.startswith("Within 1.25 times") and "smallest is losa int4 50 %" in far and "5.0x" in far
+    assert rest == []  # nothing else at a greater loss
+    assert [point.name for point in front(points(rows), lambda point: point.bits)] == [
+        "losa int4 50 %",
+        "GPTQ 4-bit",
+        "losa 50 %",
+        "dense",
+    ]
+    assert "keep more weights" in recommendations([rows[0], rows[4]])[0]
+    assert recommendations(rows[1:]) == []
+
+
+def test_a_table_in_latex():
+    assert latex("| method | 50 % |\n|---|---|\n| a | 1.00 ± 0.10 |\n").splitlines() == [
+        r"\begin{tabular}{lr}", r"\toprule", r"method & 50 \% \\", r"\midrule", r"a & 1.00 $\pm$ 0.10 \\", r"\bottomrule",
+        r"\end{tabular}",
+    ]  # fmt: skip

@@ -9,7 +9,7 @@ import yaml
 
 from losa.allocation import BANDS
 from losa.cli import main
-from losa.config import AdapterConfig, CalibrationConfig, EvalConfig, LosaConfig, TrainConfig, differences, parse_set
+from losa.config import AdapterConfig, CalibrationConfig, EvalConfig, LosaConfig, TrainConfig
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -21,26 +21,26 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def test_default_is_the_headline():
     config = LosaConfig()
     assert (config.sparsity, config.steps, config.pruner, config.train.weights) == (0.7, 1, "alps", "all")
-    assert config.delta == BANDS[config.rates](0.7)
+    assert config.rate_band == BANDS[config.rates](0.7)
 
 
 @pytest.mark.parametrize(
     ("sparsity", "delta"), [(0.3, 0.01), (0.5, 0.01), (0.51, 0.02), (0.6, 0.02), (0.61, 0.03), (0.7, 0.03), (0.95, 0.03)]
 )
 def test_delta_follows_the_dial(sparsity, delta):
-    assert LosaConfig(sparsity=sparsity, rates="rmi").delta == delta
+    assert LosaConfig(sparsity=sparsity, rates="rmi").rate_band == delta
 
 
 def test_delta_given_is_kept():
-    assert LosaConfig(sparsity=0.7, delta=0.0).delta == 0.0
-    assert LosaConfig(sparsity=0.7, delta=0.1).delta == 0.1
+    assert LosaConfig(sparsity=0.7, rate_band=0.0).rate_band == 0.0
+    assert LosaConfig(sparsity=0.7, rate_band=0.1).rate_band == 0.1
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75), ("1:3", 2 / 3)])
 def test_pattern_sets_sparsity_and_delta(pattern, sparsity):
     config = LosaConfig(pattern=pattern)
     assert config.sparsity == pytest.approx(sparsity)
-    assert config.delta == 0
+    assert config.rate_band == 0
     assert LosaConfig(pattern=pattern, sparsity=config.sparsity) == config
 
 
@@ -50,8 +50,8 @@ def test_pattern_with_another_sparsity_is_refused():
 
 
 def test_pattern_with_a_delta_is_refused():
-    with pytest.raises(ValueError, match=r"delta is 0\.02, expected 0"):
-        LosaConfig(pattern="2:4", delta=0.02)
+    with pytest.raises(ValueError, match=r"rate_band is 0\.02, expected 0"):
+        LosaConfig(pattern="2:4", rate_band=0.02)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_wrong_type_names_key_and_value(key, value, expected):
 
 OUT_OF_RANGE = [
     *(("sparsity", value) for value in (0, 1, -0.1, 1.5, 70)),
-    *(("delta", value) for value in (-0.01, 1.0)),
+    *(("rate_band", value) for value in (-0.01, 1.0)),
     *(("steps", value) for value in (0, -1, 100)),  # stages have two digits
     ("seed", -1),
     *(("pruner", value) for value in ("wandas", "", "Wanda")),
@@ -114,8 +114,8 @@ OUT_OF_RANGE = [
     *(("calibration.rmi_sequences", value) for value in (0, 1)),
     *(("calibration.length", value) for value in (0, 7)),
     *(("adapter.max_rank", value) for value in (0, -1)),
-    *(("adapter.omega_first", value) for value in (0, 0.5, 17)),
-    *(("adapter.omega_last", value) for value in (0.99, 16.5)),
+    *(("adapter.mean_rank_first", value) for value in (0, 0.5, 17)),
+    *(("adapter.mean_rank_last", value) for value in (0.99, 16.5)),
     *(("adapter.scale", value) for value in (0, -2)),
     *(("adapter.allocation", value) for value in ("errors", "")),
     *((f"train.{name}", value) for name in ("tokens", "batch_size", "accumulation", "samples") for value in (0, -1)),
@@ -138,16 +138,16 @@ def test_out_of_range_names_the_field(key, value):
     assert str(caught.value).startswith(f"{key} is {value!r}")
 
 
-def test_shrinking_max_rank_names_the_omega_that_no_longer_fits():
-    with pytest.raises(ValueError, match=r"adapter\.omega_last is 10\.0, expected 1\.\.adapter\.max_rank = 8"):
+def test_shrinking_max_rank_names_the_mean_rank_that_no_longer_fits():
+    with pytest.raises(ValueError, match=r"adapter\.mean_rank_last is 10\.0, expected 1\.\.adapter\.max_rank = 8"):
         LosaConfig.from_dict({"adapter": {"max_rank": 8}})
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("sparsity", 1e-6), ("sparsity", 0.999), ("delta", 0), ("steps", 1), ("train.warmup", 0), ("train.last_share", 1)),
-        *(("train.weight_decay", 0), ("adapter.omega_first", 16), ("calibration.sequences", 1), ("eval.length", 2)),
+        *(("sparsity", 1e-6), ("sparsity", 0.999), ("rate_band", 0), ("steps", 1), ("train.warmup", 0), ("train.last_share", 1)),
+        *(("train.weight_decay", 0), ("adapter.mean_rank_first", 16), ("calibration.sequences", 1), ("eval.length", 2)),
     ],
 )
 def test_edges_of_the_ranges_are_allowed(key, value):
@@ -193,7 +193,7 @@ def test_defaults_then_preset_then_file_then_overrides(tmp_path):
 def test_delta_follows_the_dial_of_the_last_layer(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("sparsity: 0.7\nrates: rmi\n")
-    assert LosaConfig.load(str(file), overrides={"sparsity": 0.5}).delta == 0.01
+    assert LosaConfig.load(str(file), overrides={"sparsity": 0.5}).rate_band == 0.01
 
 
 @pytest.mark.parametrize(
@@ -221,35 +221,6 @@ def test_missing_file_is_named():
 def test_unknown_preset_lists_the_known():
     with pytest.raises(ValueError, match="preset is 'papers', expected one of one-shot, paper, quick"):
         LosaConfig.load(preset="papers")
-
-
-def test_parse_set_reads_yaml_values():
-    pairs = parse_set(["train.lr=1e-3", "steps=3", "offload=true", "train.data=a=b.txt", "pattern='2:4'"])
-    assert list(pairs) == ["train.lr", "steps", "offload", "train.data", "pattern"]
-    config = LosaConfig.load(overrides=pairs)
-    assert (config.train.lr, config.steps, config.offload) == (0.001, 3, True)
-    assert (config.train.data, config.pattern) == ("a=b.txt", "2:4")
-
-
-def test_pattern_needs_no_quotes(tmp_path):
-    """YAML 1.1 would read 2:4 as 2 * 60 + 4."""
-    (tmp_path / "c.yaml").write_text("pattern: 4:8\n")
-    assert LosaConfig.load(overrides=parse_set(["pattern=2:4"])).pattern == "2:4"
-    assert LosaConfig.load(str(tmp_path / "c.yaml")).pattern == "4:8"
-
-
-@pytest.mark.parametrize("item", ["train.lr", "=3", "", "train.lr=[1"])
-def test_parse_set_refuses(item):
-    with pytest.raises(ValueError, match="--set"):
-        parse_set([item])
-
-
-def test_differences_are_lines_of_leaves():
-    old = LosaConfig(sparsity=0.7, rates="rmi", train=TrainConfig(lr=1e-3)).to_dict()
-    new = LosaConfig(sparsity=0.5, rates="rmi", train=TrainConfig(lr=2e-3)).to_dict()
-    assert differences(old, new) == ["delta: 0.03 -> 0.01", "sparsity: 0.7 -> 0.5", "train.lr: 0.001 -> 0.002"]
-    assert differences(old, old) == []
-    assert differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
 
 
 def test_resolve_takes_lengths_from_the_model():
@@ -305,21 +276,21 @@ def test_shares_are_a_tenth_each_and_the_rest_at_last():
         assert shares[-1] == 0.3
 
 
-def test_omega_climbs_from_six_to_ten():
+def test_mean_rank_climbs_from_six_to_ten():
     adapter = AdapterConfig()
-    assert [adapter.omega(step, 5) for step in range(1, 6)] == [6, 7, 8, 9, 10]
-    assert adapter.omega(1, 1) == 10
-    assert [adapter.omega(step, 3) for step in (1, 2, 3)] == [6, 8, 10]
+    assert [adapter.mean_rank(step, 5) for step in range(1, 6)] == [6, 7, 8, 9, 10]
+    assert adapter.mean_rank(1, 1) == 10
+    assert [adapter.mean_rank(step, 3) for step in (1, 2, 3)] == [6, 8, 10]
 
 
 def test_paper_preset_is_the_released_recipe():
     config = LosaConfig.load(preset="paper")
-    assert (config.sparsity, config.steps, config.delta, config.pruner, config.rates) == (0.7, 5, 0.03, "wanda", "rmi")
+    assert (config.sparsity, config.steps, config.rate_band, config.pruner, config.rates) == (0.7, 5, 0.03, "wanda", "rmi")
     assert (config.train.weights, config.reconstruct.epochs, config.rotate) == ("adapters", 0, False)
     assert config.calibration == CalibrationConfig(
         data="allenai/c4:en", sequences=128, rmi_sequences=64, rmi_length=2048, error_sequences=128
     )
-    assert [config.adapter.omega(step, 5) for step in range(1, 6)] == [6, 7, 8, 9, 10]
+    assert [config.adapter.mean_rank(step, 5) for step in range(1, 6)] == [6, 7, 8, 9, 10]
     assert (config.adapter.max_rank, config.adapter.scale) == (16, 2)
     train = config.train
     assert [round(share * (train.samples or 0)) for share in train.shares(5)] == [1000] * 4 + [6000]

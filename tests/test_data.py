@@ -9,6 +9,7 @@ import torch
 from helpers import WORDS, save_text, toy_config
 from transformers import PreTrainedTokenizerFast
 
+from losa.commands.toy import toy_tokenizer
 from losa.config import LosaConfig
 from losa.data import (
     PIECE,
@@ -23,7 +24,6 @@ from losa.data import (
     training_blocks,
     windows,
 )
-from losa.doctor import toy_tokenizer
 from losa.training import collate
 
 EOS = 63

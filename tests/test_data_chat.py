@@ -10,14 +10,14 @@ from test_data_kinds import CHAT, lines
 from transformers import AutoTokenizer
 
 from losa.adapter import attach
+from losa.commands.demo import assets
+from losa.commands.toy import toy_tokenizer
 from losa.config import TrainConfig
 from losa.data import Marked, Packed, calibration_windows, load_documents, padded_samples, show_example, training_blocks
 from losa.data.blocks import encode
 from losa.data.chat import by_template, plain
 from losa.data.files import Record
 from losa.data.records import BadRecord, Conversation, parse
-from losa.demo import assets
-from losa.doctor import toy_tokenizer
 from losa.evaluation import perplexity
 from losa.loss import causal_loss
 from losa.training import collate, train
@@ -259,7 +259,7 @@ def test_a_model_that_cannot_keep_conversations_apart_gets_them_joined(tiny_mode
     monkeypatch.setattr(
         model, "forward", lambda *args, **kwargs: seen.append("position_ids" in kwargs) or forward(*args, **kwargs)
     )
-    monkeypatch.setattr("losa.training.separates_documents", lambda model: False)
+    monkeypatch.setattr("losa.training.trainer.separates_documents", lambda model: False)
     config = TrainConfig(lr=1e-3, batch_size=8, distill=0.0)
     train(model, rows, config, name="training", seed=0, work_dir=tmp_path, eos=toy.eos_token_id)
     assert seen == [False]

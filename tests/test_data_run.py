@@ -12,10 +12,10 @@ from test_data_chat import chats
 from test_data_kinds import lines, zst
 
 from losa.cli import app
-from losa.comparison import Row, measure
+from losa.commands.toy import toy_tokenizer
+from losa.comparison import Also, Row, measure
 from losa.data import hold_out, load_documents, prepare, read_run
 from losa.data.files import directory_files
-from losa.doctor import toy_tokenizer
 from losa.evaluation import evaluate_checkpoint
 from losa.evaluation.checkpoint import recorded_text
 from losa.loss import IGNORED
@@ -45,7 +45,7 @@ def test_a_directory_says_what_it_took_and_what_it_left(tmp_path, caplog):
     (tmp_path / "prose").mkdir()
     (tmp_path / "prose" / "Readme-first.md").write_bytes(b"About.")
     (tmp_path / "prose" / "sources of the nile.txt").write_bytes(b"FOUR")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="losa"):
         assert load_documents(str(tmp_path)) == ["ONE", "TWO", "THREE", "FOUR"]
     taken, left = caplog.records
     assert (
@@ -60,7 +60,7 @@ def test_a_directory_says_what_it_took_and_what_it_left(tmp_path, caplog):
 def test_many_files_are_not_all_listed(tmp_path, caplog):
     for number in range(30):
         (tmp_path / f"{number:02d}.txt").write_text("A")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="losa"):
         assert len(load_documents(str(tmp_path))) == 30
     assert "19.txt: a text\n  and 10 more" in caplog.text and "20.txt" not in caplog.text
     assert len(directory_files(tmp_path)[0]) == 30
@@ -106,8 +106,8 @@ def test_a_short_text_gives_a_window_and_a_shorter_one_none(tmp_path):
 
 def test_a_run_trains_on_answers_and_eval_finds_what_it_held_out(home, caplog, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr("losa.training.collate", lambda rows, eos: seen.append(rows) or collate(rows, eos=eos))
-    with caplog.at_level(logging.INFO):
+    monkeypatch.setattr("losa.training.trainer.collate", lambda rows, eos: seen.append(rows) or collate(rows, eos=eos))
+    with caplog.at_level(logging.INFO, logger="losa"):
         model = toy_run(home, **CHAT)
     labels = torch.stack([row["labels"] for rows in seen for row in rows])
     assert 0.2 < (labels != IGNORED).float().mean() < 0.8
@@ -175,7 +175,7 @@ def test_a_comparison_reads_its_texts_before_each_model(home, monkeypatch):
     (home / "chat.jsonl").write_bytes(lines({"prompt": "A", "completion": ""}))
     monkeypatch.setattr("losa.comparison.load", lambda config: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: an answer in 'completion' is empty"):
-        measure(Row("LoSA", "losa", "0.6", 0, toy_config(home, **CHAT, output=None), False))
+        measure(Row("LoSA", "losa", "0.6", 0, toy_config(home, **CHAT, output=None), Also(False, False, None, None, None)))
 
 
 def test_a_tokenizer_without_a_template_gets_the_plain_form(home):

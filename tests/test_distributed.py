@@ -7,7 +7,7 @@ import torch
 from helpers import record_of, set_up, tensors, toy_config, toy_values
 from safetensors.torch import load_file, save_file
 
-from losa.session import check_parts, check_request
+from losa.session.checks import check_parts, check_request
 
 
 def run_in(folder, output, count, *options):
@@ -88,11 +88,12 @@ def train_from_host(model_directory, folder, on_host):
     """Trains the adapters of a toy on a twin that streams its weights from the host, or as it is; saves them."""
     from pathlib import Path
 
-    from losa import distributed
     from losa.adapter import attach, masked_linears
     from losa.config import TrainConfig
     from losa.models import load
+    from losa.system import distributed
     from losa.training import train
+    from losa.training.sharding import copy_trained, sharded
 
     device = torch.device("cpu")
     model, _ = load(model_directory)
@@ -103,12 +104,12 @@ def train_from_host(model_directory, folder, on_host):
     twin = model
     if on_host:
         distributed.join(device, alone=True)
-        twin = distributed.sharded(model, device, on_host=True)
+        twin = sharded(model, device, on_host=True)
     rows = torch.randint(0, 60, (32, 16), generator=torch.Generator().manual_seed(1))
     config = TrainConfig(lr=0.01, batch_size=8)
     train(twin, rows, config, name="test", seed=0, work_dir=Path(folder), dense_on_host=on_host)
     if on_host:
-        distributed.copy_trained(twin, model)
+        copy_trained(twin, model)
         torch.distributed.destroy_process_group()
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     save_file(trained, Path(folder, f"{on_host}.safetensors"))

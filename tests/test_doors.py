@@ -8,8 +8,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from losa.config import LosaConfig, read_config
-from losa.doors import (
+from losa.config import LosaConfig
+from losa.system.doors import (
     INDEX,
     JSON_BYTES,
     check_links,
@@ -23,6 +23,7 @@ from losa.doors import (
     tensor_heads,
     weight_files,
 )
+from losa.system.yaml_tree import read_config
 
 
 class Panic(BaseException):

@@ -10,10 +10,10 @@ from helpers import save_text, save_toy, toy_model
 from typer.testing import CliRunner
 
 from losa.cli import app
+from losa.commands.demo import assets
+from losa.commands.toy import toy_tokenizer
 from losa.config import LosaConfig
 from losa.data import evaluation_text, windows
-from losa.demo import assets
-from losa.doctor import toy_tokenizer
 from losa.evaluation import evaluate_checkpoint, perplexity
 from losa.evaluation.checkpoint import check_savable, default_lengths, save_results
 from losa.evaluation.perplexity import exp
@@ -184,7 +184,7 @@ def test_results_are_printed_before_they_are_saved(checkpoint, command, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("losa.evaluation.checkpoint.replace", full)
-    monkeypatch.setattr("losa.checkpoint.replace", full)
+    monkeypatch.setattr("losa.system.writing.replace", full)
     options = ["--data", "x.txt"] if command == "eval" else []
     result = CliRunner().invoke(app, [command, str(checkpoint), *options, "--save", "--json"])
     assert isinstance(result.exception, OSError)

@@ -21,7 +21,7 @@ from losa.models import (
     max_length,
     place,
 )
-from losa.opening import check_model, open_config
+from losa.models.opening import check_model, open_config
 
 
 def own_block_outputs(model, ids):

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import losa
 from losa import LosaConfig
-from losa.doctor import toy_tokenizer
-from losa.inspect import inspect
-from losa.opening import load, open_config
-from losa.plan import plan
+from losa.commands.inspect import inspect
+from losa.commands.toy import toy_tokenizer
+from losa.models import load
+from losa.models.opening import open_config
+from losa.planning.plan import plan
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 
 

@@ -13,12 +13,12 @@ import pytest
 from helpers import file_bytes, record_of, set_up, tensors, toy_config, toy_run
 from processes import call, losa
 
-from losa import output as outputs
+from losa.api import prune
 from losa.config import LosaConfig
-from losa.method import prune
 from losa.models import load
-from losa.output import LIST, check_free, claim, fresh, listed, publish
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
+from losa.system import output as outputs
+from losa.system.output import LIST, check_free, claim, commit, fresh, listed
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def put(output: Path, **files: str) -> None:
         new = fresh(output)
         for name, text in files.items():
             (new / name).write_text(text)
-        publish(output)
+        commit(output)
 
 
 # ---- the lock -----------------------------------------------------------------------------------------------------------------

@@ -13,50 +13,19 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import FAMILIES, make_tiny_model
-from safetensors.torch import load_file, save_file
+from helpers import tensors
+from packing import LAYER, change_header, change_tensors, make_sparse, same
 from transformers import AutoModelForCausalLM, pipeline
 
 import losa
 from losa import SparseConfig, SparseLinear
-from losa.doctor import toy_tokenizer
+from losa.commands.inspect import inspect
+from losa.commands.toy import toy_tokenizer
 from losa.evaluation.perplexity import perplexity
-from losa.inspect import inspect
 from losa.models import find_decoder
-from losa.runtime import kernels
-from losa.runtime.bench import compare, weight_bytes
+from losa.runtime.bench import weight_bytes
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
-
-
-def make_sparse(family: str, directory, shards: bool = False, sparsity: float = 0.7, **changes):
-    """A checkpoint of a tiny model in bfloat16 whose linear layers are `sparsity` zeros."""
-    model = make_tiny_model(family, **changes).bfloat16()
-    for linear in find_decoder(model).linears().values():
-        linear.weight.data[torch.rand(linear.weight.shape) < sparsity] = 0
-    model.save_pretrained(directory, max_shard_size="20KB" if shards else "50GB")
-    toy_tokenizer().save_pretrained(directory)
-    return model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packed")
-    make_sparse("llama", folder / "sparse")
-    pack_checkpoint(folder / "sparse", folder / "packed")
-    pack_checkpoint(folder / "sparse", folder / "int8", "int8")
-    pack_checkpoint(folder / "sparse", folder / "int4", "int4")
-    return folder
-
-
-def tensors(directory) -> dict[str, torch.Tensor]:
-    return {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(
-        torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8)) for key in first
-    )
-
 
 IDS = torch.arange(1, 41).view(2, 20)
 
@@ -183,31 +152,6 @@ def test_generate_pipeline_perplexity_and_eval(llama, monkeypatch, capsys):
         generate(packed, tokenizer, "", pieces.append)
 
 
-def test_inspect_reads_the_header(llama):
-    sparse, packed = inspect(llama / "sparse"), inspect(llama / "packed")
-    assert {(layer.name, layer.zeros, layer.numel) for layer in sparse} == {
-        (layer.name, layer.zeros, layer.numel) for layer in packed
-    }
-
-
-def test_bench_compares_in_one_process(llama):
-    for directory, names in (
-        (llama / "sparse", ["dense", "sparse bfloat16", "sparse int4", "sparse int8"]),
-        (llama / "int4", ["dense", "sparse int4"]),
-    ):
-        result = compare(directory, prompt=4, new=3, rounds=1)
-        assert [row["name"] for row in result["rows"]] == names
-        for row in result["rows"]:
-            assert row["tokens_per_second"] > 0
-            compiled = row["name"] != "dense" and len(kernels.available()) > 1
-            assert row["road"] == ("compiled step" if compiled else "transformers")
-            assert row["limit_tokens_per_second"] == pytest.approx(result["bandwidth"] / row["weight_bytes"])
-    with pytest.raises(ValueError, match="1 new tokens"):
-        compare(llama / "packed", new=1)
-    with pytest.raises(ValueError, match="more than the model's 64; ask for fewer"):
-        compare(llama / "packed", prompt=63, new=2)
-
-
 def test_float32_weights_are_rounded_once(tmp_path):
     model = make_tiny_model("llama")
     model.save_pretrained(tmp_path / "float32")
@@ -308,28 +252,12 @@ def copy(llama, tmp_path):
     return tmp_path / "copy"
 
 
-def change_header(directory, **changes):
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def change_tensors(directory, change):
-    file = directory / "model.safetensors"
-    found = load_file(file)
-    change(found)
-    save_file(found, file, metadata={"format": "pt"})
-
-
 def both_doors_refuse(directory, message: str):
     with pytest.raises(ValueError, match=message):
         losa.load(directory)
     with pytest.raises(ValueError, match=message):
         unpack_checkpoint(directory, directory.parent / "again")
     assert not (directory.parent / "again").exists()
-
-
-LAYER = "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -465,43 +393,6 @@ def test_fuzzed_configs_are_refused_or_open(copy):
         except (ValueError, RuntimeError):
             continue
         assert all(math.isfinite(value) for value in model(IDS[:1, :4]).logits.flatten().tolist())
-
-
-@pytest.mark.parametrize("kind", ["packed", "int8"])
-def test_inspect_counts_the_masks(llama, tmp_path, kind):
-    """What `config.json` claims is compared with them, and never believed."""
-    copy = shutil.copytree(llama / kind, tmp_path / "copy")
-    honest = {layer.name: layer.zeros for layer in inspect(copy)}
-    if kind == "packed":
-        assert honest == {layer.name: layer.zeros for layer in inspect(llama / "sparse")}
-    layers = json.loads((copy / "config.json").read_text())["quantization_config"]["layers"]
-    change_header(copy, layers={name: count for name, count in layers.items() if name != LAYER})
-    with pytest.raises(ValueError, match=f"the files hold '{LAYER}' packed, which the header does not name"):
-        inspect(copy)
-    change_header(copy, layers=layers | {LAYER: 1})
-    with pytest.raises(ValueError, match=r"is BF16 \[\d+\], expected BF16 \[1\]|is I8 \[\d+\], expected I8 \[1\]"):
-        inspect(copy)
-    change_tensors(copy, lambda found: found.update({f"{LAYER}.weight": found[f"{LAYER}.weight"][:1].clone()}))
-    with pytest.raises(ValueError, match=rf"{LAYER}: the masks mark [\d,]+ weights, the header says 1"):
-        inspect(copy)
-
-
-def test_inspect_shows_what_is_not_packed_too(llama, tmp_path):
-    """So that nobody hides dense layers behind a packed one."""
-    copy = shutil.copytree(llama / "packed", tmp_path / "copy")
-    layers = json.loads((copy / "config.json").read_text())["quantization_config"]["layers"]
-    dense = load_file(llama / "sparse" / "model.safetensors")[f"{LAYER}.weight"]
-
-    def unpack_one(found):
-        for part in ("weight", "weight_mask", "weight_offsets"):
-            del found[f"{LAYER}.{part}"]
-        found[f"{LAYER}.weight"] = torch.ones_like(dense)
-
-    change_tensors(copy, unpack_one)
-    change_header(copy, layers={name: count for name, count in layers.items() if name != LAYER})
-    zeros = {layer.name: layer.zeros for layer in inspect(copy)}
-    assert len(zeros) == len(layers)
-    assert zeros[f"{LAYER}.weight"] == 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

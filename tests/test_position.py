@@ -9,7 +9,7 @@ from helpers import Stop, StopAtStep, comparable, file_bytes, set_up, toy_run
 from processes import call, losa, ranks
 from transformers import TrainerCallback
 
-from losa.output import stages
+from losa.system.output import stages
 
 EVERY = {"save_minutes": 1e-9}  # after every update
 VARIANTS = {
@@ -122,7 +122,7 @@ def test_a_full_disk_does_not_end_a_training(folder, uninterrupted, tmp_path, mo
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("losa.session.checkpoint.save_position", full)
+    monkeypatch.setattr("losa.session.stages.save_position", full)
     toy_run(folder, output=str(output), **values(folder, "whole", **EVERY))
     assert "No space left on device; the training goes on" in caplog.text
     assert_same_result(output, uninterrupted("whole"))

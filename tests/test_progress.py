@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from helpers import set_up, toy_run
 
-from losa import progress as module
-from losa.progress import Whole, duration, progress, whole_run
-from losa.work import remaining
+from losa.planning.work import remaining
+from losa.system import progress as module
+from losa.system.progress import Whole, duration, progress, whole_run
 
 
 class Terminal(io.StringIO):
@@ -81,7 +81,7 @@ def test_a_run_goes_from_nothing_to_all_but_the_last_evaluation(tmp_path, monkey
         def show(self):
             seen.append(self.state()[0])
 
-    monkeypatch.setattr("losa.session.Whole", Watched)
+    monkeypatch.setattr("losa.session.session.Whole", Watched)
     toy_run(set_up(tmp_path), steps=2)
     assert seen == sorted(seen)
     assert 0 < seen[0] < 0.1

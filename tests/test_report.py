@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from losa.allocation import allocate_ranks, cubic_sparsity
+from losa.api import prune
 from losa.cli import app
+from losa.cli.tables import summary
 from losa.config import LosaConfig
-from losa.method import prune
 from losa.models import load
 from losa.report.card import model_card
 from losa.report.content import command, gap_closed, headline, layer_bytes, overview, public, warning
 from losa.report.figures import plots
 from losa.report.page import documents, page, refresh
-from losa.report.table import summary
 
 EVALUATION = {
     "perplexity": [
@@ -336,7 +336,7 @@ def test_few_blocks_and_one_rate(blocks):
         ("run", {"sparsity": 0.55, "pruner": "sparsegpt", "train.lr": 1e-5, "train.reuse_weights": True, "eval.data": "a b.txt"}),
         ("run", {"pruner": "movement", "protect": [0, 5], "sparsity": 0.4}),
         ("run", {"pattern": "2:4", "calibration.data": "allenai/c4:en", "eval.windows": 8}),
-        ("prune", {"calibration.data": "org/text", "delta": 0.02}),
+        ("prune", {"calibration.data": "org/text", "rate_band": 0.02}),
     ],
 )
 def test_the_command_makes_the_same_configuration(monkeypatch, kind, overrides):
@@ -364,7 +364,7 @@ def test_the_command_makes_the_same_configuration(monkeypatch, kind, overrides):
 def test_a_result_far_from_dense_is_said_to_be(kind, last, pattern, says):
     record = made_up(3, kind)
     record["perplexity"]["losa" if kind == "run" else "pruned"] = last
-    record["config"] |= {"pattern": pattern, "sparsity": 0.5, "delta": 0.0}
+    record["config"] |= {"pattern": pattern, "sparsity": 0.5, "rate_band": 0.0}
     found = warning(record)
     console = Console(record=True, width=300)
     console.print(summary(record))
@@ -413,7 +413,7 @@ def test_the_report_of_a_run_that_trained_all_weights(folder, tmp_path):
 
 
 def test_prune_leaves_its_report(folder, tmp_path):
-    config = toy_config(folder, output=str(tmp_path / "pruned"), delta=0.0)
+    config = toy_config(folder, output=str(tmp_path / "pruned"), rate_band=0.0)
     prune(*load(config), config)
     text = (tmp_path / "pruned" / "report.html").read_text("utf-8")
     assert figures_of(text) == ["rates", "errors"]

@@ -13,10 +13,10 @@ from helpers import Stop, StopAtStep, comparable, file_bytes, save_text, set_up,
 from processes import call, losa, start
 from transformers import AutoModelForCausalLM
 
-from losa.checkpoint import latest_stage
-from losa.environment import versions
 from losa.models import load
-from losa.origin import origin
+from losa.session.origin import origin
+from losa.session.stages import latest_stage
+from losa.system.environment import versions
 
 VARIANTS = {
     "wanda": {},
@@ -191,7 +191,7 @@ def test_half_written_stages_are_ignored(folder, uninterrupted, output):
     ("changes", "lines"),
     [
         ({"train": {"lr": 0.02}}, ["train.lr: 0.01 -> 0.02"]),
-        ({"sparsity": 0.5}, ["delta: 0.02 -> 0.01", "sparsity: 0.6 -> 0.5"]),
+        ({"sparsity": 0.5}, ["rate_band: 0.02 -> 0.01", "sparsity: 0.6 -> 0.5"]),
         ({"pruner": "magnitude", "seed": 3}, ["pruner: 'wanda' -> 'magnitude'", "seed: 0 -> 3"]),
     ],
 )
@@ -297,7 +297,7 @@ def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch, where,
         toy_run(here, callbacks=(StopAtStep(1),))
     before = stages(here / "sparse")
     if where == "version":
-        monkeypatch.setattr("losa.origin.versions", lambda: versions() | {"torch": "9.9"})
+        monkeypatch.setattr("losa.session.origin.versions", lambda: versions() | {"torch": "9.9"})
     elif where == "link":
         set_up(tmp_path / "other")
         change_head(tmp_path / "other", "weights")

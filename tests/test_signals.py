@@ -5,8 +5,10 @@ import threading
 import time
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from losa.signals import SIGNALS, Interrupted, Noted, raised
+from losa.system.signals import SIGNALS, Interrupted, Noted, raised
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -37,6 +39,31 @@ def test_a_destructor_hides_nothing():
     with pytest.raises(Interrupted), raised():
         Group()
         time.sleep(5)
+
+
+def test_an_import_is_finished_first(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "amid.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
+    with pytest.raises(Interrupted), raised():
+        import amid
+
+        time.sleep(5)
+    assert amid.whole
+
+
+def test_an_operator_in_python_is_finished_first():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            signal.raise_signal(signal.SIGTERM)
+            done.append(operator(*args, **(kwargs or {})))
+            return done[-1]
+
+    done = []
+    with pytest.raises(Interrupted), raised():
+        with Mode():
+            torch.ones(2) + 1
+        time.sleep(5)
+    assert torch.equal(done[-1], torch.full((2,), 2.0))
 
 
 def test_a_noted_signal_waits_and_a_second_does_not():

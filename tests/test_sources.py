@@ -6,7 +6,7 @@ import os
 import pytest
 
 from losa.data import load_documents
-from losa.sources import FREE_BYTES, ordinary_files
+from losa.data.sources import FREE_BYTES, ordinary_files
 
 
 def test_hidden_folders_models_and_results_are_no_text(tmp_path):

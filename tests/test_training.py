@@ -7,9 +7,9 @@ from helpers import save_text, toy_model
 from transformers import TrainerCallback
 
 from losa.adapter import MaskedLinear, attach, masked_linears
+from losa.commands.toy import toy_tokenizer
 from losa.config import TrainConfig
 from losa.data import padded_samples, training_blocks
-from losa.doctor import toy_tokenizer
 from losa.loss import causal_loss
 from losa.training import collate, separates_documents, train
 
@@ -241,7 +241,7 @@ def test_documents_are_separated_where_the_model_can(tiny_model, token_ids, tmp_
     monkeypatch.setattr(
         model, "forward", lambda *args, **kwargs: seen.append("position_ids" in kwargs) or forward(*args, **kwargs)
     )
-    monkeypatch.setattr("losa.training.separates_documents", lambda model: family != "opt")
+    monkeypatch.setattr("losa.training.trainer.separates_documents", lambda model: family != "opt")
     run_training(model, rows, tmp_path, eos=EOS)
     assert seen == [family != "opt"]
 

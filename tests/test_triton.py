@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.adapter.function import adapter_gradients, effective_weight
 from losa.bits import pack_bits
-from losa.doctor import TOY, toy_tokenizer
+from losa.commands.toy import TOY, toy_tokenizer
 from losa.runtime import kernels
 from losa.runtime.bench import compare
 from losa.runtime.linear import SparseLinear
@@ -26,7 +26,7 @@ from losa.runtime.values import INT8, TYPES
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from losa.adapter import fused
+from losa.adapter import triton as adapter_kernels
 from losa.runtime import cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -318,7 +318,9 @@ def test_fused_weight_errs_at_most_twice_as_much_as_panels(shape, rank, dtype):
     A, B = A_RI.cpu(), B_OR.cpu()
     want = torch.where(keep_OI, W_OI.double() + scale * B.double() @ A.double(), 0)
     panels = effective_weight(W_OI, bits, A, B, scale)
-    ours = fused.build(W_OI.to(DEVICE), bits.to(DEVICE), A_RI, B_OR, scale, torch.empty(shape, dtype=dtype, device=DEVICE)).cpu()
+    ours = adapter_kernels.build(
+        W_OI.to(DEVICE), bits.to(DEVICE), A_RI, B_OR, scale, torch.empty(shape, dtype=dtype, device=DEVICE)
+    ).cpu()
     assert (ours.double() - want).abs().max() <= 2 * (panels.double() - want).abs().max() + torch.finfo(dtype).tiny
     assert not ours.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[~keep_OI].any()  # +0, bitwise
 
@@ -327,7 +329,7 @@ def test_fused_weight_makes_nan_and_negative_zero_outside_the_mask_positive_zero
     W_OI = torch.tensor([[float("nan"), -0.0, 3.0, float("inf")]], dtype=torch.bfloat16, device=DEVICE)
     bits = pack_bits(torch.tensor([[False, False, True, False]])).to(DEVICE)
     A_RI, B_OR = torch.zeros(1, 4, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
-    built = fused.build(W_OI, bits, A_RI, B_OR, 1.0, torch.empty_like(W_OI))
+    built = adapter_kernels.build(W_OI, bits, A_RI, B_OR, 1.0, torch.empty_like(W_OI))
     assert built.view(torch.int16).tolist() == [[0, 0, torch.tensor(3.0).bfloat16().view(torch.int16).item(), 0]]
 
 
@@ -340,7 +342,7 @@ def test_fused_gradients_err_at_most_twice_as_much_as_panels(shape, rank, dtype)
     A_RI, B_OR = slices(rank, rows, columns)
     G = torch.where(keep_OI, G_OI.double(), 0)
     bits = pack_bits(keep_OI)
-    ours = fused.project(G_OI.to(DEVICE), bits.to(DEVICE), A_RI, B_OR, scale)
+    ours = adapter_kernels.project(G_OI.to(DEVICE), bits.to(DEVICE), A_RI, B_OR, scale)
     A, B = A_RI.cpu().double(), B_OR.cpu().double()
     panels = adapter_gradients(G_OI, bits, A.float(), B.float(), scale)
     wants = (scale * B.T @ G, scale * G @ A.T)
@@ -396,7 +398,7 @@ def test_the_compiler_takes_every_kernel():
     code = (
         COMPILE
         + """
-from losa.adapter import fused
+from losa.adapter import triton as adapter_kernels
 from losa.runtime import cuda
 int8, bf16, int4 = {"values": "*i8"}, {"values": "*bf16"}, {"values": "*u8", "groups": "*u8"}
 of_bf16 = {"GROUP": 2, "BITS": 16, "scale": None, "groups": None}
@@ -407,9 +409,9 @@ build(cuda._stream, 90, int4 | {"x": "*bf16", "y": "*bf16"}, of_int4 | {"C": 8, 
 build(cuda._expand, 80, int8 | {"panel": "*bf16"}, of_int8 | {"C": 4}, 4)
 build(cuda._expand, 90, int4 | {"panel": "*bf16"}, of_int4 | {"C": 4}, 4)
 weights = {"W": "*bf16", "bits": "*u8", "A": "*fp32", "B": "*fp32", "result": "*bf16", "scale": "fp32"}
-build(fused._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 8)
+build(adapter_kernels._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 8)
 sums = {"G": "*bf16", "bits": "*u8", "factor": "*fp32", "result": "*fp32"}
-build(fused._project, 80, sums, {"COLUMNS": True, "TILE": 64, "SHARE": 16, "K": 16}, 4)
+build(adapter_kernels._project, 80, sums, {"COLUMNS": True, "TILE": 64, "SHARE": 16, "K": 16}, 4)
 build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK": 1024, "scale": None}, 4)
 """
     )

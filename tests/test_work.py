@@ -6,13 +6,22 @@ from types import SimpleNamespace
 import pytest
 from helpers import save_text, save_toy, toy_model, toy_run
 
+from losa.api import run
 from losa.config import LosaConfig
-from losa.method import dynamic_steps, run
+from losa.method import dynamic_steps
 from losa.models import find_decoder
+from losa.planning.work import evaluation_windows, remaining, stage_flops
 from losa.session import Session
-from losa.work import evaluation_windows, remaining, stage_flops
 
-WORK = {"baseline": 100.0, "importance": 10.0, "pruning": 500.0, "reconstruction": 0.0, "training": 3000.0, "evaluation": 300.0}
+WORK = {
+    "baseline": 100.0,
+    "importance": 10.0,
+    "pruning": 500.0,
+    "reconstruction": 0.0,
+    "training": 3000.0,
+    "evaluation": 300.0,
+    "rounding": 0.0,
+}
 
 
 def test_what_is_left_goes_at_the_pace_so_far():
@@ -41,8 +50,8 @@ def test_phases_cover_all_work_once(monkeypatch, steps, epochs):
     monkeypatch.setattr(Session, "start", lambda *args, **kwargs: session)
     run(None, None, session.config)
     assert [phase.name for phase in seen[1:]] == [phase.name for phase in dynamic_steps(session.config)]
-    total = {stage: sum(phase.share.get(stage, 0.0) for phase in seen) for stage in WORK}
-    expected = dict.fromkeys(WORK, 1.0) | {"evaluation": 2 / 3, "reconstruction": float(epochs > 0)}
+    total = {stage: sum(phase.part_of.get(stage, 0.0) for phase in seen) for stage in WORK}
+    expected = dict.fromkeys(WORK, 1.0) | {"evaluation": 2 / 3, "reconstruction": float(epochs > 0), "rounding": 0.0}
     assert total == pytest.approx(expected)  # the last evaluation comes after all phases
 
 
@@ -58,7 +67,7 @@ def test_flops_follow_the_configuration():
     assert flops(rates="rmi")["baseline"] == 0  # a single step's own pruning is the baseline
     assert base.keys() == WORK.keys()
     assert base["reconstruction"] == 0 < flops(reconstruct={"epochs": 1})["reconstruction"]
-    assert flops(rates="rmi", delta=0.0)["importance"] == flops(rates="depth")["importance"] == 0 < base["importance"]
+    assert flops(rates="rmi", rate_band=0.0)["importance"] == flops(rates="depth")["importance"] == 0 < base["importance"]
     magnitude, wanda = (flops(steps=3, pruner=pruner)["baseline"] for pruner in ("magnitude", "wanda"))
     assert magnitude == wanda / 2  # no statistic
     assert flops(train={"distill": 0.0})["training"] < base["training"]
@@ -74,7 +83,7 @@ def test_windows_that_nobody_counted_are_those_of_wikitext():
 def test_a_run_says_how_far_it_is(tmp_path, caplog, weights):
     save_toy(tmp_path / "model")
     save_text(tmp_path / "text.txt")
-    with caplog.at_level(logging.INFO, "losa.session"):
+    with caplog.at_level(logging.INFO, "losa.session.session"):
         toy_run(tmp_path, steps=1, reconstruct={"epochs": 1}, train={"weights": weights})
     lines = [record.getMessage() for record in caplog.records if " done (phase " in record.getMessage()]
     assert [line.split(",")[0] for line in lines] == [

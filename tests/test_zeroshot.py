@@ -12,9 +12,9 @@ from helpers import HUB_ROWS, save_tasks, save_text, save_toy
 from test_cli import assert_one_line_error, losa_main
 
 import losa.evaluation
+from losa.commands.demo import assets
 from losa.config import LosaConfig
 from losa.data import NAMED, evaluation_documents, evaluation_text, is_wikitext, wikitext_pages
-from losa.demo import assets
 from losa.evaluation.checkpoint import evaluate_checkpoint, save_results
 from losa.evaluation.zeroshot import MORE, PAPER, local_rows, mean_accuracy, task_names
 from losa.models import load

@@ -12,9 +12,9 @@ from losa.integrations.registration import install
 
 if TYPE_CHECKING:
     from losa.adapter import attach, merge
+    from losa.api import prune, run
     from losa.config import LosaConfig
     from losa.integrations.transformers import SparseConfig
-    from losa.method import prune, run
     from losa.models import load
     from losa.runtime.linear import SparseLinear
     from losa.zeros import keep_zeros
@@ -29,8 +29,8 @@ _HOMES = {
     "keep_zeros": "losa.zeros",
     "load": "losa.models",
     "merge": "losa.adapter",
-    "prune": "losa.method",
-    "run": "losa.method",
+    "prune": "losa.api",
+    "run": "losa.api",
 }
 
 __all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "keep_zeros", "load", "merge", "prune", "run"]

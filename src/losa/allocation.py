@@ -52,7 +52,7 @@ def layer_rates(
 ) -> list[float]:
     """Sparsity rate of each block: minimise `sum_l w_l s_l I_l` with `sum_l w_l s_l = target`, `|s_l - target| <= delta`.
 
-    `w_l` is the block's share of the weights. The optimum of this linear programme: every block starts at its lower
+    `w_l` is the ratio of all weights that the block holds. The optimum of this linear programme: every block starts at its lower
     bound; then, from the least important block up, each is raised to its upper bound until the budget is spent. At most one
     block ends in between. Ties break by index, the earlier block being pruned more.
 
@@ -80,9 +80,9 @@ def layer_rates(
     rates = list(band.lower)
     room = target - band.mean(rates)
     for block in sorted(range(len(rates)), key=lambda i: (importance[i], i)):
-        step = min(band.upper[block] - rates[block], max(room, 0.0) / band.share[block])
+        step = min(band.upper[block] - rates[block], max(room, 0.0) / band.weight[block])
         rates[block] += step
-        room -= step * band.share[block]
+        room -= step * band.weight[block]
     return rates
 
 
@@ -92,18 +92,18 @@ class _Band:
 
     Attributes:
         width: its half-width after cutting it to [0, 1).
-        share: each entry's share of all weights.
+        weight: `w_l`, the ratio of all weights that an entry holds.
         lower, upper: bounds of each entry; both 0 where it is protected.
     """
 
     width: float
-    share: list[float]
+    weight: list[float]
     lower: list[float]
     upper: list[float]
 
     def mean(self, rates: Sequence[float]) -> float:
         """Mean over all weights."""
-        return sum(w * rate for w, rate in zip(self.share, rates, strict=True))
+        return sum(w * rate for w, rate in zip(self.weight, rates, strict=True))
 
 
 def _band(
@@ -133,16 +133,16 @@ def _band(
     if target * total >= open_size:
         found = f"{open_size / total:.4f}, what {unit} outside {sorted(protected)} hold"
         raise ValueError(f"target is {target}, expected less than {found}")
-    share = [size / total for size in sizes]
+    weight = [size / total for size in sizes]
     mean = target * total / open_size if protected else target  # of the entries that are not protected
     width = min(delta, (1 - mean) / 2)
     past = [rate if is_free else 0.0 for rate, is_free in zip(past, free, strict=True)]
     lower = [max(mean - width, 0.0, rate) if is_free else 0.0 for rate, is_free in zip(past, free, strict=True)]
     upper = [max(mean + width, rate) if is_free else 0.0 for rate, is_free in zip(past, free, strict=True)]
-    band = _Band(width, share, lower, upper)
+    band = _Band(width, weight, lower, upper)
     if (pruned := band.mean(past)) > target + 1e-9:
         raise ValueError(f"target {target} is below what is already pruned ({pruned:.6f}); sparsity only grows")
-    return band if band.mean(lower) <= target + 1e-9 else _Band(width, share, past, upper)
+    return band if band.mean(lower) <= target + 1e-9 else _Band(width, weight, past, upper)
 
 
 def spread(
@@ -205,7 +205,7 @@ def equal_slope_rates(
 ) -> list[float]:
     """Sparsity rate of each layer: minimise `sum_l C_l(s_l)` with `sum_l w_l s_l = target` and every rate in its band.
 
-    `C_l` is convex and piecewise linear, given by its values at equally spaced rates; `w_l` is the layer's share of the weights.
+    `C_l` is convex and piecewise linear, given by its values at equally spaced rates; `w_l` is the ratio of weights in the layer.
     At the optimum all layers inside their bands lose their next weight at the same price, the Lagrange multiplier. It is found
     without a search: every layer starts at its lower bound, then the pieces of all curves are spent in order of
     price (slope over `w_l`), the cheapest first, until the budget is spent. Ties break by index.
@@ -229,15 +229,15 @@ def equal_slope_rates(
         for piece, (before, after) in enumerate(pairwise(curve)):
             start, end = max(piece / count, band.lower[layer]), min((piece + 1) / count, band.upper[layer])
             if start < end:
-                pieces.append(((after - before) * count / band.share[layer], layer, piece, end - start))
+                pieces.append(((after - before) * count / band.weight[layer], layer, piece, end - start))
     rates = list(band.lower)
     room = target - band.mean(rates)
     for _, layer, _, length in sorted(pieces):
         if room <= 0:
             break
-        step = min(length, room / band.share[layer])
+        step = min(length, room / band.weight[layer])
         rates[layer] += step
-        room -= step * band.share[layer]
+        room -= step * band.weight[layer]
     return [min(rate, high) for rate, high in zip(rates, band.upper, strict=True)]  # pieces add up to the bound, but for rounding
 
 

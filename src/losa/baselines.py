@@ -1,6 +1,5 @@
-"""What the method is compared with, made of its own parts, so that a row of a comparison differs in one thing at a time.
-
-Both start from a model pruned once at one rate (`method.sparsify`) and are trained, merged and verified like any other.
+"""What the method is compared with, made of its own parts, so that a row of a comparison differs in one thing at a time: pruning
+once, without training; and plain LoRA on what that leaves, trained, merged and verified like any other.
 """
 
 import torch
@@ -9,6 +8,34 @@ from transformers import PreTrainedModel
 
 from losa.adapter import masked_linears
 from losa.bits import pack_bits
+from losa.method import prune_to, put_on_grid, reconstruct, sparsify
+from losa.rates import allot, get_rule
+from losa.session import Session
+
+
+def one_shot(session: Session) -> None:
+    """Prunes once, straight to the target, without training; with reconstruction and rounding where these are asked for."""
+    sparsify(session, session.config.steps)
+    if session.config.reconstruct.epochs:
+        reconstruct(session)
+    if session.config.values:
+        put_on_grid(session)
+
+
+def measure_baselines(session: Session) -> None:
+    """Perplexity of the dense model, and of what one-shot pruning with the same pruner makes of it: a pruning of its own, which
+    is then undone, or in a run of a single step that step's."""
+    session.measure("dense")
+    if session.config.steps == 1:
+        return
+    assert session.config.sparsity is not None
+    before = {name: layer.keep_bits.clone() for name, layer in masked_linears(session.model).items()}
+    with session.timed("baseline"):
+        rates = allot(session.model, get_rule("uniform"), None, session.config.sparsity, 0.0, None, session.config.protect)
+        prune_to(session, rates, share=1.0, with_errors=False)
+    session.measure("pruned")
+    for name, layer in masked_linears(session.model).items():
+        layer.reset(before[name])
 
 
 @torch.no_grad()

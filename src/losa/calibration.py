@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.adapter import MaskedLinear, dense_mode, masked_linears
 from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
-from losa.progress import progress
 from losa.pruning import Pattern, Pruner, Solution, get_pruner
+from losa.pruning.grid import Format
+from losa.pruning.rounding import round_to
+from losa.system import distributed
+from losa.system.progress import progress
 
 
 @torch.no_grad()
@@ -279,6 +281,29 @@ def pruning_visit(
             layer = block_linears(stop.block)[name]
             assert isinstance(layer, MaskedLinear)
             layer.set_solution(solution.keep_OI, solution.weight_OI if pruner.updates_weights else None)
+
+    return visit
+
+
+def rounding_visit(format: Format) -> Visit:
+    """Rounds every layer of a block to a grid under its mask, with the inputs that the already rounded blocks before it give it.
+
+    What is rounded is the merged weight, as pruning, reconstruction or training left it.
+    """
+
+    def visit(stop: Stop) -> None:
+        statistics, layers = InputStatistics(get_pruner("sparsegpt")), masked_linears(stop.block)
+        statistics.collect(stop.block, stop.index, stop.sparse)
+        for names, G_II in statistics.groups(stop.block):
+            assert G_II is not None
+            group = [layers[name] for name in names]
+            try:
+                rounded = round_to([layer.merged() for layer in group], [layer.keep_OI for layer in group], G_II, format)
+            except ValueError as error:
+                raise ValueError(f"block {stop.index}, {', '.join(names)}: {error}") from error
+            for layer, (weight_OI, grid) in zip(group, rounded, strict=True):
+                layer.set_solution(layer.keep_OI, weight_OI)
+                layer.set_grid(grid)
 
     return visit
 

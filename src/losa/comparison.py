@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,24 +18,29 @@ from typing import Any
 
 from torch import Tensor
 
-from losa import distributed
-from losa.baselines import lift_masks, mask_again
-from losa.checkpoint import replace, to_json
-from losa.config import LosaConfig, build, merge, nested, read_config, read_presets, require
+from losa.baselines import lift_masks, mask_again, one_shot
+from losa.config import LosaConfig, read_presets
+from losa.cost import decoding_speed, stored_size
 from losa.data import read_run
-from losa.doors import door, read_json
+from losa.evaluation.checkpoint import harness, score_tasks
 from losa.evaluation.context import context_use
-from losa.method import adapt, dynamic_steps, reconstruct, sparsify
+from losa.evaluation.zeroshot import mean_accuracy, task_names
+from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
 from losa.models import load
-from losa.output import claim
-from losa.progress import progress
 from losa.report.content import public
 from losa.session import Session, check_request
+from losa.system import distributed
+from losa.system.doors import door, read_json
+from losa.system.output import claim
+from losa.system.progress import progress
+from losa.system.writing import replace, to_json
+from losa.system.yaml_tree import build, current_names, merge, nested, read_config, require
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT: dict[str, Any] = {"steps": 1, "delta": 0.0, "reconstruct": {"epochs": 0}}
+ONE_SHOT: dict[str, Any] = {"steps": 1, "rate_band": 0.0, "reconstruct": {"epochs": 0}}
 PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
+ALL: dict[str, Any] = {"train": {"weights": "all"}}
 UNIFORM: dict[str, Any] = ONE_SHOT | {"adapter": {"allocation": "uniform"}, "train": {"weights": "adapters"}}
 
 
@@ -52,18 +58,36 @@ METHODS: dict[str, Method] = {
     "Wanda": Method("prune", ONE_SHOT | {"pruner": "wanda"}),
     "SparseGPT": Method("prune", ONE_SHOT | {"pruner": "sparsegpt"}),
     "ALPS": Method("prune", ONE_SHOT | {"pruner": "alps"}),
+    "ALPS int8": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int8"}),
+    "ALPS int4": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int4"}),
     "Wanda + LoRA": Method("lora", UNIFORM | {"pruner": "wanda"}),
     "SparseGPT + LoRA": Method("lora", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + masked LoRA": Method("losa", UNIFORM | {"pruner": "wanda"}),
     "SparseGPT + masked LoRA": Method("losa", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + LoSA": Method("losa", PAPER | {"pruner": "wanda"}),
     "SparseGPT + LoSA": Method("losa", PAPER | {"pruner": "sparsegpt"}),
-    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "delta": 0.0}),
+    "LoSA without layer rates": Method("losa", PAPER | {"pruner": "wanda", "rate_band": 0.0}),
     "LoSA without rank allocation": Method("losa", PAPER | {"pruner": "wanda", "adapter": {"allocation": "uniform"}}),
     "LoSA without dynamic steps": Method("losa", PAPER | {"pruner": "wanda", "steps": 1}),
     "masked full fine-tuning": Method("losa", ONE_SHOT | {"pruner": "wanda", "train": {"weights": "all"}}),
     "losa": Method("losa", {}),
+    "losa int8": Method("losa", {"values": "int8"}),
+    "losa int4": Method("losa", {"values": "int4"}),
+    # The rivals: no zeros, few bits, by the same solver and calibration (GPTQ), and with the same training.
+    **{f"GPTQ {bits}-bit": Method("round", {"values": f"dense{bits}"}) for bits in (8, 4, 3, 2)},
+    **{
+        f"GPTQ {bits}-bit + training": Method("round and train", ALL | {"steps": 1, "values": f"dense{bits}"})
+        for bits in (4, 3, 2)
+    },
 }
+
+
+def slug(name: str) -> str:
+    """A method's name as it is typed: `Wanda + masked LoRA` is `wanda-masked-lora`."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+SLUGS = {slug(name): name for name in METHODS}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,6 +100,10 @@ class CompareConfig:
     methods: list[str] | None = None  # names of `METHODS`; all of them when None, or none if there are variants
     targets: list[str] = field(default_factory=lambda: ["0.7"])  # sparsities, or patterns such as 2:4
     seeds: list[int] = field(default_factory=lambda: [0])
+    speed: bool = False  # also measure tokens per second, packed, against dense in turns
+    tasks: str | None = None  # also measure accuracy: `paper`, or names of lm-eval's tasks, separated by commas
+    task_data: str | None = None  # local folder with their data; the hub when None
+    limit: int | None = None  # at most so many items of each task
     context: bool = False  # also measure how much every row makes of what it has read (`evaluation/context.py`)
     variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
 
@@ -83,12 +111,18 @@ class CompareConfig:
         if self.methods is None:
             self.methods = [] if self.variants else list(METHODS)
         for name in self.methods:
-            require(name in METHODS, "methods", name, "some of " + ", ".join(METHODS))
+            require(slug(name) in SLUGS, "methods", name, "some of " + ", ".join(SLUGS))
+        self.methods = [SLUGS[slug(name)] for name in self.methods]
+        self.run = current_names(LosaConfig, self.run)
         require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
         require(bool(self.targets), "targets", self.targets, "at least one, such as 0.7 or 2:4")
         require(bool(self.seeds), "seeds", self.seeds, "at least one")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.tasks is not None:
+            task_names(self.tasks)
+            harness()
         measured = self.run.get("eval") or {}
         require(isinstance(measured, dict), "run.eval", measured, "a mapping of keys to values")
         held = measured.get("data")
@@ -120,28 +154,40 @@ class CompareConfig:
         return [row for name, method in made.items() for row in self._rows_of(name, method)]
 
     def _rows_of(self, name: str, method: Method) -> "Iterator[Row]":
-        dense = method.maker == "dense"  # one row: it depends on neither target nor seed
-        for target in self.targets[:1] if dense else self.targets:
+        dense, full = method.maker == "dense", method.maker in FULL
+        for target in self.targets[:1] if full else self.targets:
             for seed in self.seeds[:1] if dense else self.seeds:
-                at: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": target}
-                at["seed"] = seed
                 values = copy.deepcopy(self.run)
-                for changes in ({} if dense else at, method.changes):
+                at: dict[str, Any] = {} if full else {"pattern": target} if ":" in target else {"sparsity": target}
+                for changes in (at if dense else at | {"seed": seed}, method.changes):
                     merge(values, changes)
-                if ":" in target and not dense:  # the pattern fixes all rates
-                    values["delta"] = 0.0
-                yield Row(name, method.maker, "" if dense else target, seed, LosaConfig.from_dict(values), self.context)
+                if ":" in target and not full:  # the pattern fixes all rates
+                    values["rate_band"] = 0.0
+                config = LosaConfig.from_dict(values)
+                also = Also(self.context, self.speed, self.tasks, self.task_data, self.limit)
+                yield Row(name, method.maker, "" if full else target, seed, config, also)
 
 
 def _variant(name: str, changes: Any) -> Method:
     require(isinstance(changes, dict), f"variants.{name}", changes, "a mapping of keys to values")
     base = changes.get("method", "LoSA")
-    known = isinstance(base, str) and (base in METHODS or base == "LoSA")
-    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(METHODS))
-    method = METHODS.get(base, Method("losa", PAPER))
+    known = isinstance(base, str) and (slug(base) in SLUGS or base == "LoSA")
+    require(known, f"variants.{name}.method", base, "one of LoSA, " + ", ".join(SLUGS))
+    method = Method("losa", PAPER) if base == "LoSA" else METHODS[SLUGS[slug(base)]]
     values = copy.deepcopy(method.changes)
-    merge(values, {key: value for key, value in changes.items() if key != "method"})
+    merge(values, current_names(LosaConfig, {key: value for key, value in changes.items() if key != "method"}))
     return Method(method.maker, values)
+
+
+@dataclass(frozen=True)
+class Also:
+    """What is measured besides perplexity; see `CompareConfig`."""
+
+    context: bool
+    speed: bool
+    tasks: str | None
+    task_data: str | None
+    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -153,12 +199,13 @@ class Row:
     target: str
     seed: int
     config: LosaConfig
-    context: bool
+    also: Also
 
     @property
     def key(self) -> str:
         """A hash of all that decides the result; not the name."""
-        return hashlib.sha256(f"{self.maker} {self.config.fingerprint()} {self.context}".encode()).hexdigest()[:16]
+        decides = f"{self.maker} {self.config.fingerprint()} {self.also}"
+        return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -175,11 +222,12 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def _compare(config: CompareConfig) -> list[dict[str, Any]]:
-    from losa.report.comparison import write_plots, write_tables
+    from losa.report.comparison import write_tables
+    from losa.report.plots import write_plots
 
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
-    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see sources.py)
+    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see data/sources.py)
     rows, found = config.rows(), []
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
@@ -222,8 +270,10 @@ def measure(row: Row) -> dict[str, Any]:
 
     Returns:
         `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
-        `context`, what `context_use` says, or None; `tokens` trained on; `seconds` per stage; `evaluation`; `model`, `data`,
-        `date`, `config`.
+        `bits` of a weight of the decoder's blocks and `bytes` of the model, stored as `losa pack` does, or as dense models of few
+        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tasks`,
+        accuracy by task and `mean_accuracy`, or None; `tokens` trained on;
+        `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
     """
     config = row.config
     kind = "run" if row.maker in TRAINED else "prune"
@@ -232,17 +282,25 @@ def measure(row: Row) -> dict[str, Any]:
     session = Session.start(model, tokenizer, config, kind=kind, data=data)
     lifted = MAKERS[row.maker](session)
     session.finish("made")
+    bits, stored = stored_size(session.model, config.values)
     if lifted:
         mask_again(session.model, lifted)
         session.measure("masked again")
     record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
     texts = (train.data, config.calibration.data, config.eval.data)
+    context = context_use(session.model, session.data.evaluation, device) if row.also.context else None
     return {
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),
         "sparsity": record["sparsity"]["achieved"],
-        "context": context_use(session.model, session.data.evaluation, device) if row.context else None,
+        "bits": bits,
+        "bytes": stored,
+        "context": context,
+        "tasks": _accuracy(session, row.also),
+        "speed": decoding_speed(session.model, config.values, session.device)
+        if row.also.speed
+        else None,  # last: it packs the model
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
         "seconds": record["seconds"],
@@ -259,14 +317,16 @@ def _dense(session: Session) -> None:
     """Nothing is done to it."""
 
 
+def _accuracy(session: Session, also: Also) -> dict[str, Any] | None:
+    if also.tasks is None:
+        return None
+    folder = Path(also.task_data) if also.task_data else None
+    found = score_tasks(session.model, session.tokenizer, harness().load_tasks(task_names(also.tasks), folder), also.limit)
+    return {"tasks": {name: score.get("acc") for name, score in found.items()}, "mean": mean_accuracy(found)}
+
+
 def _losa(session: Session) -> None:
     session.go_through(dynamic_steps(session.config))
-
-
-def _prune(session: Session) -> None:
-    sparsify(session, session.config.steps)
-    if session.config.reconstruct.epochs:
-        reconstruct(session)
 
 
 def _lora(session: Session) -> dict[str, Tensor]:
@@ -277,10 +337,20 @@ def _lora(session: Session) -> dict[str, Tensor]:
     return masks
 
 
-TRAINED = ("losa", "lora")
+def _round_and_train(session: Session) -> None:
+    """Of the dense model, so its masks are full. Each half as in a run."""
+    put_on_grid(session)
+    session.record["steps"].append({"step": 1})
+    adapt(session, 1)
+
+
+TRAINED = ("losa", "lora", "round and train")
+FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
-    "prune": _prune,
+    "prune": one_shot,
     "losa": _losa,
     "lora": _lora,
+    "round": put_on_grid,
+    "round and train": _round_and_train,
 }

@@ -5,65 +5,23 @@ decided when the model is known, and the resolved configuration is what gets pri
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import logging
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from losa.allocation import BANDS
-from losa.doors import YAML_BYTES, door, read_text, read_yaml, shown
 from losa.pruning import Pattern, get_pruner
+from losa.pruning.grid import FORMATS
+from losa.system.yaml_tree import build, current_names, merge, nested, parse_yaml, read_config, renamed_from, require
 
-RENAMED = {"importance": "rates"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 WHOLE_RATE = 0.576  # peak learning rate times the hidden size, where all weights are trained: 1e-3 at 576 (docs/LOG.md)
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-
-
-logger = logging.getLogger(__name__)
-
-
-class _Loader(yaml.SafeLoader):
-    """Leaves numbers as text, for `_convert` knows what a field wants. YAML 1.1 reads 2:4 as 124 and 1e-3 as text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _read_yaml(text: str, name: str) -> Any:
-    return read_yaml(text, _Loader, name)
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """A YAML file of keys and values, numbers still as text.
-
-    Raises:
-        ValueError: it cannot be read, or is not a mapping.
-    """
-    with door(f"the config {path}"):
-        text = read_text(Path(path), YAML_BYTES)
-    loaded = _read_yaml(text, f"the config {path}")
-    require(isinstance(loaded, dict), f"the config {path}", type(loaded).__name__, "a mapping of keys to values")
-    values: dict[str, Any] = loaded
-    return values
-
-
-def require(condition: bool, name: str, found: object, expected: str) -> None:
-    """Raises the `ValueError` "name is found, expected ..." unless `condition`."""
-    if not condition:
-        raise ValueError(f"{name} is {shown(found)}, expected {expected}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,25 +47,26 @@ class CalibrationConfig:
 class AdapterConfig:
     """Ranks of the low-rank adapters."""
 
-    omega_first: float = 6.0  # mean rank in the first dynamic step
-    omega_last: float = 10.0  # in the last one; linear in between, so 6, 7, 8, 9, 10 over five steps
+    # Mean rank, the paper's Omega: in the first dynamic step, and in the last; linear in between, so 6, 7, 8, 9, 10 over five.
+    mean_rank_first: float = field(default=6.0, metadata=renamed_from("omega_first"))
+    mean_rank_last: float = field(default=10.0, metadata=renamed_from("omega_last"))
     max_rank: int = 16  # of any block
     scale: float = 2.0  # alpha / r
     allocation: str = "error"  # ranks follow reconstruction errors, or "uniform"
 
     def __post_init__(self) -> None:
         require(self.max_rank >= 1, "adapter.max_rank", self.max_rank, "at least 1")
-        for name in ("omega_first", "omega_last"):
+        for name in ("mean_rank_first", "mean_rank_last"):
             value = getattr(self, name)
             require(1 <= value <= self.max_rank, f"adapter.{name}", value, f"1..adapter.max_rank = {self.max_rank}")
         require(self.scale > 0, "adapter.scale", self.scale, "a positive number")
         require(self.allocation in ("error", "uniform"), "adapter.allocation", self.allocation, "'error' or 'uniform'")
 
-    def omega(self, step: int, steps: int) -> float:
+    def mean_rank(self, step: int, steps: int) -> float:
         """Mean rank of dynamic step `step` (1-based) of `steps`."""
         if steps == 1:
-            return self.omega_last
-        return self.omega_first + (self.omega_last - self.omega_first) * (step - 1) / (steps - 1)
+            return self.mean_rank_last
+        return self.mean_rank_first + (self.mean_rank_last - self.mean_rank_first) * (step - 1) / (steps - 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -206,9 +165,12 @@ class LosaConfig:
     pruner: str = "alps"  # or sparsegpt, wanda, magnitude, movement; see pruning/
     pattern: str = "unstructured"  # or n:m, such as 2:4
     steps: int = 1  # dynamic steps T; the paper's five earned nothing measurable (docs/experiments.md)
-    rates: str = "uniform"  # or the rule that gives layers rates of their own: rmi, depth, owl, dlp or error; see rates.py
+    # Or the rule that gives layers rates of their own: rmi, depth, owl, dlp or error; see rates.py.
+    rates: str = field(default="uniform", metadata=renamed_from("importance"))
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
-    delta: float | None = None  # how far a rate may leave the mean; what the rule's paper uses when None; 0 is uniform
+    # How far a rate may leave the mean, delta in the formulas; what the rule's paper uses when None; 0 is uniform.
+    rate_band: float | None = field(default=None, metadata=renamed_from("delta"))
+    values: str | None = None  # int8 or int4: surviving weights lie on a grid that `losa pack --values` stores without loss
     rotate: bool = False  # turn the values of every attention head first, so that pruning finds more small weights; rotation.py
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
@@ -232,11 +194,14 @@ class LosaConfig:
         if pattern.structured:
             fits = abs(self.sparsity - pattern.sparsity) < 1e-9
             require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
+        require(self.values is None or self.values in FORMATS, "values", self.values, "int8 or int4")
         require(self.rates in BANDS, "rates", self.rates, "one of " + ", ".join(BANDS))
-        if self.delta is None:
-            self.delta = 0.0 if pattern.structured else BANDS[self.rates](self.sparsity)
-        require(not (pattern.structured and self.delta), "delta", self.delta, f"0: pattern {self.pattern} fixes all rates")
-        require(0 <= self.delta < 1, "delta", self.delta, "a ratio in [0, 1)")
+        if self.rate_band is None:
+            self.rate_band = 0.0 if pattern.structured else BANDS[self.rates](self.sparsity)
+        require(
+            not (pattern.structured and self.rate_band), "rate_band", self.rate_band, f"0: pattern {self.pattern} fixes all rates"
+        )
+        require(0 <= self.rate_band < 1, "rate_band", self.rate_band, "a ratio in [0, 1)")
         require(1 <= self.steps <= 99, "steps", self.steps, "1..99")
         require(all(block >= 0 for block in self.protect), "protect", self.protect, "block numbers, 0 being the first")
         require(not (pattern.structured and self.protect), "protect", self.protect, f"none: {self.pattern} fixes all rates")
@@ -294,7 +259,8 @@ class LosaConfig:
         Raises:
             ValueError: unknown key (with the nearest known one), wrong type, or value out of range.
         """
-        return build(cls, values)
+        made: LosaConfig = build(cls, values)
+        return made
 
     @classmethod
     def load(cls, path: str | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None) -> "LosaConfig":
@@ -304,9 +270,8 @@ class LosaConfig:
             ValueError: as `from_dict`; no such preset; the YAML is not a mapping.
         """
         values = read_presets(preset)
-        if path is not None:
-            merge(values, read_config(path))
-        merge(values, nested(overrides or {}))
+        for given in (read_config(path) if path is not None else {}, nested(overrides or {})):
+            merge(values, current_names(cls, given))
         return cls.from_dict(values)
 
     def fingerprint(self) -> str:
@@ -327,99 +292,5 @@ def read_presets(names: str | None) -> dict[str, Any]:
     known = sorted(path.name[:-5] for path in folder.iterdir())
     for name in names.split(",") if names is not None else []:
         require(name in known, "preset", name, "one of " + ", ".join(known))
-        merge(values, _read_yaml(folder.joinpath(f"{name}.yaml").read_text("utf-8"), name))
+        merge(values, parse_yaml(folder.joinpath(f"{name}.yaml").read_text("utf-8"), name))
     return values
-
-
-def parse_set(items: list[str]) -> dict[str, Any]:
-    """`["train.lr=1e-3"]` -> `{"train.lr": "1e-3"}`; values are read as YAML.
-
-    Raises:
-        ValueError: an item without `=`.
-    """
-    pairs = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        require(bool(equals and key), "--set", item, "key=value, such as train.lr=1e-3")
-        pairs[key] = _read_yaml(value, f"--set {item}")
-    return pairs
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines `key: old -> new` for all leaves that differ."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines
-
-
-def nested(dotted: dict[str, Any]) -> dict[str, Any]:
-    """`{"train.lr": 1}` -> `{"train": {"lr": 1}}`."""
-    values: dict[str, Any] = {}
-    for key, value in dotted.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        merge(values, value)
-    return values
-
-
-def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    """Puts `values` into `into`, key by key at every depth."""
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def build(cls: Any, values: Any, prefix: str = "") -> Any:
-    """A configuration dataclass from plain values, converted and checked; see `LosaConfig.from_dict`."""
-    require(isinstance(values, dict), prefix.rstrip(".") or "the config", values, "a mapping of keys to values")
-    hints = typing.get_type_hints(cls)
-    values = _renamed(cls, values)
-    for key in values:
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys are {', '.join(hints)}"
-            raise ValueError(f"unknown key {prefix}{key}; {hint}")
-    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
-
-
-def _renamed(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Keys that had another name in earlier versions, under the name they have now, with a warning."""
-    names = RENAMED if cls is LosaConfig else {}
-    for old, new in names.items():
-        if old in values:
-            logger.warning("the key %s is called %s now", old, new)
-            values = {new if key == old else key: value for key, value in values.items()}
-    return values
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, name + ".")
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    kind = next(k for k in kinds if k is not type(None))
-    if typing.get_origin(kind) is list:
-        values = value.split(",") if isinstance(value, str) else value
-        require(isinstance(values, list), name, value, "a list")
-        return [_convert(typing.get_args(kind)[0], item, f"{name}[{index}]") for index, item in enumerate(values)]
-    kind = typing.get_origin(kind) or kind
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML reads 1e-3 as a string
-        except (TypeError, ValueError, OverflowError):
-            number = float("nan")
-        if kind is float and number == number:
-            return number
-        if kind is int and number.is_integer() and abs(number) < 2**63:
-            return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # a float has but 53 bits
-    elif type(value) is kind:
-        return value
-    raise ValueError(f"{name} is {shown(value)}, expected {'a whole number' if kind is int else kind.__name__}")

@@ -42,7 +42,7 @@ def causal_loss(
     """
     labels_N = pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
     teacher_NV = None if teacher_BTV is None or not distill else teacher_BTV.flatten(0, 1)
-    loss: Tensor = _FusedLoss.apply(student_BTV.flatten(0, 1), labels_N, teacher_NV, distill, temperature)
+    loss: Tensor = _FusedLoss.apply(student_BTV.flatten(0, 1), labels_N, teacher_NV, distill, temperature)  # type: ignore[no-untyped-call]
     return loss
 
 

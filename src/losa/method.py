@@ -7,73 +7,30 @@ for t = 1..T:
     prune the merged weights, block by block                    calibration.prune_blocks -> reconstruction errors
     adapter ranks by reconstruction error                       allocation.allocate_ranks
     reconstruct each block, in the last step                    reconstruction.reconstruction_visit
+    round what is left to a grid, if values are int8 or int4    calibration.rounding_visit
     train adapters, or all weights, under the mask              training.train
 merge; save; re-open; verify every zero                         session.Session.finish
+
+Every step is two phases of a session, which a killed run resumes between. `api.run` takes a session through them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-
-from losa.adapter import collect_scores, masked_linears, masked_sparsity
+from losa.adapter import collect_scores, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
-from losa.calibration import prune_blocks, walk_blocks
+from losa.calibration import prune_blocks, rounding_visit, walk_blocks
 from losa.config import LosaConfig
-from losa.data import RunData
-from losa.output import claim
 from losa.pruning import Pattern, Solution, get_pruner
+from losa.pruning.grid import FORMATS
 from losa.pruning.sparsegpt import DAMPING
 from losa.rates import allot, block_means, get_rule, measure
 from losa.reconstruction import reconstruction_visit
 from losa.session import Phase, Session
 from losa.training import train
-from losa.work import MEASURED
-
-
-def run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LosaConfig,
-    *,
-    data: RunData | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    claimed: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> PreTrainedModel:
-    """Prunes `model` to `config.sparsity` and recovers its quality, in `config.steps` dynamic steps.
-
-    Args:
-        model: a dense causal language model; changed in place.
-        tokenizer: its tokenizer.
-        config: with `train.data`; without `output`, nothing is written.
-        data: its texts, if `data.read_run` has read them already, before the model was loaded.
-        resume: go on from the last complete stage in `config.output`, or from the last position inside the training after it.
-        overwrite: replace a finished result or an interrupted run in `config.output`.
-        claimed: the caller has `config.output` to itself already (`output.claim`).
-        callbacks: `transformers.TrainerCallback`s, passed to every training.
-
-    Returns:
-        The sparse model, of the class it came with. What happened is in its attribute `losa_record`, the content of
-        `losa.json`; its keep-masks, by parameter name, are in `losa_masks`.
-
-    Raises:
-        ValueError: something in the request is wrong; raised before the first pruning.
-        FloatingPointError: training met a loss or gradient that is not finite.
-        OSError: a stage or the result cannot be written; what was saved before is as it was.
-        RuntimeError: a pruned weight of the saved file is not zero.
-    """
-    with claim(None if claimed else config.output):
-        options: dict[str, Any] = {"data": data, "resume": resume, "overwrite": overwrite, "callbacks": callbacks}
-        session = Session.start(model, tokenizer, config, kind="run", **options)
-        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
-        session.go_through([first, *dynamic_steps(session.config)])
-        return session.finish("losa")
 
 
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
@@ -84,64 +41,30 @@ def dynamic_steps(config: LosaConfig) -> list[Phase]:
         phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step), alike))
         if step == config.steps and config.reconstruct.epochs:
             phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0}))
+        if step == config.steps and config.values and config.train.whole:
+            phases.append(Phase(f"{step:02d}-rounded", put_on_grid, {"rounding": 1.0}))
         phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step), {"training": trained}))
+    if config.values and not config.train.whole:  # adapters do not see the grid; what they were merged to is rounded
+        phases.append(Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0}))
     return phases
-
-
-def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LosaConfig,
-    *,
-    data: RunData | None = None,
-    overwrite: bool = False,
-    claimed: bool = False,
-) -> PreTrainedModel:
-    """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `delta: 0`).
-
-    Takes, returns and raises what `run` does.
-    """
-    with claim(None if claimed else config.output):
-        session = Session.start(model, tokenizer, config, kind="prune", data=data, overwrite=overwrite)
-        session.measure("dense")
-        sparsify(session, session.config.steps)
-        if config.reconstruct.epochs:
-            reconstruct(session)
-        return session.finish("pruned")
-
-
-def measure_baselines(session: Session) -> None:
-    """Perplexity of the dense model, and of what one-shot pruning with the same pruner makes of it: a pruning of its own, which
-    is then undone, or in a run of a single step that step's."""
-    session.measure("dense")
-    if session.config.steps == 1:
-        return
-    assert session.config.sparsity is not None
-    before = {name: layer.keep_bits.clone() for name, layer in masked_linears(session.model).items()}
-    with session.timed("baseline"):
-        rates = allot(session.model, get_rule("uniform"), None, session.config.sparsity, 0.0, None, session.config.protect)
-        _prune_to(session, rates, share=1.0, with_errors=False)
-    session.measure("pruned")
-    for name, layer in masked_linears(session.model).items():
-        layer.reset(before[name])
 
 
 def sparsify(session: Session, step: int) -> None:
     """First half of dynamic step `step`: target, layer rates, pruning, reconstruction errors, ranks."""
     config = session.config
-    assert config.sparsity is not None and config.delta is not None
+    assert config.sparsity is not None and config.rate_band is not None
     target, rule, measured = cubic_sparsity(step, config.steps, config.sparsity), get_rule(config.rates), None
-    if config.delta > 0:
+    if config.rate_band > 0:
         with session.timed("importance"):
             ids_ST = session.data.calibration[: config.calibration.rmi_sequences, : config.calibration.rmi_length]
             measured = measure(session.model, ids_ST, rule, session.device)
     previous = session.record["steps"][-1]["layer_rates"] if session.record["steps"] else None
-    rates = allot(session.model, rule, measured, target, config.delta, previous, config.protect)
+    rates = allot(session.model, rule, measured, target, config.rate_band, previous, config.protect)
     with session.timed("pruning"):
-        errors, damping = _prune_to(session, rates, share=target / config.sparsity)
-    omega = config.adapter.omega(step, config.steps)
+        errors, damping = prune_to(session, rates, share=target / config.sparsity)
+    mean_rank = config.adapter.mean_rank(step, config.steps)
     uniform = config.adapter.allocation == "uniform"
-    ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, omega, config.adapter.max_rank)
+    ranks = allocate_ranks([1.0] * len(errors) if uniform else errors, mean_rank, config.adapter.max_rank)
     session.set_ranks(ranks)
     session.record["steps"].append(
         {
@@ -160,7 +83,7 @@ def sparsify(session: Session, step: int) -> None:
         session.measure("pruned")
 
 
-def _prune_to(
+def prune_to(
     session: Session, rates: Mapping[str, float], share: float, with_errors: bool = True
 ) -> tuple[list[float], dict[str, float]]:
     """Prunes to `rates`; returns the errors, and the damping of the layers where SparseGPT had to raise it."""
@@ -198,6 +121,23 @@ def reconstruct(session: Session) -> None:
         )
     if session.kind == "run":
         session.measure("reconstructed")
+
+
+def put_on_grid(session: Session) -> None:
+    """Rounds the surviving weights to `config.values`; a training after it has them rounded in every forward."""
+    config = session.config
+    assert config.values is not None
+    with session.timed("rounding"):
+        walk_blocks(
+            session.model,
+            session.data.calibration[: config.calibration.sequences],
+            [rounding_visit(FORMATS[config.values])],
+            label=f"rounding to {config.values}",
+            dense_sequences=0,
+            device=session.device,
+        )
+    if session.kind == "run" and config.train.whole:
+        session.measure("rounded")
 
 
 def adapt(session: Session, step: int) -> None:

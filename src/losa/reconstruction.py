@@ -12,10 +12,10 @@ Legend: `S` sequences, `T` tokens, `H` hidden.
 import torch
 from torch import Tensor
 
-from losa import distributed
 from losa.adapter import whole_weights
 from losa.calibration import Stop, Visit
 from losa.config import ReconstructConfig
+from losa.system import distributed
 
 WARMUP = 0.1  # of the updates; the learning rate then falls to zero in a straight line
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
-from losa.progress import progress
+from losa.system import distributed
+from losa.system.progress import progress
 
 TOLERANCE = 1e-4  # of the attention's output, relative; float32 leaves about 1e-6, a norm or a gate in between several percent
 
@@ -54,7 +54,9 @@ def entropy(S: Tensor, dim: int) -> Tensor:
 def orthogonal(A_dd: Tensor) -> Tensor:
     """The `Q` of `A = Q U` whose `U` has a positive diagonal: smooth in any invertible `A`, and the identity at the identity."""
     Q_dd, U_dd = torch.linalg.qr(A_dd)
-    return Q_dd * torch.where(torch.diagonal(U_dd, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q_dd.dtype)[..., None, :]
+    signs_d = torch.where(torch.diagonal(U_dd, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q_dd.dtype)
+    turned_dd: Tensor = Q_dd * signs_d[..., None, :]
+    return turned_dd
 
 
 def objective(R_Kdd: Tensor, W_o_KQOd: Tensor, G_KQdd: Tensor, W_v_KdI: Tensor) -> Tensor:
@@ -261,7 +263,8 @@ def _change(path: ValuePath, R_Kdd: Tensor, call: tuple[tuple[Any, ...], dict[st
 
     before = output()
     merge(find_value_path(attention, "a copy"), R_Kdd)
-    return ((output() - before).norm() / before.norm().clamp_min(torch.finfo(dtype).tiny)).item()
+    change: float = ((output() - before).norm() / before.norm().clamp_min(torch.finfo(dtype).tiny)).item()
+    return change
 
 
 def _rotate(path: ValuePath, name: str, seen: _Observed, steps: int, lr: float) -> dict[str, float]:

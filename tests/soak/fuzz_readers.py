@@ -30,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from soak.readers import TARGETS, Target, save_samples
 
-from losa.doors import out_of_memory
+from losa.system.doors import out_of_memory
 
 SECONDS, BYTES = 10, 1 << 30  # of a mutant
 PATIENCE = 120  # seconds without a word from a worker, which on a busy machine is slow to start

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from conftest import make_tiny_model
 from helpers import Stop, StopAtStep, save_tasks, save_text, save_toy, set_up, toy_run, toy_values
+from pyarrow import parquet
 from soak.mutate import (
     Mutator,
     mutate_bytes,
@@ -30,19 +32,19 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from losa.adapter import attach
-from losa.checkpoint import latest_position, latest_stage, load_stage
+from losa.commands.inspect import inspect
+from losa.commands.toy import toy_tokenizer
 from losa.comparison import CompareConfig, _read_row
 from losa.config import LosaConfig
 from losa.data import evaluation_documents, load_documents, pieces, training_blocks
-from losa.doctor import toy_tokenizer
 from losa.evaluation.checkpoint import recorded_text, save_results
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import local_rows
-from losa.inspect import inspect
 from losa.models import load
 from losa.report.page import refresh
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
+from losa.session.stages import latest_position, latest_stage, load_stage
 
 PROMPT = "THE QUICK BROWN FOX."
 
@@ -64,6 +66,7 @@ class Target:
 
 def save_samples(folder: Path) -> None:
     """Everything that `TARGETS` read, once."""
+    (folder / "where.txt").write_text(str(folder), "utf-8")  # a stage knows the paths of its run; mutants are read in a copy
     set_up(folder / "work", dtype=torch.bfloat16)
     toy_run(folder / "work", steps=1, train={"tokens": 640}, eval={"data": str(folder / "work" / "text.txt")})
     (folder / "work" / "sparse").rename(folder / "finished")
@@ -110,6 +113,9 @@ def _save_data(folder: Path, text: str) -> None:
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines))
     (folder / "f.csv").write_text('text,kind\none,a\n"two, with a comma",b\n', "utf-8")
     (folder / "e.raw").write_text(" = Title = \n\n " + text[:500], "utf-8")
+    parquet.write_table(pa.table({"text": [text[:300], "two"], "kind": [["a"], []]}), folder / "g.parquet")
+    with pa.OSFile(str(folder / "h.jsonl.zst"), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
+        stream.write(lines)
 
 
 def _save_configs(folder: Path) -> None:
@@ -140,7 +146,7 @@ def _measure(folder: Path) -> None:
 
 
 def _tokenize(folder: Path) -> None:
-    from losa.opening import check_vocabulary, open_tokenizer
+    from losa.models.opening import check_vocabulary, open_tokenizer
 
     tokenizer = open_tokenizer(str(folder))
     check_vocabulary(tokenizer, 320, str(folder))
@@ -181,7 +187,7 @@ def _row(folder: Path) -> None:
 
 
 def _resume(folder: Path) -> None:
-    values = toy_values(folder.with_name("work"))
+    values = toy_values(Path(folder.with_name("where.txt").read_text("utf-8")) / "work")
     config = LosaConfig.from_dict(values).resolve(32, 64)
     manifest = latest_stage(folder, config)
     if manifest is not None:
@@ -197,7 +203,7 @@ def _tasks(folder: Path) -> None:
 MODEL_TENSORS = {"model.safetensors": mutate_safetensors}
 FAMILIES = ("gemma3_text", "gpt_neox", "opt", "phi3", "qwen3")
 TASK_FILES = ("hellaswag/hellaswag_val.jsonl", "lambada/llm-foundry_lambada_openai.jsonl")
-ARROW = [f"piqa/validation/{name}" for name in ("dataset_info.json", "state.json")]
+ARROW = "piqa/validation/data-00000-of-00001.arrow"
 TARGETS = {
     "config": Target("model", {"config.json": mutate_json}, _measure),
     "generation": Target("model", {"generation_config.json": mutate_json}, _open_and_speak),
@@ -219,7 +225,7 @@ TARGETS = {
     **{f"config, {family}": Target(family, {"config.json": mutate_json}, _measure) for family in FAMILIES},
     "tasks": Target(
         "tasks",
-        dict.fromkeys(TASK_FILES, mutate_lines) | dict.fromkeys(ARROW, mutate_json),
+        dict.fromkeys(TASK_FILES, mutate_lines) | {ARROW: mutate_bytes},
         _tasks,
     ),
     "stage": Target(
@@ -231,7 +237,7 @@ TARGETS = {
     "data": Target(
         "data",
         {"a.txt": mutate_bytes, "b.json": mutate_json, "c.jsonl": mutate_lines, "d.jsonl.gz": mutate_gzip, "e.raw": mutate_bytes}
-        | {"f.csv": mutate_bytes},
+        | dict.fromkeys(("f.csv", "g.parquet", "h.jsonl.zst"), mutate_bytes),
         _texts,
     ),
 }

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from losa.bits import byte_table, unpack_bytes
+from losa.pruning.grid import Grid
 
 # float32 bytes of a panel: the fastest of 0.5 to 4 MiB on a CPU (docs/LOG.md); on a GPU large enough that launches do not count.
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -49,13 +50,19 @@ def mask_(values_PI: Tensor, bits: Tensor, rows: slice, table: Tensor) -> Tensor
 
 
 def _in_one_kernel(weight: Tensor, A_RI: Tensor) -> bool:
-    """Whether `adapter/fused.py` does it: on a GPU, with `LOSA_TRITON=1` set; not the default before it was measured."""
+    """Whether `adapter/triton.py` does it: on a GPU, with `LOSA_TRITON=1` set; not the default before it was measured."""
     fits = A_RI.dtype == torch.float32 and A_RI.shape[0] <= 64  # a rank that leaves a tile's sums in registers
     return weight.is_cuda and fits and os.environ.get("LOSA_TRITON") == "1"
 
 
 def effective_weight(
-    W_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, dtype: torch.dtype | None = None
+    W_OI: Tensor,
+    bits: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    grid: Grid | None = None,
 ) -> Tensor:
     """`M * (W + s B A)`, summed in the dtype of the adapters, cast once; +0 (bitwise) wherever the mask is False.
 
@@ -64,25 +71,32 @@ def effective_weight(
     Args:
         bits: the keep-mask, packed by `losa.bits`.
         dtype: of the result; that of `W` when None.
+        grid: where the sum is rounded to, before it is cast; nowhere when None.
     """
     result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)
-    if _in_one_kernel(W_OI, A_RI):
-        from losa.adapter.fused import build
+    if grid is None and _in_one_kernel(W_OI, A_RI):
+        from losa.adapter.triton import build
 
         return build(W_OI, bits, A_RI, B_OR, scale, result_OI)
     table = byte_table(W_OI.device)
     for rows in panels(W_OI.shape, W_OI.device):
-        result_OI[rows] = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
+        sum_PI = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
+        result_OI[rows] = sum_PI if grid is None else grid.snap(sum_PI, rows)
         mask_(result_OI[rows], bits, rows, table)
     return result_OI
 
 
 @torch.no_grad()
-def effective_whole(W_OI: Tensor, bits: Tensor, D_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def effective_whole(
+    W_OI: Tensor, bits: Tensor, D_OI: Tensor, dtype: torch.dtype | None = None, grid: Grid | None = None
+) -> Tensor:
     """`M * (W + D)`, the same for a layer whose weights are all trained: summed in the dtype of `D`, cast once, +0 outside."""
     result_OI, table = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype), byte_table(W_OI.device)
     for rows in panels(W_OI.shape, W_OI.device):
-        torch.add(W_OI[rows], D_OI[rows], out=result_OI[rows])
+        if grid is None:
+            torch.add(W_OI[rows], D_OI[rows], out=result_OI[rows])
+        else:
+            result_OI[rows] = grid.snap(W_OI[rows] + D_OI[rows], rows)
         mask_(result_OI[rows], bits, rows, table)
     return result_OI
 
@@ -90,7 +104,7 @@ def effective_whole(W_OI: Tensor, bits: Tensor, D_OI: Tensor, dtype: torch.dtype
 def adapter_gradients(G_OI: Tensor, bits: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`dA = s B^T (M * G)` and `dB = s (M * G) A^T` in the dtype of the adapters. May overwrite `G`."""
     if _in_one_kernel(G_OI, A_RI):
-        from losa.adapter.fused import project
+        from losa.adapter.triton import project
 
         return project(G_OI, bits, A_RI, B_OR, scale)
     dA_RI, dB_OR, table = torch.zeros_like(A_RI), torch.empty_like(B_OR), byte_table(G_OI.device)
@@ -153,6 +167,9 @@ class MaskedLowRankLinear(torch.autograd.Function):
 class MaskedWholeLinear(torch.autograd.Function):
     """`y = x W_eff^T + b` with `W_eff = M * (W + D)`: full fine-tuning under the mask. Gradients go to `x` and `D`.
 
+    With a grid, `W_eff = M * round(W + D)`, and the gradient goes to `D` as if nothing had been rounded: the straight-through
+    estimator (https://arxiv.org/abs/1308.3432).
+
     `D` has a float32 value, a gradient and two moments for every weight, so one more copy of `W_eff`, kept until the backward
     pass, is little; it spares building it twice.
     """
@@ -167,8 +184,9 @@ class MaskedWholeLinear(torch.autograd.Function):
         D_OI: Tensor,
         W_eff_OI: Tensor | None = None,
         score_OI: Tensor | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
-        W_eff_OI = effective_whole(W_OI, bits, D_OI) if W_eff_OI is None else W_eff_OI
+        W_eff_OI = effective_whole(W_OI, bits, D_OI, grid=grid) if W_eff_OI is None else W_eff_OI
         ctx.save_for_backward(x, bits, W_eff_OI)
         ctx.dtype, ctx.score_OI = D_OI.dtype, score_OI
         return torch.nn.functional.linear(x, W_eff_OI, bias_O)
@@ -185,4 +203,4 @@ class MaskedWholeLinear(torch.autograd.Function):
             for rows in panels(G_OI.shape, G_OI.device):
                 mask_(G_OI[rows], bits, rows, table)
             dD_OI = G_OI.to(ctx.dtype)
-        return dx, None, None, None, dD_OI, None, None
+        return dx, None, None, None, dD_OI, None, None, None

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.adapter.function import MaskedLowRankLinear, MaskedWholeLinear, effective_weight, effective_whole
 from losa.bits import pack_bits, unpack_bits
 from losa.models import check_supported, find_decoder
+from losa.pruning.grid import Format, Grid
+from losa.system import distributed
 
 
 class MaskedLinear(nn.Linear):
@@ -42,10 +43,13 @@ class MaskedLinear(nn.Linear):
         keep_effective: whether backward finds the effective weight saved; set under activation checkpointing only.
         score_OI: float32 movement score of each weight (`pruning/movement.py`), or None; summed by every backward pass while
             `scored` is True, as `collect_scores` sets it.
+        format, step_OG, low_OG: what `grid` is made of; None, and no grid, until `set_grid`.
         reused_OI: the effective weight, while `reuse_effective_weights` lasts and no update has outdated it.
     """
 
     keep_bits: Tensor
+    step_OG: Tensor | None  # buffers, so that they are where the layer is
+    low_OG: Tensor | None
     lora_A: nn.Parameter  # None, as lora_B, where all weights are trained
     lora_B: nn.Parameter
     delta_OI: nn.Parameter | None
@@ -61,6 +65,9 @@ class MaskedLinear(nn.Linear):
         device = self.weight.device
         dtype = self.exact = torch.promote_types(self.weight.dtype, torch.float32)
         self.register_buffer("keep_bits", pack_bits(torch.ones_like(self.weight, dtype=torch.bool)), persistent=False)
+        for name in ("step_OG", "low_OG"):
+            self.register_buffer(name, None, persistent=False)
+        self.format: Format | None = None
         delta_OI = lora_A = lora_B = None
         if whole:
             delta_OI = nn.Parameter(torch.zeros_like(self.weight, dtype=dtype))
@@ -93,6 +100,13 @@ class MaskedLinear(nn.Linear):
         names = ("lora_A", "lora_B") if self.delta_OI is None else ("delta_OI",)
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def grid(self) -> Grid | None:
+        """The values that the effective weight is rounded to; None: any."""
+        if self.format is None or self.step_OG is None or self.low_OG is None:
+            return None
+        return Grid(self.format, self.step_OG, self.low_OG)
+
     def merged(self) -> Tensor:
         """The merged weight before it is cast, `(O, I)`: what solvers work on, so that no base weight is rounded on the way."""
         return self.effective(self.exact)
@@ -100,8 +114,8 @@ class MaskedLinear(nn.Linear):
     def effective(self, dtype: torch.dtype | None = None) -> Tensor:
         """The merged weight, `(O, I)` in the base dtype, bitwise zero outside the mask."""
         if self.delta_OI is not None:
-            return effective_whole(self.weight, self.keep_bits, self.delta_OI, dtype)
-        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale, dtype)
+            return effective_whole(self.weight, self.keep_bits, self.delta_OI, dtype, self.grid)
+        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale, dtype, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any leading shape, `(..., I) -> (..., O)`."""
@@ -115,10 +129,12 @@ class MaskedLinear(nn.Linear):
             score_OI = self.score_OI if self.scored else None
             y: Tensor
             if self.delta_OI is not None:
-                y = MaskedWholeLinear.apply(x, self.weight, self.bias, self.keep_bits, self.delta_OI, self.reused_OI, score_OI)
+                trained = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI, self.grid)
+                y = MaskedWholeLinear.apply(x, self.weight, self.bias, *trained)  # type: ignore[no-untyped-call]
                 return y
+            assert self.grid is None, "adapters are rounded after their training"
             adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
-            y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)
+            y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)  # type: ignore[no-untyped-call]
             return y
         return nn.functional.linear(x, self.effective(), self.bias)
 
@@ -139,6 +155,12 @@ class MaskedLinear(nn.Linear):
         elif weight_OI is not None:
             A_RI, B_OR = self.factors
             self._set_base(torch.addmm(weight_OI.to(A_RI.dtype), B_OR, A_RI, alpha=-self.scale))
+
+    @torch.no_grad()
+    def set_grid(self, grid: Grid) -> None:
+        """Has the effective weight rounded to a grid from now on."""
+        device = self.weight.device
+        self.format, self.step_OG, self.low_OG = grid.format, grid.step_OG.to(device), grid.low_OG.to(device)
 
     @torch.no_grad()
     def set_rank(self, rank: int) -> None:

@@ -20,7 +20,7 @@ from losa.data.blocks import cut, pack_marked, windows
 from losa.data.chat import Document, Marked, read_documents, text_of
 from losa.data.files import suffix
 
-SHARE = 50  # one in so many characters is held out, or as much as a window takes
+ONE_IN = 50  # one in so many characters is held out, or as much as a window takes
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def hold_out(
     characters = tokens = 0
     for index, document in enumerate(shuffled):
         parts, taken = list(cut(document)), []
-        while parts and (tokens < enough or (characters + len(text_of(parts[-1]))) * SHARE <= total):
+        while parts and (tokens < enough or (characters + len(text_of(parts[-1]))) * ONE_IN <= total):
             part = text_of(parts[-1])
             characters += len(part)
             if tokens < enough:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from losa.doors import regular
-from losa.sources import expand, ordinary_files
+from losa.data.sources import expand, ordinary_files
+from losa.system.doors import regular
 
 TEXT_SUFFIXES = {".txt", ".md", ".raw"}
 MAX_HUB_ROWS = 50_000  # of a hub dataset

@@ -25,7 +25,7 @@ from losa.data.evaluation import EvaluationText, hold_out, read_evaluation
 from losa.data.files import readable
 from losa.loss import IGNORED
 from losa.models import max_length
-from losa.opening import open_config, open_tokenizer
+from losa.models.opening import open_config, open_tokenizer
 
 SHOWN = 1200  # characters of a training example
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losa.data.files import Record, read
+from losa.system.doors import shown
 
 ROLES = {
     **{name: name for name in ("system", "user", "assistant")},
@@ -125,7 +126,7 @@ def _parse_fields(fields: dict[str, Any], place: str) -> Parsed:
     if "text" in fields:
         forms.append(("text",))
     if not forms:
-        raise BadRecord(f"an object with {sorted(map(str, fields))}; expected {EXPECTED}")
+        raise BadRecord(f"an object with {shown(sorted(map(str, fields)))}; expected {EXPECTED}")
     form = next((keys for keys in forms if any(fields[key] is not None for key in keys)), forms[0])
     if form == ("text",):
         return _text(fields["text"], "'text'")
@@ -157,13 +158,13 @@ def _turn(turn: Any, where: str) -> tuple[str, str]:
     names = (("role", "content"), ("from", "value"))
     keys = next((pair for pair in names if isinstance(turn, dict) and all(key in turn for key in pair)), None)
     if keys is None:
-        found = sorted(map(str, turn)) if isinstance(turn, dict) else _kind(turn)
+        found = shown(sorted(map(str, turn))) if isinstance(turn, dict) else _kind(turn)
         raise BadRecord(f"{where} has {found}, expected 'role' and 'content', or 'from' and 'value'")
     if turn.get("tool_calls"):
         raise BadRecord(f"{where} calls tools, expected text alone")
     role = turn[keys[0]]
     if not isinstance(role, str) or role not in ROLES:
-        raise BadRecord(f"{where} is of {role!r}, expected {', '.join(ROLES)}")
+        raise BadRecord(f"{where} is of {shown(role)}, expected {', '.join(ROLES)}")
     return ROLES[role], _text(turn[keys[1]], f"{where}: {keys[1]!r}")
 
 

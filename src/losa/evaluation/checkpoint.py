@@ -1,7 +1,7 @@
 """`losa eval`: a checkpoint, texts and tasks, a result that can be kept beside the checkpoint."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import count
@@ -9,9 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from losa.checkpoint import EVALUATION, RECORD, read_record, replace, to_json
 from losa.config import LosaConfig
 from losa.data import (
     EvaluationText,
@@ -22,12 +21,14 @@ from losa.data import (
     read_held_out,
     training_source,
 )
-from losa.doors import door, read_json
-from losa.environment import resolve_device
 from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
 from losa.models import load, max_length
-from losa.opening import open_config, open_tokenizer
+from losa.models.opening import open_config, open_tokenizer
+from losa.system.doors import door, read_json
+from losa.system.environment import resolve_device
+from losa.system.output import EVALUATION, RECORD, read_record
+from losa.system.writing import replace, to_json
 
 TRIAL_BYTES = 1 << 16  # written before measuring, to see that they can be; a result has fewer
 BY_TOKEN, BY_ANSWER, BY_WORD = "token, windowed", "answer token, windowed", "word, lm-eval"
@@ -117,8 +118,8 @@ def evaluate_checkpoint(
     lengths = lengths or default_lengths(longest)
     if max(lengths) > longest:
         raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
-    harness = _harness() if words or tasks else None
-    loaded = harness.load_tasks(tasks, task_data) if harness and tasks else {}
+    lm_eval = harness() if words or tasks else None
+    loaded = lm_eval.load_tasks(tasks, task_data) if lm_eval and tasks else {}
     tokenizer = open_tokenizer(config.model, config.trust_remote_code) if data is not None else None
     text = None if data is None or tokenizer is None else _read(data, tokenizer, config)
     measured = {} if text is None else {length: text.windows(tokenizer, length, most) for length in lengths}
@@ -130,16 +131,22 @@ def evaluate_checkpoint(
         value = perplexity(model, shown.ids_ST, label=f"perplexity at {length}", counted_ST=shown.counted_ST)
         definition = BY_ANSWER if shown.counts == "answers" else BY_TOKEN
         rows.append({**about, "definition": definition, "windows": len(shown.ids_ST), "perplexity": value})
-        if harness and words:
+        if lm_eval and words:
             documents = evaluation_documents(str(data), text)
-            value = harness.word_perplexity(harness.Scorer(model, tokenizer, length), documents, is_wikitext(str(data)))
+            value = lm_eval.word_perplexity(lm_eval.Scorer(model, tokenizer, length), documents, is_wikitext(str(data)))
             rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
-    found = {}
-    if harness and loaded:
-        scorer = harness.Scorer(model, tokenizer, longest)
-        source = {"data": "hub" if task_data is None else "local"}
-        found = {name: harness.score(scorer, task, limit) | source for name, task in loaded.items()}
-    return _result(rows, found, harness.version if harness else None)
+    source = {"data": "hub" if task_data is None else "local"}
+    found = {name: scored | source for name, scored in score_tasks(model, tokenizer, loaded, limit).items()} if loaded else {}
+    return _result(rows, found, lm_eval.version if lm_eval else None)
+
+
+def score_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: Mapping[str, Any], limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """What `harness.score` returns, by task, of tasks that `harness.load_tasks` loaded; in windows of the model's length."""
+    lm_eval = harness()
+    scorer = lm_eval.Scorer(model, tokenizer, max_length(model.config))
+    return {name: lm_eval.score(scorer, task, limit) for name, task in loaded.items()}
 
 
 def _read(data: str | RecordedText, tokenizer: PreTrainedTokenizerBase, config: LosaConfig) -> EvaluationText:
@@ -148,15 +155,19 @@ def _read(data: str | RecordedText, tokenizer: PreTrainedTokenizerBase, config: 
     return read_evaluation(data, tokenizer, config.train.loss_on, config.skip_bad_records)
 
 
-def _harness() -> ModuleType:
-    """`losa.evaluation.harness`, where lm-eval is; it is not installed with losa."""
+def harness() -> ModuleType:
+    """`losa.evaluation.harness`, where lm-eval is; it is not installed with losa.
+
+    Raises:
+        ValueError: it is not there.
+    """
     try:
-        from losa.evaluation import harness
+        from losa.evaluation import harness as module
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         raise ValueError('tasks and word perplexity need lm-eval, which is not installed: pip install "losa[eval]"') from error
-    return harness
+    return module
 
 
 def _result(rows: list[dict[str, Any]], tasks: dict[str, Any], lm_eval: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losa.evaluation.zeroshot import SPLITS, local_rows
-from losa.progress import Loop, progress
+from losa.system.progress import Loop, progress
 
 __all__ = ["Scorer", "load_tasks", "score", "version", "word_perplexity"]
 
@@ -48,7 +48,8 @@ class Scorer(HFLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return scores
 
 
 class _Ticks:
@@ -85,7 +86,8 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Ta
     if folder is not None:
         return _load([_with_data(name, local_rows(name, folder), SPLITS.get(name, "validation")) for name in names])
     try:
-        return manager().load(list(names))["tasks"]
+        tasks: dict[str, Task] = manager().load(list(names))["tasks"]
+        return tasks
     except Exception as error:
         found = f"the data of {', '.join(names)} does not load from the hub: {error}"
         raise ValueError(f"{found}; read it from a local folder with --task-data") from error
@@ -101,7 +103,8 @@ def _with_data(task: str, rows: Iterable[dict[str, Any]], split: str, **changes:
 def _load(changed: list[dict[str, Any]]) -> dict[str, Task]:
     """Registered tasks with some of their keys changed, which lm-eval offers to the members of a group."""
     with redirect_stderr(io.StringIO()):  # bars over data that are in memory
-        return manager().load({"group": "local", "task": changed})["tasks"]
+        tasks: dict[str, Task] = manager().load({"group": "local", "task": changed})["tasks"]
+        return tasks
 
 
 def score(scorer: Scorer, task: Task, limit: int | None = None) -> dict[str, Any]:
@@ -157,4 +160,6 @@ def _evaluate(scorer: Scorer, task: Task, limit: int | None = None) -> dict[str,
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     with progress(None, task.task_name) as bar, redirect_stderr(io.StringIO()):  # lm-eval has bars that cannot be switched off
         scorer.set_cache_hook(_Ticks(bar, task))
-        return evaluate(lm=scorer, task_dict={"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0)
+        tasks = {"tasks": {task.task_name: task}}
+        found: dict[str, Any] = evaluate(lm=scorer, task_dict=tasks, limit=limit, bootstrap_iters=0)
+        return found

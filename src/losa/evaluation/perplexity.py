@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from losa import distributed
 from losa.loss import IGNORED, causal_loss
 from losa.models import logits_by_block
-from losa.progress import progress
+from losa.system import distributed
+from losa.system.progress import progress
 
 LARGEST = math.log(sys.float_info.max)
 

@@ -186,14 +186,12 @@ def full_rows(layer: Any, shard: Any) -> int:
     """Rows of a matrix in the checkpoint, whatever this process has of them."""
     if isinstance(shard, str):
         heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
-        return heads * (getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size)
+        return int(heads * (getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size))
     if shard is not None:
-        return layer.output_sizes[shard]
-    if hasattr(
-        layer, "total_num_heads"
-    ):  # fused in the checkpoint; the layer's own size counts heads that several processes share
+        return int(layer.output_sizes[shard])
+    if hasattr(layer, "total_num_heads"):  # fused in the checkpoint; the layer's own size counts shared heads twice
         return sum(full_rows(layer, part) for part in "qkv")
-    return getattr(layer, "org_vocab_size", None) or layer.output_size
+    return int(getattr(layer, "org_vocab_size", None) or layer.output_size)
 
 
 def multiply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -58,7 +58,8 @@ class _Loader:
 
     def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         """As the module's own loader does."""
-        return self.own.create_module(spec)
+        made: ModuleType | None = self.own.create_module(spec)
+        return made
 
     def exec_module(self, module: "ModuleType") -> None:
         """As the module's own loader does, and registers."""

@@ -38,7 +38,8 @@ class SparseConfig(Packing, QuantizationConfigMixin):
         """A class for every type of values. A packed checkpoint that is opened with another configuration than its own is refused
         by transformers only if the two classes have different names; else it takes the checkpoint's, and warns."""
         own = type(f"SparseConfig of {values} values", (cls,), {"__module__": cls.__module__}) if cls is SparseConfig else cls
-        return super().__new__(own)
+        made: Self = super().__new__(own)
+        return made
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def pack_model(model: "PreTrainedModel", config: SparseConfig) -> dict[str, int]:
+def pack_model(model: "PreTrainedModel", config: Packing) -> dict[str, int]:
     """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next. So
     is the head, where the configuration says so; an embedding that it was tied to stays dense, and is tied no more.
 

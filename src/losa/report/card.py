@@ -19,9 +19,6 @@ from losa.report.content import (
     zero_shot,
 )
 
-CARD = "README.md"
-PACKED = "\n## Packed\n"  # what follows is about the packed form of the checkpoint; see `runtime.files`
-
 
 def model_card(
     record: dict[str, Any], name: str, evaluation: dict[str, Any] | None = None, bench: dict[str, Any] | None = None

@@ -15,7 +15,7 @@ from typing import Any
 from losa.config import LosaConfig
 from losa.runtime.values import TYPES
 
-TITLES = {"dense": "dense", "pruned": "pruned only", "reconstructed": "reconstructed", "losa": "LoSA"}
+TITLES = {"dense": "dense", "pruned": "pruned only", "reconstructed": "reconstructed", "rounded": "rounded", "losa": "LoSA"}
 # Of `losa run` and `losa prune`; every other key is a --set.
 OPTIONS = {
     "output": "--output",
@@ -178,9 +178,11 @@ def openers(record: Mapping[str, Any]) -> Table:
     """Which software does what with the checkpoint."""
     alike = "as a dense model: zeros take the room and the time of other weights"
     two_four = " (its 2:4 kernels want files of their own format)" if record["config"]["pattern"] == "2:4" else ""
+    values = record["config"].get("values")
+    pack = f"losa pack --values {values} loses nothing and" if values else "losa pack"
     rows = [
         ("transformers", "opens it as it is; as large and as fast as dense"),
-        ("losa", "losa pack stores the zeros in a bit each; losa.load, losa chat and transformers with losa open that"),
+        ("losa", f"{pack} stores the zeros in a bit each; losa.load, losa chat and transformers with losa open that"),
         ("vLLM", f"opens it {alike}{two_four}; the packed form does not open"),
         ("llama.cpp", f"reads it after its own convert_hf_to_gguf.py, {alike}"),
     ]

@@ -10,11 +10,13 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from losa.checkpoint import BENCH, EVALUATION, RECORD, read_record, replace
-from losa.doors import door, read_json, read_text
 from losa.report import content
-from losa.report.card import CARD, PACKED, model_card
+from losa.report.card import model_card
 from losa.report.figures import plots
+from losa.runtime.card import note_of
+from losa.system.doors import door, read_json, read_text
+from losa.system.output import BENCH, CARD, EVALUATION, RECORD, read_record
+from losa.system.writing import replace
 
 PAGE = "report.html"
 
@@ -45,7 +47,7 @@ def refresh(directory: Path) -> Path:
     with door(f"{' and '.join(found)} of {directory}", "report on", "; what is damaged has to be measured again"):
         written = documents(record, directory.resolve().name, evaluation, bench)
     if card.is_file():
-        written[CARD] += "".join(read_text(card).partition(PACKED)[1:])
+        written[CARD] += note_of(read_text(card))
     for file, text in written.items():
         replace(directory / file, text)
     return directory / PAGE

@@ -7,7 +7,7 @@ static cache, for which transformers compiles the decoding step and runs it as C
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,18 +19,19 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from losa.environment import machine, resolve_device
 from losa.integrations.transformers import SparseConfig
 from losa.models import load, max_length
-from losa.opening import open_config, open_weights
-from losa.progress import progress
+from losa.models.opening import open_config, open_weights
 from losa.runtime.decode import road
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 from losa.runtime.sampling import speaker
 from losa.runtime.values import TYPES
+from losa.system.environment import machine, resolve_device
+from losa.system.progress import progress
 
 MOST_ROUNDS = 1000
+RACES = 5  # turns of every model in `race`
 GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waiting would count
 
 
@@ -172,6 +173,20 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
         "new": new,
         "rows": [asdict(row) for row in rows],
     }
+
+
+def race(models: Mapping[str, PreTrainedModel], device: torch.device, prompt: int = 32, new: int = 32) -> dict[str, float]:
+    """Tokens per second of models in memory, in turns, of which the first is not counted; medians."""
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for counted in range(RACES + 1):
+        for name, model in models.items():
+            vocabulary = model.config.get_text_config().vocab_size
+            ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+            clock = Clock()
+            speaker(model, greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock)
+            if counted:
+                rates[name].append(clock.rate)
+    return {name: median(found) for name, found in rates.items()}
 
 
 def greedy(new: int) -> GenerationConfig:

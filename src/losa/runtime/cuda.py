@@ -325,12 +325,12 @@ def _milliseconds(work: Callable[[], None]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return median(times)
+    return float(median(times))
 
 
 def _padded(tokens: int) -> int:
     """Columns of the tensor cores' product: 8, 16 or 32."""
-    return max(8, triton.next_power_of_2(tokens))
+    return max(8, int(triton.next_power_of_2(tokens)))
 
 
 def _stream_by(config: Config, x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:

@@ -164,7 +164,7 @@ class DecodeStep:
         x = self.decoder.embed_tokens(ids)
         cosine, sine = self.decoder.rotary_emb(x, position_ids=torch.full((1, 1), length))
         plan = self.plan
-        hidden = torch.ops.losa.decode_step(
+        hidden: Tensor = torch.ops.losa.decode_step(
             x, plan.tensors, [layer.rooms[0] for layer in layers], [layer.rooms[1] for layer in layers], cosine, sine,
             plan.shape, plan.epsilon, plan.scaling, length, plan.values, plan.kernel,
         )  # fmt: skip

@@ -17,24 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from losa.checkpoint import writing
-from losa.doors import INDEX, check_links, read_json, read_tensors, read_text, shown, weight_files
 from losa.models import check_supported, find_decoder
-from losa.opening import check_model, open_config
-from losa.output import BENCH, EVALUATION, LIST, check_free, claim, fresh, place, publish
-from losa.progress import progress
-from losa.report.card import CARD, PACKED
+from losa.models.opening import check_model, open_config
+from losa.runtime.card import NOTE, write_note
 from losa.runtime.header import KEEP, METHOD, Packing, check_files, head_of, swap_in
 from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.values import ValueType
-
-NOTE = (
-    PACKED + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
-    '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'
-    "After `import losa`, transformers' own `from_pretrained` and `pipeline` open it too. Without it they warn of an unknown "
-    "quantization type `losa` and end in size mismatches.\n\n"
-    "`losa unpack` writes the checkpoint that transformers opens alone.\n"
-)
+from losa.system.doors import INDEX, check_links, read_json, read_tensors, shown, weight_files
+from losa.system.output import BENCH, EVALUATION, LIST, check_free, claim, commit, fresh, place
+from losa.system.progress import progress
+from losa.system.writing import writing
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +49,9 @@ def pack_checkpoint(
         overwrite: the output may be what losa wrote earlier; it is replaced.
 
     Returns:
-        `layers`, `sparsity` (ratio), `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its
-        values, and `head_bytes`, 0 for a head that stays as it was.
+        `layers`, `sparsity` (ratio), `lossless`, whether all layers but the head unpack to themselves; `dense_bytes` and
+        `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that stays
+        as it was.
 
     Raises:
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
@@ -86,6 +79,7 @@ def _pack_claimed(
         "dense_bytes": 2 * total,
         "packed_bytes": 0,
         "head_bytes": 0,
+        "lossless": True,
     }
     places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
     home = _home_of_head(model, source)
@@ -108,7 +102,8 @@ def _pack_claimed(
                 if (not here and not repeated) or (config.tied and here == list(last)):
                     made[key] = tensor
                 for name in here:
-                    packed = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
+                    packed, same = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
+                    sizes["lossless"] &= same or name in last
                     parts = packed.tensors()
                     made |= {f"{name}.{part}": found for part, found in parts.items()}
                     config.layers[name] = packed.stored
@@ -126,12 +121,13 @@ def _pack_claimed(
         if config.tied:
             changes["tie_word_embeddings"] = False
         _finish(source, partial, changes, NOTE.format(name=output.name, values=config.values))
-        publish(output)
+        commit(output)
     sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
 
-def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> PackedWeight:
+def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> tuple[PackedWeight, bool]:
+    """The packed weight, and whether it unpacks to itself."""
     if W_OI.shape != shape or not W_OI.is_floating_point():
         raise ValueError(f"{name}.weight is {W_OI.dtype} {tuple(W_OI.shape)} in the file, expected floats of {tuple(shape)}")
     if W_OI.dtype != torch.bfloat16:
@@ -140,9 +136,10 @@ def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> 
     if not torch.isfinite(rounded).all():
         raise ValueError(f"{name}.weight holds NaN or infinity in bfloat16; the checkpoint is damaged")
     packed = pack(rounded, kind)
-    if not kind.rounds and not torch.equal(unpack(packed), rounded):
+    same = torch.equal(unpack(packed), rounded)
+    if not kind.rounds and not same:
         raise RuntimeError(f"{name}: what was packed does not unpack to itself; the result is void")
-    return packed
+    return packed, same
 
 
 def _home_of_head(model: PreTrainedModel, source: Path) -> tuple[str, bool] | None:
@@ -206,7 +203,7 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
         _finish(source, partial, {"quantization_config": None} | ({"tie_word_embeddings": True} if config.tied else {}), "")
-        publish(output)
+        commit(output)
     return len(config.layers) - (config.head != KEEP)
 
 
@@ -307,17 +304,7 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
             shutil.copy2(file, output / file.name)
     config = read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
-    _note_on_card(output, note)
-
-
-def _note_on_card(directory: Path, note: str) -> None:
-    """Replaces what the model card says of packing; a card that says nothing else comes and goes with it."""
-    card = directory / CARD
-    text = (read_text(card) if card.is_file() else "").split(PACKED)[0] + note
-    if text:
-        card.write_text(text, encoding="utf-8")
-    else:
-        card.unlink(missing_ok=True)
+    write_note(output, note)
 
 
 def _write_json(path: Path, value: Any) -> None:

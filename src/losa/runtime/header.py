@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from losa.doors import shown, tensor_heads
 from losa.runtime.linear import SparseLinear
 from losa.runtime.values import HEADS, TYPES, ValueType
+from losa.system.doors import shown, tensor_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ def _nearest_above(ratios: Tensor) -> Tensor:
 
 
 def quantize_groups(W_OI: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest levels, with the scales that leave the least squared error.
+    """The nearest levels, with the scales that leave the least squared error: none, where weights lie on such levels already.
 
     Args:
         W_OI: `[O, I]`, finite.
@@ -44,6 +44,21 @@ def quantize_groups(W_OI: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     return q_OI, scale_O, groups_OG
 
 
+def _exact(ratio_OGC: Tensor, largest_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """For groups all of whose values are a whole multiple of one level already: that level's byte, and where that is so. The
+    largest is 1, 2, ... or 8 times the level."""
+    groups_OG = torch.zeros_like(largest_OG, dtype=torch.int32)
+    found_OG = torch.zeros_like(largest_OG, dtype=torch.bool)
+    for multiple in range(LARGEST, 0, -1):
+        byte_OG = _nearest_above(largest_OG / multiple)
+        level_OG1 = levels(byte_OG)[:, :, None]
+        exact_OG = (_rounded(ratio_OGC, level_OG1) * level_OG1 == ratio_OGC).all(2) & ~found_OG
+        groups_OG, found_OG = torch.where(exact_OG, byte_OG, groups_OG), found_OG | exact_OG
+        if found_OG.all():
+            break
+    return groups_OG, found_OG
+
+
 def _quantize(W_OI: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = W_OI.shape
     W_OGC = torch.nn.functional.pad(W_OI, (0, -columns % group)).view(rows, -1, group)
@@ -55,9 +70,9 @@ def _quantize(W_OI: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     scale_O = torch.where(largest_O > 0, torch.ldexp(torch.ones_like(largest_O), exponent_O), 1.0)
     ratio_OGC = W_OGC / scale_O[:, None, None]
     first_OG = _nearest_above(largest_OG / LARGEST / scale_O[:, None])
-    best_OG = torch.full_like(largest_OG, torch.inf)
-    groups_OG = torch.zeros_like(first_OG)
-    for below in range(TRIED):
+    groups_OG, exact_OG = _exact(ratio_OGC, largest_OG / scale_O[:, None])
+    best_OG = torch.full_like(largest_OG, torch.inf).masked_fill_(exact_OG, 0.0)
+    for below in range(0 if exact_OG.all() else TRIED):
         byte_OG = (first_OG + ABOVE - below).clamp(0, 255)
         level_OG1 = levels(byte_OG)[:, :, None]
         error_OG = (_rounded(ratio_OGC, level_OG1) * level_OG1 - ratio_OGC).square().sum(2)

@@ -99,6 +99,7 @@ def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str, 
         return packed.linear(x, weight, bias_O)
     x_TI = x.reshape(-1, x.shape[-1])
     parts, scales, kind = (weight.mask, weight.values, weight.offsets), (weight.scale, weight.groups), weight.type.number
+    y_TO: Tensor
     if kernel == TRITON:
         y_TO = torch.ops.losa.sparse_linear_cuda(x_TI, *parts, index, *scales, bias_O, weight.rows, kind)
     else:

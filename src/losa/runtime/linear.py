@@ -86,7 +86,7 @@ class SparseLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         self.land()
         return self
 
@@ -123,7 +123,8 @@ class SparseLinear(nn.Module):
         if x.is_cuda and self.kernel in kernels.COMPILED:  # what moved the weights here did not go through this module
             self.land()
         y = kernels.linear(x, self.packed, self._parameters["bias"], self.kernel, self._buffers["index"])
-        return _NoGradient.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
+        passed: Tensor = _NoGradient.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y  # type: ignore[no-untyped-call]
+        return passed
 
     def extra_repr(self) -> str:
         """Shape, zeros and storage, for `print(model)`."""

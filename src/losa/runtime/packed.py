@@ -74,10 +74,14 @@ def _by_words(W_OI: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def quantize(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to int8 with one float32 scale per row: W ~ scale * q, q in [-127, 127], scale = max |row| / 127."""
+    """Round to int8 with one float32 scale per row: W ~ scale * q, q in [-127, 127], scale = max |row| / 127. A row whose weights
+    are whole multiples of a power of two, no larger than 127 of it, keeps them exactly: that is then its scale."""
     W = W_OI.float()
     largest = W.abs().amax(1) if W.shape[1] else W.new_zeros(W.shape[0])
-    scale_O = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    mantissa_O, exponent_O = torch.frexp(largest / 127)
+    power_O = torch.ldexp(torch.ones_like(largest), exponent_O - (mantissa_O == 0.5).int())  # the smallest that reaches
+    exact_O = ((W / power_O[:, None]).frac() == 0).all(1)
+    scale_O = torch.where(exact_O, power_O, largest / 127).where(largest > 0, 1.0)
     return (W / scale_O[:, None]).round().to(torch.int8), scale_O
 
 
@@ -215,7 +219,8 @@ def chunk_index(packed: PackedWeight) -> torch.Tensor:
         or packed.type.elements(packed.stored) != packed.values.numel()
     ):
         raise ValueError("the offsets do not count the bits of the masks; the file is damaged, pack the model again")
-    return (ends - counts).int()
+    before: torch.Tensor = (ends - counts).int()
+    return before
 
 
 def linear(x_TI: torch.Tensor, packed: PackedWeight, bias_O: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from losa.doors import shown
+from losa.system.doors import shown
 
 COLDEST, HOTTEST = 1e-3, 1e3  # temperatures to draw at; far below, logits over the temperature overflow
 TOP_K = 50  # of transformers, where the model names none

@@ -50,7 +50,7 @@ class Batches(CBGenerateManager):
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
-    ) -> "tuple[asyncio.Queue, Streamer]":
+    ) -> "tuple[asyncio.Queue[Any], Streamer]":
         """As transformers' own; the text ends in front of the first of `gen_config.stop_strings`.
 
         Raises:
@@ -107,8 +107,8 @@ class Streamer(CBStreamer):
 
     def __init__(self, engine: Any, request_id: str, tokenizer: Any, stops: list[str] | None, parser: Any) -> None:
         self.stops, self.held, self.open, self.tokens = stops or [], "", True, list[int]()
-        self.queue: asyncio.Queue = asyncio.Queue()
-        self.raw: asyncio.Queue = asyncio.Queue()
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.raw: asyncio.Queue[Any] = asyncio.Queue()
         super().__init__(engine, request_id, tokenizer, asyncio.get_running_loop(), self.raw, parser)
         self._queue = self.raw
 

@@ -5,7 +5,7 @@ import socket
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
-from losa.signals import Interrupted
+from losa.system.signals import Interrupted
 
 GRACE = 20  # seconds for answers that are under way when a signal comes; schedulers kill after 30
 

@@ -1,0 +1,5 @@
+"""The `losa` command: its verbs (`verbs.py`, `serving.py`), the options they share, its tables, and the terminal."""
+
+from losa.cli.verbs import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,44 @@
+"""What a model costs to keep and to run: bits a weight, bytes, tokens per second."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from losa.integrations.transformers import pack_model
+from losa.models import find_decoder
+from losa.pruning.grid import FORMATS
+from losa.runtime.bench import race
+from losa.runtime.header import Packing
+from losa.system.environment import machine
+
+
+def stored_size(model: PreTrainedModel, values: str | None) -> tuple[float, int]:
+    """Bits of a weight of the decoder's blocks, and bytes of the model, all else in bfloat16.
+
+    Args:
+        values: the grid that the weights are on; None: bfloat16, packed where that is smaller.
+    """
+    weights = [linear.weight for linear in find_decoder(model).linears().values()]
+    count = sum(weight.numel() for weight in weights)
+    density = sum(int(weight.count_nonzero()) for weight in weights) / count
+    bits = FORMATS[values].bits_per_weight(density) if values else min(16.0, 1 + 16 * density)
+    rest = sum(parameter.numel() for parameter in model.parameters()) - count
+    return bits, round((bits * count + 16 * rest) / 8)
+
+
+def decoding_speed(model: PreTrainedModel, values: str | None, device: torch.device) -> dict[str, Any] | None:
+    """Tokens per second of the model, packed in place where it has zeros, and of what it is when dense, in turns; None for dense
+    models of few bits, which this package does not run. The head is packed as `losa pack` does it: in int8 where values round."""
+    kind = FORMATS[values] if values else None
+    if kind is not None and not kind.sparse:
+        return None
+    model = model.to(torch.bfloat16).eval()
+    models = {"dense": model}
+    if any(not linear.weight.all() for linear in find_decoder(model).linears().values()):
+        models["packed"] = copy.deepcopy(model)
+        pack_model(models["packed"], Packing(values or "bfloat16"))
+    raced = race(models, device)
+    own = raced[list(models)[-1]]
+    return {"tokens_per_second": own, "of_dense": own / raced["dense"], "machine": machine(device.type)}

@@ -1,0 +1,37 @@
+"""`--dry-run`: everything of a run that can be checked before its weights are loaded, and what the run would then do."""
+
+from dataclasses import dataclass
+
+from losa.config import LosaConfig
+from losa.data import prepare
+from losa.models import check_supported, find_decoder, max_length
+from losa.models.opening import check_model, open_config, open_tokenizer
+from losa.session.checks import check_decoder
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run would do: its resolved configuration, and how much text there is for each part."""
+
+    config: LosaConfig
+    texts: dict[str, str]
+
+
+def rehearse(config: LosaConfig) -> Rehearsal:
+    """Checks the model's structure, reads and tokenises the texts. Loads no weights, writes nothing.
+
+    Raises:
+        ValueError: something in the request is wrong; what `method.run` would raise before its first pruning.
+    """
+    of_model = open_config(config.model, config.trust_remote_code, packed=False)
+    model = check_model(of_model, config.model, config.trust_remote_code)
+    check_supported(model)
+    check_decoder(find_decoder(model), config)
+    config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
+    data = prepare(config, open_tokenizer(config.model, config.trust_remote_code))
+    assert data.train is not None
+    texts = {}
+    for name, rows in (("training", data.train), ("calibration", data.calibration), ("evaluation", data.evaluation)):
+        length = f"{rows.shape[1]:,} tokens" if hasattr(rows, "shape") else f"at most {config.train.length:,} tokens"
+        texts[name] = f"{len(rows):,} rows of {length}"
+    return Rehearsal(config, texts)
