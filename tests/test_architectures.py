@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from losa.adapter import attach, merge
 from losa.calibration import prune_blocks
 from losa.config import TrainConfig
+from losa.integrations import transformers  # noqa: F401 - opens packed checkpoints
 from losa.models import check_supported, find_decoder, logits_by_block
 from losa.pruning import Pattern, get_pruner
-from losa.runtime import plugin  # noqa: F401 - opens packed checkpoints
 from losa.runtime.files import pack_checkpoint
 from losa.session.result import write_verified
 from losa.training import train

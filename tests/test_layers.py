@@ -22,7 +22,7 @@ LAYERS = {
     "packed layers": "runtime",
     "model": "models",
     "data and what is trained": "data adapter zeros",
-    "packed models": "runtime.files runtime.plugin runtime.generate runtime.bench integrations serving",
+    "packed models": "runtime.files runtime.generate runtime.bench integrations serving",
     "stages": "calibration rates rotation reconstruction training evaluation",
     "run": "method baselines session planning",
     "reports and commands": "api cost report comparison commands",

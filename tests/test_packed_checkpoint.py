@@ -430,7 +430,7 @@ def test_other_values_than_the_packed_ones_are_refused(llama, directory, asked):
 
 
 def test_a_configuration_can_be_copied_and_pickled():
-    config = SparseConfig("int8", {"a": 3})
+    config = SparseConfig("int8", {"a": 3}, head="int4", tied=True)
     for again in (deepcopy(config), pickle.loads(pickle.dumps(config)), SparseConfig.from_dict(config.to_dict())):
         assert isinstance(again, SparseConfig)
         assert again.to_dict() == config.to_dict()

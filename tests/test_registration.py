@@ -32,9 +32,9 @@ assert auto.__spec__.loader is auto.__loader__ and "losa" not in type(auto.__loa
 assert "losa" in reload(auto).AUTO_QUANTIZER_MAPPING
 """
 PLUGIN_FIRST = """
-import losa.runtime.plugin
+import losa.integrations.transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-assert AUTO_QUANTIZER_MAPPING["losa"] is losa.runtime.plugin.SparseQuantizer
+assert AUTO_QUANTIZER_MAPPING["losa"] is losa.integrations.transformers.SparseQuantizer
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["losa"] is losa.SparseConfig
 """
 

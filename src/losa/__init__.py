@@ -8,14 +8,14 @@ before transformers or after. Names are imported when first used, so that `impor
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from losa.runtime.registration import install
+from losa.integrations.registration import install
 
 if TYPE_CHECKING:
     from losa.adapter import attach, merge
     from losa.api import prune, run
     from losa.config import LosaConfig
+    from losa.integrations.transformers import SparseConfig
     from losa.models import load
-    from losa.runtime.header import SparseConfig
     from losa.runtime.linear import SparseLinear
     from losa.zeros import keep_zeros
 
@@ -23,7 +23,7 @@ __version__: str
 
 _HOMES = {
     "LosaConfig": "losa.config",
-    "SparseConfig": "losa.runtime.header",
+    "SparseConfig": "losa.integrations.transformers",
     "SparseLinear": "losa.runtime.linear",
     "attach": "losa.adapter",
     "keep_zeros": "losa.zeros",

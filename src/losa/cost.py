@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from losa.integrations.transformers import pack_model
 from losa.models import find_decoder
 from losa.pruning.grid import FORMATS
 from losa.runtime.bench import race
-from losa.runtime.header import SparseConfig
-from losa.runtime.plugin import pack_model
+from losa.runtime.header import Packing
 from losa.system.environment import machine
 
 DENSE_BITS = 16.0
@@ -40,7 +40,7 @@ def decoding_speed(model: PreTrainedModel, values: str | None, device: torch.dev
     models = {"dense": model}
     if stored_size(model, values)[0] < DENSE_BITS:
         models["packed"] = copy.deepcopy(model)
-        pack_model(models["packed"], SparseConfig(values or "bfloat16"))
+        pack_model(models["packed"], Packing(values or "bfloat16"))
     raced = race(models, device)
     own = raced[list(models)[-1]]
     return {"tokens_per_second": own, "of_dense": own / raced["dense"], "machine": machine(device.type)}

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.configuration_utils import PreTrainedConfig
 
 from losa.models.support import max_length
-from losa.runtime.header import METHOD, SparseConfig
+from losa.runtime.header import METHOD, Packing
 from losa.system.doors import door, read_json, shown, tensor_heads, weight_files
 from losa.system.output import work_dir
 
@@ -79,7 +79,7 @@ def check_content(content: Mapping[str, Any]) -> None:
         method = str(found.get("quant_method") or "a method that it does not name")[:40]
         raise ValueError(f"it is quantised with {method}; LoSA takes bf16, fp16 or fp32 weights, so use the original checkpoint")
     if found is not None:
-        SparseConfig(**{str(key): value for key, value in found.items()})
+        Packing.of(found)
     for key, value in content.items():
         counts = re.match(r"num_|n_layer|n_head|.*_layers$", str(key))
         if counts and isinstance(value, int) and abs(value) > COUNT:

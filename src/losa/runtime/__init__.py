@@ -1,1 +1,1 @@
-"""Running sparse models fast: the packed format, its kernels, and the doors through which transformers opens it."""
+"""Running sparse models fast: the packed format, its kernels, and what is done with packed models in one process."""

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from losa.integrations.transformers import SparseConfig
 from losa.models import load, max_length
 from losa.models.opening import open_config, open_weights
 from losa.runtime.decode import road
-from losa.runtime.header import SparseConfig
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import resident_bytes, settle
 from losa.runtime.sampling import speaker

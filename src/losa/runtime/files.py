@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from losa.models import check_supported, find_decoder
 from losa.models.opening import check_model, open_config
 from losa.runtime.card import NOTE, write_note
-from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
+from losa.runtime.header import KEEP, METHOD, Packing, check_files, head_of, swap_in
 from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.values import ValueType
 from losa.system.doors import INDEX, check_links, read_json, read_tensors, shown, weight_files
@@ -45,7 +45,7 @@ def pack_checkpoint(
         source: directory of a checkpoint, sparse or not.
         output: a directory that does not exist yet.
         values: a name of `losa.runtime.values`.
-        head: `int8`, `int4`, or `keep`; see `SparseConfig`.
+        head: `int8`, `int4`, or `keep`; see `Packing`.
         overwrite: the output may be what losa wrote earlier; it is replaced.
 
     Returns:
@@ -57,13 +57,13 @@ def pack_checkpoint(
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
     """
     source, output = Path(source), Path(output)
-    config = SparseConfig(values, head=head)
+    config = Packing(values, head=head)
     with claim(output):
         return _pack_claimed(source, output, config, trust_remote_code, overwrite, needs_head=head is not None)
 
 
 def _pack_claimed(
-    source: Path, output: Path, config: SparseConfig, trust_remote_code: bool, overwrite: bool, needs_head: bool
+    source: Path, output: Path, config: Packing, trust_remote_code: bool, overwrite: bool, needs_head: bool
 ) -> dict[str, Any]:
     _check(source, output, overwrite)
     if is_packed(source):
@@ -245,7 +245,7 @@ def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
     return {name: (counts[name], numel) for name, numel in weights.items() if name in counts}
 
 
-def read_header(directory: Path) -> SparseConfig:
+def read_header(directory: Path) -> Packing:
     """The header of a packed checkpoint.
 
     Raises:
@@ -253,7 +253,7 @@ def read_header(directory: Path) -> SparseConfig:
     """
     if not is_packed(directory):
         raise ValueError(f"{directory} is not packed: its config.json has no quantization_config of losa")
-    return SparseConfig(**read_json(directory / "config.json")["quantization_config"])
+    return Packing.of(read_json(directory / "config.json")["quantization_config"])
 
 
 def _skeleton(source: Path, trust_remote_code: bool) -> PreTrainedModel:

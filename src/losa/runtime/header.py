@@ -5,18 +5,16 @@
 `layers` names every packed linear layer with the number of its stored values. Shapes are the model's; together they fix the
 dtype and shape of every packed tensor, which `check_files` compares with what the safetensors files say before one is read.
 Where the output head is packed as well, `head` says with which values, and `tied` whether it was the embedding.
-transformers makes `SparseConfig` of this dictionary; so it is also what a user passes to pack a checkpoint while it is opened:
-
-    AutoModelForCausalLM.from_pretrained(directory, quantization_config=losa.SparseConfig())
+`Packing` is this dictionary, checked. transformers and vLLM each make a class of their own of it (`losa.integrations`).
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from losa.runtime.linear import SparseLinear
 from losa.runtime.values import HEADS, TYPES, ValueType
@@ -31,75 +29,70 @@ VERSION = 1
 _DTYPES = {torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32"}
 
 
-class SparseConfig(QuantizationConfigMixin):
-    """How linear layers are packed.
+@dataclass
+class Packing:
+    """How linear layers are packed: plain data, which `losa.integrations` hands to other software as each wants it.
 
-    Args:
+    Attributes:
         values: `bfloat16`, nothing is lost; `int8`, rounded with a scale per row; or `int4`, with one for 64 columns as well.
         layers: stored values by the name of the layer, in a packed checkpoint; empty to pack a dense one while it is opened.
         version: of the format.
         head: values of the output head, `int8` or `int4`, or `keep`, which leaves it dense. None: `int8` if values are rounded,
             else `keep`.
         tied: whether the dense model uses its embedding as its head; only in a packed checkpoint with a packed head.
+        quant_method: always `losa`.
 
     Raises:
         ValueError: anything else, with what was found.
     """
 
-    def __new__(cls, values: str = "bfloat16", *args: Any, **kwargs: Any) -> Self:
-        """A class for every type of values. A packed checkpoint that is opened with another configuration than its own is refused
-        by transformers only if the two classes have different names; else it takes the checkpoint's, and warns."""
-        own = type(f"SparseConfig of {values} values", (cls,), {"__module__": cls.__module__}) if cls is SparseConfig else cls
-        made: Self = super().__new__(own)
-        return made
+    values: str = "bfloat16"
+    layers: dict[str, int] = field(default_factory=dict)
+    version: int = VERSION
+    head: str | None = None
+    tied: bool = False
+    quant_method: str = METHOD
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles, which look for a class by its name."""
-        return SparseConfig, (self.values, self.layers, self.version)
-
-    def __init__(
-        self,
-        values: str = "bfloat16",
-        layers: Mapping[str, int] | None = None,
-        version: int = VERSION,
-        head: str | None = None,
-        tied: bool = False,
-        **unknown: Any,
-    ) -> None:
-        method = unknown.pop("quant_method", METHOD)
-        if method != METHOD:
-            raise ValueError(f"quant_method is {shown(method)}, expected {METHOD!r}: this is no packed LoSA checkpoint")
-        if type(version) is not int or version != VERSION:
-            raise ValueError(f"packed format {shown(version)}, expected {VERSION}; update losa, or pack the model again")
-        if not isinstance(values, str) or values not in TYPES:
-            raise ValueError(f"packed values are {shown(values)}, expected one of {', '.join(TYPES)}")
-        if head is not None and (not isinstance(head, str) or head not in (KEEP, *HEADS)):
-            raise ValueError(f"values of the head are {shown(head)}, expected one of {', '.join((*HEADS, KEEP))}")
-        if not isinstance(tied, bool):
-            raise ValueError(f"tied is {shown(tied)}, expected true or false")
-        if unknown:
-            raise ValueError(f"unknown keys in the packed header: {', '.join(sorted(map(str, unknown)))[:200]}")
-        layers = {} if layers is None else layers
-        if not isinstance(layers, Mapping):
-            raise ValueError(f"layers is a {type(layers).__name__}, expected names and numbers of stored values")
-        for name, count in layers.items():
+    def __post_init__(self) -> None:
+        if self.quant_method != METHOD:
+            found = shown(self.quant_method)
+            raise ValueError(f"quant_method is {found}, expected {METHOD!r}: this is no packed LoSA checkpoint")
+        if type(self.version) is not int or self.version != VERSION:
+            raise ValueError(f"packed format {shown(self.version)}, expected {VERSION}; update losa, or pack the model again")
+        if not isinstance(self.values, str) or self.values not in TYPES:
+            raise ValueError(f"packed values are {shown(self.values)}, expected one of {', '.join(TYPES)}")
+        if self.head is not None and (not isinstance(self.head, str) or self.head not in (KEEP, *HEADS)):
+            raise ValueError(f"values of the head are {shown(self.head)}, expected one of {', '.join((*HEADS, KEEP))}")
+        if not isinstance(self.tied, bool):
+            raise ValueError(f"tied is {shown(self.tied)}, expected true or false")
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"layers is a {type(self.layers).__name__}, expected names and numbers of stored values")
+        for name, count in self.layers.items():
             if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f"layer {shown(name)} claims {shown(count)} stored values, expected a number of at least 0")
-        self.quant_method = METHOD
-        self.version = version
-        self.values = values
-        self.layers = dict(layers)
-        self.head = head or ("int8" if TYPES[values].rounds and not layers else KEEP)
-        self.tied = tied
+        self.layers = dict(self.layers)
+        self.head = self.head or ("int8" if TYPES[self.values].rounds and not self.layers else KEEP)
+
+    @classmethod
+    def of(cls, header: Mapping[Any, Any]) -> "Packing":
+        """From `quantization_config` of a `config.json`.
+
+        Raises:
+            ValueError: unknown keys, or what the values themselves are refused for.
+        """
+        unknown = sorted(map(str, header.keys() - {known.name for known in fields(Packing)}))
+        if unknown:
+            raise ValueError(f"unknown keys in the packed header: {', '.join(unknown)[:200]}")
+        return Packing(**header)
 
     def type_of(self, is_head: bool) -> ValueType:
         """Of the stored values of a packed layer, a block's or the output head."""
-        return TYPES[self.head if is_head and self.head != KEEP else self.values]
+        return TYPES[self.head if is_head and self.head and self.head != KEEP else self.values]
 
     def to_dict(self) -> dict[str, Any]:
         """The header; nothing of a head that is not packed."""
-        found = super().to_dict()
-        return {key: value for key, value in found.items() if key not in ("head", "tied") or self.head != KEEP}
+        found = {"quant_method": self.quant_method, "version": self.version, "values": self.values, "layers": dict(self.layers)}
+        return found | ({} if self.head == KEEP else {"head": self.head, "tied": self.tied})
 
 
 def head_of(model: "PreTrainedModel") -> dict[str, nn.Linear]:
@@ -108,7 +101,7 @@ def head_of(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if module is head and isinstance(module, nn.Linear)}
 
 
-def swap_in(model: "PreTrainedModel", config: SparseConfig) -> dict[str, SparseLinear]:
+def swap_in(model: "PreTrainedModel", config: Packing) -> dict[str, SparseLinear]:
     """Replaces the layers that the header names by empty `SparseLinear`s, on the model's (meta) device; returns them.
 
     Raises:

@@ -53,12 +53,16 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: another dtype.
         """
-        packed = pack(linear.weight.data, values)
-        made = cls(linear.in_features, linear.out_features, 0, values)
+        return cls.from_packed(pack(linear.weight.data, values), None if linear.bias is None else linear.bias.data)
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias_O: Tensor | None = None) -> Self:
+        """A layer of a packed weight, which is not copied."""
+        made = cls(packed.columns, packed.rows, 0, packed.type)
         for part, tensor in packed.tensors().items():
             made.register_parameter(part, _frozen(tensor))
-        if linear.bias is not None:
-            made.bias = _frozen(linear.bias.data.bfloat16())
+        if bias_O is not None:
+            made.bias = _frozen(bias_O.bfloat16())
         made.land()
         return made
 

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import mmap
 import sys
+from typing import Any
 
 import psutil
 import torch
@@ -36,22 +37,46 @@ def _start(region: mmap.mmap) -> int:
     return -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE
 
 
-@torch.no_grad()
-def settle(model: nn.Module) -> None:
-    """Moves the parameters of a model on the CPU into one huge region, one at a time; tied parameters stay tied.
+class HugePages:
+    """Memory in huge pages for tensors that come one after the other; a region at a time, each kept as long as a tensor in it."""
 
-    Each has a storage of its own in there: `torch.save` writes storages, and of one that several types share it writes none.
+    def __init__(self, region_bytes: int = 64 << 20) -> None:
+        self.region_bytes = region_bytes
+        self._region: mmap.mmap | None = None
+        self._used = self._end = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in this process or another, begins with regions of its own."""
+        return HugePages, (self.region_bytes,)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor again, in here, aligned to a cache line, with a storage of its own: `torch.save` writes storages, and of one
+        that several types share it writes none."""
+        size = -(-tensor.nbytes // 64) * 64
+        if self._region is None or self._used + size > self._end:
+            room = max(size, self.region_bytes)
+            self._region = _huge_pages(room)
+            self._used = _start(self._region)
+            self._end = self._used + room
+        home = torch.frombuffer(self._region, dtype=tensor.dtype, count=tensor.numel(), offset=self._used).view(tensor.shape)
+        self._used += size
+        return home.copy_(tensor)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, pages: HugePages | None = None) -> None:
+    """Moves the parameters of a model on the CPU into huge pages, one at a time; tied parameters stay tied.
+
     Does nothing for a model that is not wholly on the CPU.
+
+    Args:
+        pages: where to; None: a region as large as the model.
     """
     parameters = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.numel()}
     if any(parameter.device.type != "cpu" for parameter in parameters.values()):
         return
-    region = _huge_pages(sum(-(-parameter.nbytes // 64) * 64 for parameter in parameters.values()))
-    used, homes = _start(region), {}
-    for address, parameter in parameters.items():
-        home = torch.frombuffer(region, dtype=parameter.dtype, count=parameter.numel(), offset=used).view(parameter.shape)
-        homes[address] = home.copy_(parameter)
-        used += -(-parameter.nbytes // 64) * 64
+    pages = pages or HugePages(sum(-(-parameter.nbytes // 64) * 64 for parameter in parameters.values()))
+    homes = {address: pages.copy(parameter) for address, parameter in parameters.items()}
     for parameter in model.parameters():
         if parameter.numel():
             parameter.data = homes[parameter.data_ptr()]

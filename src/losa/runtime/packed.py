@@ -99,38 +99,57 @@ def pack(W_OI: torch.Tensor, values: ValueType = BFLOAT16) -> PackedWeight:
         raise ValueError(f"pack takes a 2-dimensional bfloat16 weight, found {W_OI.dtype} of shape {tuple(W_OI.shape)}")
     if values.rounds and not torch.isfinite(W_OI).all():
         raise ValueError(f"a weight to be rounded to {values.name} holds NaN or infinity")
-    (rows, columns), scale_O, groups_SGR = W_OI.shape, None, None
     if values.group:
-        W_OI, scale_O, groups_OG = quantize_groups(W_OI, values.group)
-        groups_SGR = _by_words(groups_OG, 1).contiguous()
-    elif values.scaled:
-        W_OI, scale_O = quantize(W_OI)
-    words = _by_words(W_OI, values.columns)
+        return compress(*quantize_groups(W_OI, values.group), values)
+    if values.scaled:
+        return compress(*quantize(W_OI), None, values)
+    return compress(W_OI, None, None, values)
+
+
+def compress(q_OI: torch.Tensor, scale_O: torch.Tensor | None, groups_OG: torch.Tensor | None, values: ValueType) -> PackedWeight:
+    """Pack numbers as they are stored; nothing is rounded. What `expand` undoes.
+
+    Args:
+        q_OI: `[O, I]` bfloat16, or int8 for values with scales.
+        scale_O: `[O]` float32, for values with scales.
+        groups_OG: `[O, G]` uint8, for values with scales of groups.
+    """
+    words = _by_words(q_OI, values.columns)
     keep = words != 0  # a weight that rounds to zero is a zero from here on
     counts = keep.flatten(1).sum(1)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    rows, columns = q_OI.shape
     mask = pack_bits(keep).view(mask_shape(rows, columns, values))
     stored = words[keep]
     if values.bits == 4:
         stored = to_nibbles(stored)
+    groups_SGR = None if groups_OG is None else _by_words(groups_OG, 1).contiguous()
     return PackedWeight(mask, stored, offsets, scale_O, groups_SGR, rows, columns, values)
 
 
-def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The dense `[O, I]` bfloat16 weight: bitwise the packed one for bfloat16 values, what the scales say for others."""
+def expand(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What `compress` takes: the stored numbers in their places, zeros between them, and the scales of rows and groups. Unlike a
+    packed weight, all three can be cut into rows and columns (columns by whole groups) and put together."""
     kind, strips = packed.type, packed.mask.shape[0]
     keep = unpack_bits(packed.mask.flatten(), (strips, packed.mask.shape[1] // (2 * kind.columns), STRIP * kind.columns))
     stored = to_numbers(packed.values, packed.stored) if kind.bits == 4 else packed.values
     words = torch.zeros(keep.shape, dtype=stored.dtype, device=keep.device)
     words[keep] = stored
-    W = words.view(strips, -1, STRIP, kind.columns).transpose(1, 2).reshape(strips * STRIP, -1)[: packed.rows, : packed.columns]
-    if packed.scale is not None:
-        scale = packed.scale[:, None]
-        if packed.groups is not None and kind.group:
-            level_OG = levels(packed.groups).transpose(1, 2).flatten(0, 1)[: packed.rows]
-            scale = scale * level_OG.repeat_interleave(kind.group, 1)[:, : packed.columns]
-        W = (W.float() * scale).bfloat16()
-    return W.contiguous()
+    q = words.view(strips, -1, STRIP, kind.columns).transpose(1, 2).reshape(strips * STRIP, -1)
+    groups = packed.groups
+    groups_OG = None if groups is None else groups.transpose(1, 2).flatten(0, 1)[: packed.rows]
+    return q[: packed.rows, : packed.columns].contiguous(), packed.scale, groups_OG
+
+
+def unpack(packed: PackedWeight) -> torch.Tensor:
+    """The dense `[O, I]` bfloat16 weight: bitwise the packed one for bfloat16 values, what the scales say for others."""
+    W_OI, scale_O, groups_OG = expand(packed)
+    if scale_O is None:
+        return W_OI
+    scale = scale_O[:, None]
+    if groups_OG is not None and packed.type.group:
+        scale = scale * levels(groups_OG).repeat_interleave(packed.type.group, 1)[:, : packed.columns]
+    return (W_OI.float() * scale).bfloat16()
 
 
 def _expected(packed: PackedWeight) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""The plug-in that lets transformers open packed checkpoints; `import losa` registers it (`losa.runtime.registration`).
+"""The plug-in that lets transformers open packed checkpoints; `import losa` registers it (`losa.integrations.registration`).
 
 `from_pretrained` builds the model on the meta device, asks the quantizer to put its modules in, and fills them from the files:
 a packed model never exists in its dense size. Without the plug-in (losa not imported), transformers warns of an unknown
@@ -8,13 +8,15 @@ This module is imported while transformers is: at its top it needs nothing that 
 """
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from losa.runtime.header import KEEP, METHOD, SparseConfig, check_files, head_of, swap_in
+from losa.runtime.header import KEEP, METHOD, VERSION, Packing, check_files, head_of, swap_in
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import settle
 
@@ -22,6 +24,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+
+class SparseConfig(Packing, QuantizationConfigMixin):
+    """`Packing` as transformers takes it; its arguments and what it raises are described there.
+
+    transformers makes one of a packed checkpoint's header. It is also what a user passes to pack a checkpoint while it is opened:
+
+        AutoModelForCausalLM.from_pretrained(directory, quantization_config=losa.SparseConfig("int8"))
+    """
+
+    def __new__(cls, values: str = "bfloat16", *args: Any, **kwargs: Any) -> Self:
+        """A class for every type of values. A packed checkpoint that is opened with another configuration than its own is refused
+        by transformers only if the two classes have different names; else it takes the checkpoint's, and warns."""
+        own = type(f"SparseConfig of {values} values", (cls,), {"__module__": cls.__module__}) if cls is SparseConfig else cls
+        made: Self = super().__new__(own)
+        return made
+
+    def __init__(
+        self,
+        values: str = "bfloat16",
+        layers: Mapping[str, int] | None = None,
+        version: int = VERSION,
+        head: str | None = None,
+        tied: bool = False,
+        **header: Any,
+    ) -> None:
+        given = {"values": values, "layers": {} if layers is None else layers, "version": version, "head": head, "tied": tied}
+        self.__dict__.update(vars(Packing.of(given | header)))
+
+    __repr__ = QuantizationConfigMixin.__repr__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which look for a class by its name."""
+        return SparseConfig, (self.values, self.layers, self.version, self.head, self.tied)
 
 
 class SparseQuantizer(HfQuantizer):
@@ -80,7 +116,7 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def pack_model(model: "PreTrainedModel", config: SparseConfig) -> dict[str, int]:
+def pack_model(model: "PreTrainedModel", config: Packing) -> dict[str, int]:
     """Replaces the linear layers of the decoder's blocks by packed ones, in place; one dense layer is freed before the next. So
     is the head, where the configuration says so; an embedding that it was tied to stays dense, and is tied no more.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-PLUGIN = "losa.runtime.plugin"
+PLUGIN = "losa.integrations.transformers"
 
 
 def install() -> None:
