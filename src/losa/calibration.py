@@ -302,7 +302,8 @@ def rounding_visit(format: Format) -> Visit:
             except ValueError as error:
                 raise ValueError(f"block {stop.index}, {', '.join(names)}: {error}") from error
             for layer, (weight_OI, grid) in zip(group, rounded, strict=True):
-                layer.set_solution(layer.keep_OI, weight_OI)
+                trained_on = layer.delta_OI is not None  # in float32; a base in bfloat16 is what it is rounded to
+                layer.set_solution(layer.keep_OI, grid.inside(layer.merged(), weight_OI) if trained_on else weight_OI)
                 layer.set_grid(grid)
 
     return visit

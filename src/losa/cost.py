@@ -13,6 +13,8 @@ from losa.runtime.bench import race
 from losa.runtime.header import Packing
 from losa.system.environment import machine
 
+DENSE_BITS = 16.0
+
 
 def stored_size(model: PreTrainedModel, values: str | None) -> tuple[float, int]:
     """Bits of a weight of the decoder's blocks, and bytes of the model, all else in bfloat16.
@@ -23,7 +25,7 @@ def stored_size(model: PreTrainedModel, values: str | None) -> tuple[float, int]
     weights = [linear.weight for linear in find_decoder(model).linears().values()]
     count = sum(weight.numel() for weight in weights)
     density = sum(int(weight.count_nonzero()) for weight in weights) / count
-    bits = FORMATS[values].bits_per_weight(density) if values else min(16.0, 1 + 16 * density)
+    bits = FORMATS[values].bits_per_weight(density) if values else min(DENSE_BITS, 1 + 16 * density)
     rest = sum(parameter.numel() for parameter in model.parameters()) - count
     return bits, round((bits * count + 16 * rest) / 8)
 
@@ -36,7 +38,7 @@ def decoding_speed(model: PreTrainedModel, values: str | None, device: torch.dev
         return None
     model = model.to(torch.bfloat16).eval()
     models = {"dense": model}
-    if any(not linear.weight.all() for linear in find_decoder(model).linears().values()):
+    if stored_size(model, values)[0] < DENSE_BITS:
         models["packed"] = copy.deepcopy(model)
         pack_model(models["packed"], Packing(values or "bfloat16"))
     raced = race(models, device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 # Steps that are tried for a group, as ratios of the one that just reaches its largest weight: a little coarser, down to 0.66.
 TRIED = [2 ** ((4 - below) / 16) for below in range(12)]
+INSIDE = 0.499  # of a step: how far from a value of the grid a weight may be that is rounded to it
 SHRUNK = [1 - 0.05 * number for number in range(11)]  # the same where the smallest value is free: of the whole range
 
 
@@ -76,6 +77,13 @@ class Grid:
         group = self.format.group or columns
         step_PI, low_PI = (part[rows].repeat_interleave(group, 1)[:, :columns] for part in (self.step_OG, self.low_OG))
         return snap(W_PI, step_PI.to(W_PI.dtype), low_PI.to(W_PI.dtype), self.format.span)
+
+    def inside(self, W_OI: Tensor, rounded_OI: Tensor) -> Tensor:
+        """The values nearest to `W` that `snap` takes to `rounded`, which lies on the grid. Where a training starts: as many
+        weights are then near to another value of the grid as before they were rounded."""
+        group = self.format.group or W_OI.shape[1]
+        reach_OI = (INSIDE * self.step_OG).repeat_interleave(group, 1)[:, : W_OI.shape[1]].to(W_OI.dtype)
+        return rounded_OI + torch.maximum(torch.minimum(W_OI - rounded_OI, reach_OI), -reach_OI)
 
 
 def snap(W: Tensor, step: Tensor, low: Tensor, span: int) -> Tensor:
