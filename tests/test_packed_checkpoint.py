@@ -111,6 +111,18 @@ def test_the_head_is_packed_and_comes_back(tmp_path, tied, head):
         torch.testing.assert_close(dense(IDS).logits, want if tied else found, rtol=0.02, atol=0.02)
 
 
+def test_a_head_that_the_files_call_something_else_stays_dense(tmp_path):
+    sparse = make_sparse("gpt_neox", tmp_path / "sparse")
+    result = pack_checkpoint(tmp_path / "sparse", tmp_path / "packed", "int8")
+    assert (result["head"], result["head_bytes"]) == ("keep", 0)
+    packed, _ = losa.load(tmp_path / "packed")
+    with torch.no_grad():
+        found, want = packed(IDS).logits.float(), sparse(IDS).logits.float()
+    assert (found - want).norm() / want.norm() < 0.05
+    with pytest.raises(ValueError, match="no linear output head that losa can pack; use --head keep"):
+        pack_checkpoint(tmp_path / "sparse", tmp_path / "other", "int8", head="int8")
+
+
 def test_which_head_is_packed_when_nobody_says(llama):
     for values, head in (("bfloat16", "keep"), ("int8", "int8"), ("int4", "int8")):
         assert SparseConfig(values).head == head

@@ -23,7 +23,7 @@ from losa.runtime.card import NOTE, write_note
 from losa.runtime.header import KEEP, METHOD, Packing, check_files, head_of, swap_in
 from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.values import ValueType
-from losa.system.doors import INDEX, check_links, read_json, read_tensors, shown, weight_files
+from losa.system.doors import INDEX, check_links, read_json, read_tensors, shown, tensor_heads, weight_files
 from losa.system.output import BENCH, EVALUATION, LIST, check_free, claim, commit, fresh, place
 from losa.system.progress import progress
 from losa.system.writing import writing
@@ -83,6 +83,8 @@ def _pack_claimed(
     }
     places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
     home = _home_of_head(model, source)
+    if home is not None and not any(f"{home[0]}.weight" in tensor_heads(file) for file in weight_files(source)):
+        home = None  # a family whose files call it something else
     if config.head != KEEP and home is None and needs_head:
         raise ValueError(f"{type(model).__name__} has no linear output head that losa can pack; use --head keep")
     if config.head != KEEP and home is not None:
