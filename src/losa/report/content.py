@@ -183,7 +183,10 @@ def openers(record: Mapping[str, Any]) -> Table:
     rows = [
         ("transformers", "opens it as it is; as large and as fast as dense"),
         ("losa", f"{pack} stores the zeros in a bit each; losa.load, losa chat and transformers with losa open that"),
-        ("vLLM", f"opens it {alike}{two_four}; with losa[vllm], --quantization losa packs it, and the packed form opens"),
+        (
+            "vLLM",
+            f"opens it {alike}{two_four}; with the plug-in of losa, --quantization losa packs it, and the packed form opens",
+        ),
         ("llama.cpp", f"reads it after its own convert_hf_to_gguf.py, {alike}"),
     ]
     return Table(("software", "what it does with this checkpoint"), rows, "llama.cpp is not part of LoSA's tests.", words=2)
