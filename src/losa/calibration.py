@@ -8,8 +8,8 @@ only the current block is on the device.
 Legend: `S` sequences, `T` tokens, `H` hidden, `L` blocks, `N` tokens of a batch, `I` in_features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from losa.adapter import MaskedLinear, dense_mode, masked_linears
 from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
-from losa.pruning import Pattern, Pruner, Solution, get_pruner
+from losa.pruning import ROUNDING_LIKE, Pattern, Pruner, Solution, get_pruner
 from losa.pruning.grid import Format
 from losa.pruning.rounding import round_to
 from losa.system import distributed
@@ -292,18 +292,17 @@ def rounding_visit(format: Format) -> Visit:
     """
 
     def visit(stop: Stop) -> None:
-        statistics, layers = InputStatistics(get_pruner("sparsegpt")), masked_linears(stop.block)
+        statistics, layers = InputStatistics(ROUNDING_LIKE), masked_linears(stop.block)
         statistics.collect(stop.block, stop.index, stop.sparse)
         for names, G_II in statistics.groups(stop.block):
             assert G_II is not None
             group = [layers[name] for name in names]
-            try:
-                rounded = round_to([layer.merged() for layer in group], [layer.keep_OI for layer in group], G_II, format)
-            except ValueError as error:
-                raise ValueError(f"block {stop.index}, {', '.join(names)}: {error}") from error
-            for layer, (weight_OI, grid) in zip(group, rounded, strict=True):
+            weights, masks = [layer.merged() for layer in group], [layer.keep_OI for layer in group]
+            with _naming(stop.index, names):
+                rounded = round_to(weights, masks, G_II, format)
+            for layer, W_OI, keep_OI, (rounded_OI, grid) in zip(group, weights, masks, rounded, strict=True):
                 trained_on = layer.delta_OI is not None  # in float32; a base in bfloat16 is what it is rounded to
-                layer.set_solution(layer.keep_OI, grid.inside(layer.merged(), weight_OI) if trained_on else weight_OI)
+                layer.set_solution(keep_OI, grid.inside(W_OI, rounded_OI) if trained_on else rounded_OI)
                 layer.set_grid(grid)
 
     return visit
@@ -329,6 +328,15 @@ def prune_blocks(
     return walk_blocks(model, ids_ST, visits, label=label, dense_sequences=error_sequences, batch_size=batch_size, device=device)
 
 
+@contextmanager
+def _naming(index: int, names: Sequence[str]) -> Iterator[None]:
+    """Has what is refused inside say of which layers."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"block {index}, {', '.join(names)}: {error}") from error
+
+
 def _solve(
     block: nn.Module, index: int, statistics: InputStatistics, rates: Mapping[str, float], pattern: Pattern, share: float
 ) -> dict[str, Solution]:
@@ -339,10 +347,8 @@ def _solve(
     for number, (names, statistic) in enumerate(groups):
         if number % distributed.world_size() == distributed.rank():
             weights, masks = [layers[name].merged() for name in names], [layers[name].keep_OI for name in names]
-            try:
+            with _naming(index, names):
                 solved = pruner.solve(weights, masks, statistic, [rates[f"{index}.{name}"] for name in names], pattern, share)
-            except ValueError as error:
-                raise ValueError(f"block {index}, {', '.join(names)}: {error}") from error
             solutions |= dict(zip(names, solved, strict=True))
     if distributed.world_size() > 1:
         for number, (names, _) in enumerate(groups):

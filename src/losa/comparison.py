@@ -155,6 +155,7 @@ class CompareConfig:
 
     def _rows_of(self, name: str, method: Method) -> "Iterator[Row]":
         dense, full = method.maker == "dense", method.maker in FULL
+        also = Also(self.context, self.speed, self.tasks, self.task_data, self.limit)
         for target in self.targets[:1] if full else self.targets:
             for seed in self.seeds[:1] if dense else self.seeds:
                 values = copy.deepcopy(self.run)
@@ -164,7 +165,6 @@ class CompareConfig:
                 if ":" in target and not full:  # the pattern fixes all rates
                     values["rate_band"] = 0.0
                 config = LosaConfig.from_dict(values)
-                also = Also(self.context, self.speed, self.tasks, self.task_data, self.limit)
                 yield Row(name, method.maker, "" if full else target, seed, config, also)
 
 
@@ -289,18 +289,15 @@ def measure(row: Row) -> dict[str, Any]:
     record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
     texts = (train.data, config.calibration.data, config.eval.data)
-    context = context_use(session.model, session.data.evaluation, device) if row.also.context else None
     return {
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),
         "sparsity": record["sparsity"]["achieved"],
         "bits": bits,
         "bytes": stored,
-        "context": context,
+        "context": context_use(session.model, session.data.evaluation, device) if row.also.context else None,
         "tasks": _accuracy(session, row.also),
-        "speed": decoding_speed(session.model, config.values, session.device)
-        if row.also.speed
-        else None,  # last: it packs the model
+        "speed": decoding_speed(session.model, config.values, session.device) if row.also.speed else None,
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
         "seconds": record["seconds"],

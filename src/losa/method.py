@@ -36,17 +36,17 @@ from losa.training import train
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
     """The steps 1..T of `run`, as phases: pieces that are done whole, and resumed after."""
     phases = []
+    rounded = [Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0})] if config.values else []
     for step, trained in enumerate(config.train.shares(config.steps), 1):
         alike = dict.fromkeys(("importance", "pruning"), 1 / config.steps)
         phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step), alike))
         if step == config.steps and config.reconstruct.epochs:
             phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0}))
-        if step == config.steps and config.values and config.train.whole:
-            phases.append(Phase(f"{step:02d}-rounded", put_on_grid, {"rounding": 1.0}))
+        if step == config.steps and config.train.whole:
+            phases += rounded
         phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step), {"training": trained}))
-    if config.values and not config.train.whole:  # adapters do not see the grid; what they were merged to is rounded
-        phases.append(Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0}))
-    return phases
+    # Adapters do not see the grid: what they were merged to is rounded.
+    return phases if config.train.whole else phases + rounded
 
 
 def sparsify(session: Session, step: int) -> None:

@@ -31,17 +31,16 @@ MERGED = ("weight", "weight_scale", "weight_groups")  # numbers, and scales of r
 DENSE_BYTES = 2  # of a weight in bfloat16
 
 
-class PackedAfterLoading:
-    """A linear method that loads a dense weight and packs it, where that makes it smaller.
+class _Packs:
+    """What the linear methods have in common.
 
     Args:
         kind: the type of the stored values.
         pages: where packed weights live on a CPU.
-        dense: makes the method that a layer keeps where packing it would not make it smaller.
     """
 
-    def __init__(self, kind: ValueType, pages: HugePages, dense: Callable[[], Any]) -> None:
-        self.kind, self.pages, self.dense = kind, pages, dense
+    def __init__(self, kind: ValueType, pages: HugePages) -> None:
+        self.kind, self.pages = kind, pages
 
     def create_weights(
         self,
@@ -53,9 +52,34 @@ class PackedAfterLoading:
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """The dense `[O, I]` weight, this process's share; `attributes` has the engine's `weight_loader`."""
-        shape = (sum(output_partition_sizes), input_size_per_partition)
-        _register(layer, "weight", torch.empty(shape, dtype=params_dtype), **attributes)
+        """A layer's parameters, for this process's share of the weight; `attributes` has the engine's `weight_loader`.
+
+        Raises:
+            ValueError: that share cannot be loaded.
+        """
+        self._create(layer, (sum(output_partition_sizes), input_size_per_partition), input_size, params_dtype, attributes)
+
+    def _create(self, layer: Any, shape: tuple[int, int], columns: int, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x W^T + b`, `[..., I]` -> `[..., O]`, by the kernel of the device."""
+        return multiply(layer, x, bias)
+
+
+class PackedAfterLoading(_Packs):
+    """A linear method that loads a dense weight and packs it, where that makes it smaller.
+
+    Args:
+        dense: makes the method that a layer keeps where packing it would not make it smaller.
+    """
+
+    def __init__(self, kind: ValueType, pages: HugePages, dense: Callable[[], Any]) -> None:
+        super().__init__(kind, pages)
+        self.dense = dense
+
+    def _create(self, layer: Any, shape: tuple[int, int], columns: int, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
+        _register(layer, "weight", torch.empty(shape, dtype=dtype), **attributes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Packs, and lets go of the dense weight; one that is tied stays with the other layer that uses it."""
@@ -67,59 +91,43 @@ class PackedAfterLoading:
             return
         _replace(layer, pack(W_OI.bfloat16(), self.kind), self.pages)
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x W^T + b`, `[..., I]` -> `[..., O]`, by the kernel of the device."""
-        return multiply(layer, x, bias)
 
-
-class PackedBefore:
+class PackedBefore(_Packs):
     """A linear method that loads the packed matrices which one layer of the engine is made of.
 
     Args:
-        kind: the type of the stored values.
-        pages: where packed weights live on a CPU.
         names: of the matrices, as the header has them, in the engine's order.
         counts: their stored values, as the header claims.
     """
 
     def __init__(self, kind: ValueType, pages: HugePages, names: list[str], counts: list[int]) -> None:
-        self.kind, self.pages, self.names, self.counts = kind, pages, names, counts
+        super().__init__(kind, pages)
+        self.names, self.counts = names, counts
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        *,
-        weight_loader: Callable[..., None],
-        **attributes: Any,
-    ) -> None:
+    def _create(self, layer: Any, shape: tuple[int, int], columns: int, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
         """A parameter for each part of a packed matrix, all of them empty until their first matrix has come.
 
         Raises:
             ValueError: columns are cut inside of a group that shares a scale.
         """
-        group = self.kind.group
-        if group and input_size_per_partition != input_size and input_size_per_partition % group:
-            found = f"{self.names[0]} has {input_size} columns, {input_size_per_partition} for each process"
+        (rows, own), group = shape, self.kind.group
+        if group and own != columns and own % group:
+            found = f"{self.names[0]} has {columns} columns, {own} for each process"
             raise ValueError(
                 f"{found}, and {self.kind.name} values share scales by {group}: pack int8 values, or use fewer processes"
             )
-        rows, columns = sum(output_partition_sizes), input_size_per_partition
-        merged = {"weight": torch.empty(rows, columns, dtype=torch.int8 if self.kind.scaled else torch.bfloat16, device="meta")}
+        merged = {"weight": torch.empty(rows, own, dtype=torch.int8 if self.kind.scaled else torch.bfloat16, device="meta")}
         stored = {"weight": self.kind.stored, "weight_mask": torch.uint8, "weight_offsets": torch.int64}
         if self.kind.scaled:
             merged["weight_scale"] = torch.empty(rows, dtype=torch.float32, device="meta")
             stored["weight_scale"] = torch.float32
         if group:
-            merged["weight_groups"] = torch.empty(rows, -(-columns // group), dtype=torch.uint8, device="meta")
+            merged["weight_groups"] = torch.empty(rows, -(-own // group), dtype=torch.uint8, device="meta")
             stored["weight_groups"] = torch.uint8
-        gathering = _Gathering(self, layer, input_size, merged, set(stored), weight_loader)
-        for part, dtype in stored.items():
-            _register(layer, part, torch.empty(0, dtype=dtype), weight_loader=partial(gathering.take, part), **attributes)
+        gathering = _Gathering(self, layer, columns, merged, set(stored), attributes["weight_loader"])
+        for part, kind in stored.items():
+            loads = attributes | {"weight_loader": partial(gathering.take, part)}
+            _register(layer, part, torch.empty(0, dtype=kind), **loads)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Every matrix has come by now.
@@ -129,10 +137,6 @@ class PackedBefore:
         """
         if not hasattr(layer, "sparse"):
             raise ValueError(f"the packed checkpoint lacks a part of {self.names[0]}; it is damaged, pack the model again")
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x W^T + b`, `[..., I]` -> `[..., O]`, by the kernel of the device."""
-        return multiply(layer, x, bias)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from losa.importance import CHUNK, gram
 from losa.loss import causal_loss
 from losa.models import BlockInputs, block_inputs, find_decoder
 from losa.planning.work import MEASURED, evaluation_windows, importance_sequences, training_rows
-from losa.pruning import Pattern, Pruner, get_pruner
+from losa.pruning import ROUNDING_LIKE, Pattern, Pruner, get_pruner
 from losa.rates import get_rule
 
 BATCH, EVALUATION_BATCH = 8, 4  # the defaults of walk_blocks and perplexity
@@ -289,7 +289,7 @@ class _Probe:
             found["reconstruction"] += updates * update
         found["rounding"] = 0.0
         if config.values:  # every process rounds all layers
-            rounding = ROUNDING * self.solve(get_pruner("sparsegpt"))
+            rounding = ROUNDING * self.solve(ROUNDING_LIKE)
             found["rounding"] = L * (forward(calls, sequences * window) + collect(calls, sequences * window) + rounding)
         found["training"] = self._training(forward, P)
         windows, shown = -(-evaluation_windows(config) // P), config.eval.length or 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from losa.pruning import alps, magnitude, movement, sparsegpt, wanda
 from losa.pruning.masks import Pattern
 
-__all__ = ["PRUNERS", "Pattern", "Pruner", "Solution", "get_pruner"]
+__all__ = ["PRUNERS", "ROUNDING_LIKE", "Pattern", "Pruner", "Solution", "get_pruner"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ PRUNERS: dict[str, Pruner] = {
         Pruner("movement", None, _movement, from_training=True),
     )
 }
+ROUNDING_LIKE = PRUNERS["sparsegpt"]  # whose statistic `rounding.py` takes, and whose memory: the same pass over the columns
 
 
 def get_pruner(name: str) -> Pruner:

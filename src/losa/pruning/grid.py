@@ -73,16 +73,18 @@ class Grid:
 
     def snap(self, W_PI: Tensor, rows: slice = slice(None)) -> Tensor:
         """The nearest values of the grid, in the dtype of `W`; `rows` are those of the weight that `W` has. No negative zeros."""
-        columns = W_PI.shape[1]
-        group = self.format.group or columns
-        step_PI, low_PI = (part[rows].repeat_interleave(group, 1)[:, :columns] for part in (self.step_OG, self.low_OG))
-        return snap(W_PI, step_PI.to(W_PI.dtype), low_PI.to(W_PI.dtype), self.format.span)
+        step_PI, low_PI = (self._spread(part[rows], W_PI) for part in (self.step_OG, self.low_OG))
+        return snap(W_PI, step_PI, low_PI, self.format.span)
+
+    def _spread(self, part_PG: Tensor, like_PI: Tensor) -> Tensor:
+        """What is said of each group, said of each of its columns."""
+        columns = like_PI.shape[1]
+        return part_PG.repeat_interleave(self.format.group or columns, 1)[:, :columns].to(like_PI.dtype)
 
     def inside(self, W_OI: Tensor, rounded_OI: Tensor) -> Tensor:
         """The values nearest to `W` that `snap` takes to `rounded`, which lies on the grid. Where a training starts: as many
         weights are then near to another value of the grid as before they were rounded."""
-        group = self.format.group or W_OI.shape[1]
-        reach_OI = (INSIDE * self.step_OG).repeat_interleave(group, 1)[:, : W_OI.shape[1]].to(W_OI.dtype)
+        reach_OI = self._spread(INSIDE * self.step_OG, W_OI)
         return rounded_OI + torch.maximum(torch.minimum(W_OI - rounded_OI, reach_OI), -reach_OI)
 
 

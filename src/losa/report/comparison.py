@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from losa.report import pareto
+from losa.report.pareto import label
 
 Rows = Sequence[dict[str, Any]]
 
@@ -24,8 +25,7 @@ def write_tables(path: Path, rows: Rows) -> None:
         for row in rows:
             times = {"training_seconds": row["seconds"].get("training", 0.0), "seconds": round(making(row), 1)}
             speed = row["speed"] or {"tokens_per_second": None, "of_dense": None}
-            scored = {"accuracy": row["tasks"]["mean"]["acc"] if row["tasks"] and row["tasks"]["mean"] else None}
-            writer.writerow([(row | times | speed | scored)[column] for column in COLUMNS])
+            writer.writerow([(row | times | speed | {"accuracy": pareto.accuracy(row)})[column] for column in COLUMNS])
     tables = [markdown(rows), pareto.table(rows)]
     advice = "".join(f"- {line}.\n" for line in pareto.recommendations(rows))
     path.with_name(f"{path.name}.md").write_text("\n".join([*tables, advice]).rstrip() + "\n", "utf-8")
@@ -71,11 +71,6 @@ def context_table(rows: Rows) -> str:
 def making(row: dict[str, Any]) -> float:
     """Seconds that making a row's model took: importance, pruning and training, not reading text or evaluating."""
     return float(sum(value for stage, value in row["seconds"].items() if stage not in ("reading text", "evaluation")))
-
-
-def label(target: str) -> str:
-    """`0.7` -> `70 %`; patterns as they are."""
-    return target if ":" in target else f"{float(target) * 100:g} %"
 
 
 def cell(rows: Rows) -> str:

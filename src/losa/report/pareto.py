@@ -27,29 +27,45 @@ class Point:
 
 def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
     """One for every method and target, in their order."""
-    found = []
-    for method, target in dict.fromkeys((row["method"], row["target"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["target"]) == (method, target)]
-        zeros = target if ":" in target else f"{float(target) * 100:g} %" if target else ""
+    places = dict.fromkeys((row["method"], row["target"]) for row in rows)
+    return [_point([row for row in rows if (row["method"], row["target"]) == place]) for place in places]
 
-        def mean(of: Callable[[dict[str, Any]], float], mine: list[dict[str, Any]] = mine) -> float:
-            return statistics.mean(map(of, mine))
 
-        fast, scored = all(row["speed"] for row in mine), all(row["tasks"] and row["tasks"]["mean"] for row in mine)
-        found.append(
-            Point(
-                f"{method} {zeros}".strip(),
-                _family(mine[0]),
-                method.startswith("losa"),
-                mean(lambda row: row["perplexity"]),
-                mean(lambda row: row["bits"]),
-                mean(lambda row: row["bytes"]),
-                mean(lambda row: row["speed"]["tokens_per_second"]) if fast else None,
-                mean(lambda row: row["speed"]["of_dense"]) if fast else None,
-                mean(lambda row: row["tasks"]["mean"]["acc"]) if scored else None,
-            )
-        )
-    return found
+def _point(mine: Sequence[dict[str, Any]]) -> Point:
+    """Of the seeds of one method at one target."""
+    method, target = mine[0]["method"], mine[0]["target"]
+
+    def mean(of: Callable[[dict[str, Any]], float | None]) -> float | None:
+        values = [value for row in mine if (value := of(row)) is not None]
+        return statistics.mean(values) if len(values) == len(mine) else None
+
+    return Point(
+        f"{method} {label(target)}" if target else method,
+        _family(mine[0]),
+        is_default(method),
+        statistics.mean(row["perplexity"] for row in mine),
+        statistics.mean(row["bits"] for row in mine),
+        statistics.mean(row["bytes"] for row in mine),
+        mean(lambda row: row["speed"] and row["speed"]["tokens_per_second"]),
+        mean(lambda row: row["speed"] and row["speed"]["of_dense"]),
+        mean(accuracy),
+    )
+
+
+def label(target: str) -> str:
+    """`0.7` -> `70 %`; patterns as they are."""
+    return target if ":" in target else f"{float(target) * 100:g} %"
+
+
+def is_default(method: str) -> bool:
+    """Whether a method is what `losa run` makes."""
+    return method.startswith("losa")
+
+
+def accuracy(row: dict[str, Any]) -> float | None:
+    """Mean of the paper's seven tasks; None where not all were measured."""
+    scored = row["tasks"] and row["tasks"]["mean"]
+    return scored["acc"] if scored else None
 
 
 def _family(row: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from losa.report.comparison import Rows, label, making
-from losa.report.pareto import Point, front, points
+from losa.report.comparison import Rows, making
+from losa.report.pareto import Point, front, is_default, label, points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def _by_sparsity(rows: Rows, sparsities: Sequence[float]) -> "Figure":
                 line.append((sparsity * 100, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
         if line:
             x, y, error = zip(*line, strict=True)
-            ours = _is_ours(name)
+            ours = is_default(name)
             axes.errorbar(x, y, error, color=OURS if ours else OTHERS, capsize=2, marker="o", markersize=3, linewidth=1 + ours)
             ends.append((x[-1], y[-1], name, ours))
     for name, value in {row["method"]: row["perplexity"] for row in rows if row["method"] == "dense"}.items():
@@ -101,8 +101,8 @@ def _by_time(rows: Rows, targets: Sequence[str]) -> "Figure":
         for name in dict.fromkeys(_name(row) for row in rows if row["target"] == target and row["seconds"].get("training")):
             mine = [row for row in rows if _name(row) == name and row["target"] == target]
             x, y = [making(row) for row in mine], [_sparse_value(row) for row in mine]
-            axes.plot(x, y, "o", color=OURS if _is_ours(name) else OTHERS, markersize=5)
-            named.append((x[0], y[0], name, _is_ours(name)))
+            axes.plot(x, y, "o", color=OURS if is_default(name) else OTHERS, markersize=5)
+            named.append((x[0], y[0], name, is_default(name)))
         axes.set(xlabel="pruning and training (s)", title=f"{rows[0]['model']}, {label(target)}")
         _finish(axes)
         axes.margins(x=0.25)
@@ -117,10 +117,6 @@ def _sparse_value(row: dict[str, Any]) -> float:
 
 def _name(row: dict[str, Any]) -> str:
     return f"{row['method']}{', masked again' if row['masked_again'] is not None else ''}"
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith("losa")
 
 
 def _blank(height: float) -> "Figure":

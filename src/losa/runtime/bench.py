@@ -31,7 +31,6 @@ from losa.system.environment import machine, resolve_device
 from losa.system.progress import progress
 
 MOST_ROUNDS = 1000
-RACES = 5  # turns of every model in `race`
 GPU_COPIES = 10  # timed together: a GPU copies so fast that starting and waiting would count
 
 
@@ -150,16 +149,7 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     if place.type == "cuda":
         torch._dynamo.reset()  # what an earlier call compiled is neither used again nor kept in memory
     models = open_all(str(directory), place)
-    config = next(iter(models.values()))[0].config.get_text_config()
-    ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
-    graphs = {"cache_implementation": "static"} if place.type == "cuda" else {}
-    clocks: dict[str, list[Clock]] = {name: [] for name in models}
-    turns = [(name, counted) for counted in range(rounds + 1) for name in models]
-    for name, counted in progress(turns, "generating"):
-        clock = Clock()
-        speaker(models[name][0], greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **graphs)
-        if counted:
-            clocks[name].append(clock)
+    clocks = take_turns({name: model for name, (model, _) in models.items()}, place, prompt, new, rounds)
     stream = bandwidth(place)
     rows = []
     for name, (model, added) in models.items():
@@ -175,18 +165,25 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     }
 
 
-def race(models: Mapping[str, PreTrainedModel], device: torch.device, prompt: int = 32, new: int = 32) -> dict[str, float]:
-    """Tokens per second of models in memory, in turns, of which the first is not counted; medians."""
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    for counted in range(RACES + 1):
-        for name, model in models.items():
-            vocabulary = model.config.get_text_config().vocab_size
-            ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-            clock = Clock()
-            speaker(model, greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock)
-            if counted:
-                rates[name].append(clock.rate)
-    return {name: median(found) for name, found in rates.items()}
+def take_turns(
+    models: Mapping[str, PreTrainedModel], device: torch.device, prompt: int, new: int, rounds: int
+) -> "dict[str, list[Clock]]":
+    """Has every model generate, round by round; the clocks of each, without those of the round before the first, to warm up.
+
+    Args:
+        models: of one vocabulary, on `device`.
+    """
+    config = next(iter(models.values())).config.get_text_config()
+    ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    graphs = {"cache_implementation": "static"} if device.type == "cuda" else {}
+    clocks: dict[str, list[Clock]] = {name: [] for name in models}
+    turns = [(name, counted) for counted in range(rounds + 1) for name in models]
+    for name, counted in progress(turns, "generating"):
+        clock = Clock()
+        speaker(models[name], greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **graphs)
+        if counted:
+            clocks[name].append(clock)
+    return clocks
 
 
 def greedy(new: int) -> GenerationConfig:
