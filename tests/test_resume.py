@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import Stop, StopAtStep, comparable, file_bytes, save_text, set_up, toy_config, toy_run
 from processes import call, losa, start
 from transformers import AutoModelForCausalLM
@@ -311,11 +312,11 @@ def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch, where,
 
 
 def test_the_same_weights_elsewhere_have_the_same_origin(folder, tmp_path):
-    first = origin(*load(toy_config(folder)), "text")
+    first = origin(*load(toy_config(folder)), "text", torch.float32)
     shutil.copytree(folder / "model", tmp_path / "model")
     model, tokenizer = load(toy_config(tmp_path))
     tokenizer(["THE", "QUICK FOX"], padding=False, truncation=True, max_length=3)  # leaves settings in the tokenizer
-    assert origin(model, tokenizer, "text") == first
+    assert origin(model, tokenizer, "text", torch.float32) == first
 
 
 def flip(path: Path, place: int) -> None:

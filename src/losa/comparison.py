@@ -27,6 +27,7 @@ from losa.evaluation.context import context_use
 from losa.evaluation.zeroshot import mean_accuracy, task_names
 from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
 from losa.models import load
+from losa.models.precision import computing
 from losa.report.content import public
 from losa.session import Session, check_request
 from losa.system import distributed
@@ -283,11 +284,14 @@ def measure(row: Row) -> dict[str, Any]:
     lifted = MAKERS[row.maker](session)
     session.finish("made")
     bits, stored = stored_size(session.model, config.values)
-    if lifted:
-        mask_again(session.model, lifted)
-        session.measure("masked again")
-    record, train = session.record, session.config.train
     device = session.device if session.config.blocks_on_host else None
+    with computing(session.model, session.device, config.dtype):
+        if lifted:
+            mask_again(session.model, lifted)
+            session.measure("masked again")
+        context = context_use(session.model, session.data.evaluation, device) if row.also.context else None
+        accuracy = _accuracy(session, row.also)
+    record, train = session.record, session.config.train
     texts = (train.data, config.calibration.data, config.eval.data)
     return {
         "perplexity": record["perplexity"]["made"],
@@ -295,8 +299,8 @@ def measure(row: Row) -> dict[str, Any]:
         "sparsity": record["sparsity"]["achieved"],
         "bits": bits,
         "bytes": stored,
-        "context": context_use(session.model, session.data.evaluation, device) if row.also.context else None,
-        "tasks": _accuracy(session, row.also),
+        "context": context,
+        "tasks": accuracy,
         "speed": decoding_speed(session.model, config.values, session.device) if row.also.speed else None,
         "tokens": train.tokens if kind == "run" else 0,
         "samples": train.samples,
@@ -318,7 +322,8 @@ def _accuracy(session: Session, also: Also) -> dict[str, Any] | None:
     if also.tasks is None:
         return None
     folder = Path(also.task_data) if also.task_data else None
-    found = score_tasks(session.model, session.tokenizer, harness().load_tasks(task_names(also.tasks), folder), also.limit)
+    tasks = harness().load_tasks(task_names(also.tasks), folder)
+    found = score_tasks(session.model, session.tokenizer, tasks, also.limit)
     return {"tasks": {name: score.get("acc") for name, score in found.items()}, "mean": mean_accuracy(found)}
 
 

@@ -174,7 +174,7 @@ class LosaConfig:
     rotate: bool = False  # turn the values of every attention head first, so that pruning finds more small weights; rotation.py
     seed: int = 0
     device: str = "auto"  # cuda if there is one, else cpu
-    dtype: str = "auto"  # of the base weights; the checkpoint's own when auto
+    dtype: str = "auto"  # of the base weights; auto: the checkpoint's, computing in float32 on CPUs without 16-bit instructions
     offload: bool = False  # for models larger than the device: decoder blocks stay on the host and visit it one at a time
     shard: bool = False  # of several processes, each holds a part of the weights while training (FSDP2)
     trust_remote_code: bool = False

@@ -121,7 +121,14 @@ SHARED: dict[str, Shared] = {
         ],
     ),
     "dtype": Shared(
-        "dtype", Annotated[str | None, typer.Option(help="`auto` (the checkpoint's), `float32`, `bfloat16`, `float16`.")]
+        "dtype",
+        Annotated[
+            str | None,
+            typer.Option(
+                help="`auto` (the checkpoint's; a CPU without instructions for it computes in float32, and saves it all the "
+                "same), `float32`, `bfloat16`, `float16`."
+            ),
+        ],
     ),
     "device": Shared("device", Device),
     "offload": Shared(

@@ -170,6 +170,7 @@ def plan_table(plan: Plan) -> Group:
     each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
     table = Table(title=f"plan on {plan.device}{each}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{plan.parameters:,}, of which {plan.prunable:,} prunable")
+    table.add_row("computes in", plan.computes_in)
     rows = ("runtime", "weights", "masks", "dense_copy", "trained", "training", "calibration", "evaluation")
     for name in rows:
         table.add_row(name.replace("_", " "), size(getattr(plan, name)))

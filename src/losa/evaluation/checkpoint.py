@@ -25,6 +25,7 @@ from losa.evaluation.perplexity import perplexity
 from losa.evaluation.zeroshot import mean_accuracy
 from losa.models import load, max_length
 from losa.models.opening import open_config, open_tokenizer
+from losa.models.precision import computing
 from losa.system.doors import door, read_json
 from losa.system.environment import resolve_device
 from losa.system.output import EVALUATION, RECORD, read_record
@@ -126,18 +127,19 @@ def evaluate_checkpoint(
     model, tokenizer = load(config)
     model.to(device)
     rows: list[dict[str, Any]] = []
-    for length, shown in measured.items():
-        about = {"model": config.model, "data": str(data), "window": length}
-        value = perplexity(model, shown.ids_ST, label=f"perplexity at {length}", counted_ST=shown.counted_ST)
-        definition = BY_ANSWER if shown.counts == "answers" else BY_TOKEN
-        rows.append({**about, "definition": definition, "windows": len(shown.ids_ST), "perplexity": value})
-        if lm_eval and words:
-            documents = evaluation_documents(str(data), text)
-            value = lm_eval.word_perplexity(lm_eval.Scorer(model, tokenizer, length), documents, is_wikitext(str(data)))
-            rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
+    with computing(model, device, config.dtype):
+        for length, shown in measured.items():
+            about = {"model": config.model, "data": str(data), "window": length}
+            value = perplexity(model, shown.ids_ST, label=f"perplexity at {length}", counted_ST=shown.counted_ST)
+            definition = BY_ANSWER if shown.counts == "answers" else BY_TOKEN
+            rows.append({**about, "definition": definition, "windows": len(shown.ids_ST), "perplexity": value})
+            if lm_eval and words:
+                documents = evaluation_documents(str(data), text)
+                value = lm_eval.word_perplexity(lm_eval.Scorer(model, tokenizer, length), documents, is_wikitext(str(data)))
+                rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
+        scores = score_tasks(model, tokenizer, loaded, limit) if loaded else {}
     source = {"data": "hub" if task_data is None else "local"}
-    found = {name: scored | source for name, scored in score_tasks(model, tokenizer, loaded, limit).items()} if loaded else {}
-    return _result(rows, found, lm_eval.version if lm_eval else None)
+    return _result(rows, {name: scored | source for name, scored in scores.items()}, lm_eval.version if lm_eval else None)
 
 
 def score_tasks(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from losa.config import LosaConfig
 from losa.models import Decoder, check_supported, find_decoder, max_length
 from losa.models.opening import check_model, open_config
+from losa.models.precision import computing_dtype
 from losa.planning.probe import probe, probe_bytes
 from losa.planning.simulation import simulate_calibration, simulate_evaluation, simulate_training, trained_values
 from losa.planning.work import evaluation_windows, stage_flops
@@ -41,6 +42,7 @@ class Plan:
 
     parameters: int
     prunable: int
+    computes_in: str
     runtime: int  # bytes, as all fields below: Python, torch and transformers themselves
     weights: int
     masks: int  # a bit a weight
@@ -86,7 +88,9 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     """
     model_config = open_config(config.model, config.trust_remote_code, packed=False)
     model = check_model(model_config, config.model, config.trust_remote_code)
-    dtype = _dtype(config, model_config)
+    elsewhere = memory is not None or flops is not None
+    device = "elsewhere" if elsewhere else str(resolve_device(config.device))
+    dtype = _dtype(config, model_config, torch.device("cuda" if elsewhere else device))
 
     def build() -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code).eval()
@@ -96,8 +100,6 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     check_decoder(decoder, config)
     config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
     check_parts(config, processes)
-    elsewhere = memory is not None or flops is not None
-    device = "elsewhere" if elsewhere else str(resolve_device(config.device))
     parameters, hidden = sum(p.numel() for p in model.parameters()), model.config.get_text_config().hidden_size
     planned = _Planned(config, build, decoder, parameters, hidden, dtype, processes, device)
     available = memory if memory is not None else _free_memory(torch.device("cpu" if elsewhere else device))
@@ -112,7 +114,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     output = Path(config.output or ".").absolute()
     existing = next(parent for parent in (output, *output.parents) if parent.exists())
     return Plan(
-        **planned.bytes_needed(),
+        **planned.needs(),
         available_memory=available,
         available_host=_free_memory(torch.device("cpu")),
         available_disk=shutil.disk_usage(existing).free,
@@ -147,8 +149,8 @@ class _Planned:
         """What trying a block would take."""
         return probe_bytes(max(self.decoder.sizes()), self.dtype.itemsize, self.parameters, self.prunable)
 
-    def bytes_needed(self) -> dict[str, int]:
-        """The fields of a plan that count something, most of them bytes."""
+    def needs(self) -> dict[str, Any]:
+        """The fields of a plan that the model and the configuration decide, most of them bytes."""
         config, size, prunable, processes = self.config, self.dtype.itemsize, self.prunable, self.processes
         host, away = self.device == "cpu", self.config.blocks_on_host and self.device != "cpu"
         pruner, whole = get_pruner(config.pruner), config.train.whole
@@ -185,6 +187,7 @@ class _Planned:
         return {
             "parameters": self.parameters,
             "prunable": prunable,
+            "computes_in": str(self.dtype).removeprefix("torch."),
             "runtime": runtime,
             "weights": weights,
             "masks": masks,
@@ -200,11 +203,13 @@ class _Planned:
         }
 
 
-def _dtype(config: LosaConfig, model_config: Any) -> torch.dtype:
+def _dtype(config: LosaConfig, model_config: Any, device: torch.device) -> torch.dtype:
+    """What the run computes in."""
     own = getattr(model_config, "dtype", None) or torch.float32
     dtype = own if config.dtype == "auto" else getattr(torch, config.dtype)
     assert isinstance(dtype, torch.dtype)
-    return torch.bfloat16 if dtype == torch.float16 else dtype  # as session.check_precision does
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as session.check_precision does
+    return computing_dtype(dtype, device, config.dtype)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from losa.allocation import layer_rates
 from losa.config import LosaConfig
 from losa.data import check_sources
 from losa.models import Decoder
+from losa.models.precision import cast_, tensors_of
 from losa.pruning import Pattern, get_pruner
 from losa.system import distributed
 from losa.system.environment import check_memory
@@ -54,7 +55,7 @@ def check_precision(model: PreTrainedModel, config: LosaConfig) -> None:
         raise ValueError("dtype is 'float16', expected bfloat16 or float32: gradients underflow in float16")
     if model.dtype == torch.float16:
         logger.warning("the checkpoint is float16; training and saving it in bfloat16, as gradients underflow in float16")
-        model.to(torch.bfloat16)
+        cast_(model, tensors_of(model, torch.float16), torch.bfloat16)
 
 
 def check_decoder(decoder: Decoder, config: LosaConfig) -> None:

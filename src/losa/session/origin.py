@@ -13,9 +13,9 @@ from losa.system.environment import versions
 DECIDE = ("losa", "torch", "transformers", "accelerate")  # packages whose version may change a result
 
 
-def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, str]:
+def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, dtype: torch.dtype) -> dict[str, str]:
     """Checksums and versions by name: `weights`, all bytes of all parameters and buffers; `model configuration`, `tokenizer`,
-    `text`; and the packages that compute.
+    `text`; the dtype that is computed in, and the packages that compute.
 
     Args:
         text: the texts' checksum (`data.RunData.fingerprint`).
@@ -26,13 +26,15 @@ def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         "model configuration": _hash([_settings(model.config), _settings(getattr(model, "generation_config", None))]),
         "tokenizer": _hash(_tokenizer(tokenizer)),
         "text": text,
+        "precision": str(dtype).removeprefix("torch."),
     } | {f"version of {name}": found[name] for name in DECIDE}
 
 
 def changed(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The names of what differs; of versions, both."""
+    """The names of what differs; of the precision and of versions, both."""
     names = [name for name in new if old.get(name) != new[name]]
-    return [f"{name} ({old.get(name)} -> {new[name]})" if name.startswith("version") else name for name in names]
+    told = ("precision", "version")
+    return [f"{name} ({old.get(name)} -> {new[name]})" if name.startswith(told) else name for name in names]
 
 
 def _weights(model: PreTrainedModel) -> str:

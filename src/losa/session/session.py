@@ -21,6 +21,7 @@ from losa.data import RunData, held_out_record, prepare, show_example
 from losa.data.evaluation import Windows
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
+from losa.models.precision import cast_, computing, computing_dtype, tensors_of
 from losa.planning.work import MEASURED, remaining, stage_flops
 from losa.rotation import find_value_paths, rotate_values
 from losa.session import result, stages
@@ -66,9 +67,11 @@ class Session:
     device: torch.device
     callbacks: Sequence[TrainerCallback]
     record: dict[str, Any]
+    stored: torch.dtype  # of the checkpoint, that the model came as and is returned as
+    widened: Sequence[str]  # parameters and buffers that compute in more bits than that (`models/precision.py`)
+    origin: dict[str, str] = field(default_factory=dict)  # `origin.origin`, where stages are saved
     done: int = 0  # complete phases
     stage: str | None = None  # the last that was saved
-    origin: dict[str, str] = field(default_factory=dict)  # `origin.origin`, where stages are saved
     position: Position | None = None  # inside the training that comes next, to go on from
     spent: float = 0.0  # seconds of that training until then
     phase: Mapping[str, float] = field(default_factory=dict)  # what the phase under way does of each stage
@@ -125,16 +128,22 @@ class Session:
         record: dict[str, Any] = {"kind": kind, "steps": [], "perplexity": {}, "seconds": seconds}
         record["text_sha256"] = data.fingerprint()
         check_parts(config, distributed.world_size(), len(data.evaluation))
-        come_from = origin(model, tokenizer, record["text_sha256"]) if output and distributed.is_main() else {}
+        stored, dtype = model.dtype, computing_dtype(model.dtype, device, config.dtype)
+        come_from = origin(model, tokenizer, record["text_sha256"], dtype) if output and distributed.is_main() else {}
         if output and manifest and (different := changed(manifest["origin"], come_from)):
             what, way_out = ", ".join(different), f"restore it, or delete {work_dir(output)} to start anew"
             raise ValueError(f"cannot resume {output}: the {what} changed; {way_out}")
+        widened = tensors_of(model, stored) if dtype != stored else []
+        if widened:
+            logger.info("this processor has no instructions for 16-bit floats: computing in float32, saving %s", str(stored)[6:])
+            cast_(model, widened, dtype)
+        record["computed_in"] = str(dtype)[6:]
         if config.rotate:  # again on resume, and the same again: stages hold what differs from the turned weights
             began = time.perf_counter()
             model.eval()
             record["rotation"] = rotate_values(model, data.calibration[: config.calibration.error_sequences], device=device)
             seconds["rotation"] = round(time.perf_counter() - began, 3)
-        session = cls(model, tokenizer, config, data, device, callbacks, record, origin=come_from, documents=documents)
+        session = cls(model, tokenizer, config, data, device, callbacks, record, stored, widened, come_from, documents=documents)
         attach(model, config.adapter.max_rank, config.adapter.scale, config.seed, whole=kind == "run" and config.train.whole)
         if output and manifest:
             session._restore(output, manifest)
@@ -281,8 +290,10 @@ class Session:
     def finish(self, measure: str) -> PreTrainedModel:
         """Merges, measures, saves and verifies. Record and masks become the attributes `losa_record` and `losa_masks`."""
         masks = merge(self.model)
+        cast_(self.model, self.widened, self.stored)
         return_freed_memory()  # what training held; writing and re-opening the checkpoint need some
-        self.measure(measure)
+        with computing(self.model, self.device, self.config.dtype):
+            self.measure(measure)
         pruned = sum(int((~keep).sum()) for keep in masks.values())
         total = sum(keep.numel() for keep in masks.values())
         windows, tokens = self.data.evaluation.shape

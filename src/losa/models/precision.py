@@ -1,0 +1,58 @@
+"""What a model computes in, where that is not what it is stored in.
+
+A processor without instructions for 16-bit floats multiplies bfloat16 an order of magnitude more slowly than float32
+(docs/LOG.md). There a model is widened to float32, which is exact, for as long as it computes, and rounded to what it came in
+before it is saved or handed back.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are not slower there than those of float32. Known of the processor, not timed: the same run
+    must find the same answer."""
+    if device.type != "cpu":
+        return True
+    mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def computing_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto") -> torch.dtype:
+    """What a model of dtype `stored` computes in on a device.
+
+    Args:
+        asked: the configuration's `dtype`; any other than `auto` is obeyed.
+    """
+    return torch.float32 if asked == "auto" and stored in NARROW and not multiplies_bfloat16(device) else stored
+
+
+def tensors_of(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Names of its parameters and buffers of that dtype. Some tables, such as rotary frequencies, are float32 in any model."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, tensor in named if tensor.dtype == dtype]
+
+
+def cast_(model: PreTrainedModel, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Gives parameters and buffers another dtype, in place; what shares one goes on sharing it."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in names:
+        named[name].data = named[name].data.to(dtype)
+
+
+@contextmanager
+def computing(model: PreTrainedModel, device: torch.device, asked: str = "auto") -> Iterator[None]:
+    """Has a model in what it computes in, while it lasts. Packed layers compute in what they are made for."""
+    stored = model.dtype
+    dtype = computing_dtype(stored, device, asked)
+    names = tensors_of(model, stored) if dtype != stored and getattr(model, "hf_quantizer", None) is None else []
+    cast_(model, names, dtype)
+    try:
+        yield
+    finally:
+        cast_(model, names, stored)
