@@ -127,13 +127,13 @@ def ours(directory: str, threads: int) -> dict:
     from losa.models import load
     from losa.runtime.bench import Clock, bandwidth, greedy, weight_bytes
     from losa.runtime.linear import SparseLinear
-    from losa.runtime.memory import resident_bytes, settle
+    from losa.runtime.memory import move_to_huge_pages, resident_bytes
 
     torch.set_num_threads(threads)
     before = resident_bytes()
     model, _ = load(directory)
     if not any(isinstance(module, SparseLinear) for module in model.modules()):
-        settle(model)
+        move_to_huge_pages(model)
     added = resident_bytes() - before
     clocks = []
     for prompt, new in ((PROMPT, 8), (PROMPT, NEW), (LONG, 2)):

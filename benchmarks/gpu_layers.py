@@ -19,9 +19,9 @@ from statistics import median
 import torch
 from torch.nn.functional import linear
 
-from losa.runtime import kernels
+from losa.runtime import dispatch
 from losa.runtime.bench import bandwidth
-from losa.runtime.packed import PackedWeight, chunk_index, pack
+from losa.runtime.format import PackedWeight, chunk_index, pack
 from losa.runtime.values import TYPES
 from losa.system.environment import machine, resolve_device
 from losa.system.progress import progress
@@ -70,7 +70,7 @@ def measure(shape: tuple[int, int], sparsity: float, tokens: list[int], rate: fl
     """Rows of the table for one weight; `rate` is the copy bandwidth in bytes per second."""
     device, results = torch.device("cuda"), []
     W_OI = torch.where(torch.rand(shape, device=device) < sparsity, 0, torch.randn(shape, device=device).mul_(0.02).bfloat16())
-    kernel = kernels.choose("cuda")
+    kernel = dispatch.choose("cuda")
     dense, packed = [W for (W,) in copies([W_OI])], {}
     for name, kind in TYPES.items():
         weight = pack(W_OI, kind)
@@ -80,7 +80,7 @@ def measure(shape: tuple[int, int], sparsity: float, tokens: list[int], rate: fl
         x = torch.randn(count, shape[1], device=device).bfloat16()
         works: dict[str, list[Callable[[], object]]] = {"dense": [lambda x=x, W=W: linear(x, W) for W in dense]}
         for name, weights in packed.items():
-            works[name] = [lambda x=x, w=w, i=i: kernels.linear(x, w, None, kernel, i) for w, i in weights]
+            works[name] = [lambda x=x, w=w, i=i: dispatch.linear(x, w, None, kernel, i) for w, i in weights]
         times = in_turns(works, rounds)
         for name, weights in packed.items():
             weight, index = weights[0]

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from losa.runtime import kernels
+from losa.runtime import dispatch
+from losa.runtime.format import PackedWeight, pack
 from losa.runtime.memory import huge_region
-from losa.runtime.packed import PackedWeight, pack
 from losa.runtime.values import TYPES
 from losa.system.environment import machine
 from losa.system.progress import progress
@@ -96,7 +96,7 @@ def measure(
     dense = Copies([W_OI])
     found = {values: pack(W_OI, kind) for values, kind in TYPES.items()}
     packed = {values: rotated_packed(weight) for values, weight in found.items()}
-    kernel, results = kernels.choose(), []
+    kernel, results = dispatch.choose(), []
     for count, batch in itertools.product(threads, tokens):
         torch.set_num_threads(count)
         x = torch.randn(batch, columns).bfloat16()
@@ -105,7 +105,7 @@ def measure(
         if batch == 1:
             works["mv"] = lambda x=x: torch.mv(dense.next()[0], x[0])
         for values, following in packed.items():
-            works[values] = lambda x=x, following=following: kernels.linear(x, following(), None, kernel)
+            works[values] = lambda x=x, following=following: dispatch.linear(x, following(), None, kernel)
         times = in_turns(works, budget)
         best = min(times["dense"], times["mv"], times["read"]) if batch == 1 else times["dense"]
         for values, weight in found.items():

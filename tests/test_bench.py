@@ -2,7 +2,7 @@
 
 import pytest
 
-from losa.runtime import kernels
+from losa.runtime import dispatch
 from losa.runtime.bench import compare
 
 
@@ -15,7 +15,7 @@ def test_bench_compares_in_one_process(llama):
         assert [row["name"] for row in result["rows"]] == names
         for row in result["rows"]:
             assert row["tokens_per_second"] > 0
-            compiled = row["name"] != "dense" and len(kernels.available()) > 1
+            compiled = row["name"] != "dense" and len(dispatch.available()) > 1
             assert row["road"] == ("compiled step" if compiled else "transformers")
             assert row["limit_tokens_per_second"] == pytest.approx(result["bandwidth"] / row["weight_bytes"])
     with pytest.raises(ValueError, match="1 new tokens"):

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from losa import SparseConfig, SparseLinear
 from losa.models import find_decoder
-from losa.runtime import kernels
+from losa.runtime import dispatch
 from losa.runtime.cache import RoomyLayer
 from losa.runtime.decode import DecodeStep
 
-pytestmark = pytest.mark.skipif(len(kernels.available()) == 1, reason="the CPU kernels were not built")
+pytestmark = pytest.mark.skipif(len(dispatch.available()) == 1, reason="the CPU kernels were not built")
 
 FULL = {"sliding_window": None, "use_sliding_window": False}
 FAMILIES = {
@@ -73,7 +73,7 @@ def test_logits_and_cache_err_at_most_twice_as_much_as_transformers(family, valu
         torch.testing.assert_close(layer.keys, other.keys, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("kernel", kernels.available()[1:])
+@pytest.mark.parametrize("kernel", dispatch.available()[1:])
 def test_every_instruction_set_computes_it(kernel, tmp_path, token_ids, monkeypatch):
     monkeypatch.setenv("LOSA_KERNELS", kernel)
     for values in ("bfloat16", "int8", "int4"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from losa.pruning.grid import FORMATS, Grid, choose, snap
-from losa.runtime.packed import pack, unpack
+from losa.runtime.format import pack, unpack
 from losa.runtime.values import TYPES
 
 PACKABLE = ("int8", "int4")

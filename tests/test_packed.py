@@ -8,18 +8,18 @@ import pytest
 import torch
 from references import int4_by_hand, packed_by_hand
 
-from losa.runtime import kernels
+from losa.runtime import dispatch
+from losa.runtime.format import PackedWeight, check, linear, pack, unpack
 from losa.runtime.linear import SparseLinear
-from losa.runtime.memory import settle
-from losa.runtime.packed import PackedWeight, check, linear, pack, unpack
+from losa.runtime.memory import move_to_huge_pages
 from losa.runtime.values import BFLOAT16, INT4, INT8, TYPES
 
 SHAPES = [(1, 1), (16, 2), (16, 4), (3, 5), (17, 33), (64, 64), (200, 130), (96, 1030), (33, 515), (32, 4096)]
 DENSITIES = [0.0, 0.3, 1.0]
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 65, 130]
 VALUES = list(TYPES.values())
-RUNNABLE = kernels.available()
-COMPILED = [name for name in RUNNABLE if name != kernels.REFERENCE]
+RUNNABLE = dispatch.available()
+COMPILED = [name for name in RUNNABLE if name != dispatch.REFERENCE]
 
 
 def sparse(rows: int, columns: int, density: float, seed: int = 0) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_kernels_err_at_most_twice_as_much_as_torch_in_the_same_precision(name, 
         x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
         bias = torch.randn(shape[0], generator=generator).bfloat16() if tokens % 2 else None
         want = torch.nn.functional.linear(x.double(), exact(packed), None if bias is None else bias.double())
-        ours = (kernels.linear(x, packed, bias, name).double() - want).abs().max()
+        ours = (dispatch.linear(x, packed, bias, name).double() - want).abs().max()
         torchs = (torch.nn.functional.linear(x, unpack(packed), bias).double() - want).abs().max()
         # Half a unit in the last place of the largest output is what rounding to bfloat16 alone can cost.
         rounding = want.abs().max() * 2**-9
@@ -120,12 +120,12 @@ def test_kernels_err_at_most_twice_as_much_as_torch_in_the_same_precision(name, 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_empty_inputs_and_leading_dimensions(name, values):
     packed = pack(sparse(24, 40, 0.5), values)
-    assert kernels.linear(torch.empty(0, 40, dtype=torch.bfloat16), packed, None, name).shape == (0, 24)
+    assert dispatch.linear(torch.empty(0, 40, dtype=torch.bfloat16), packed, None, name).shape == (0, 24)
     x = torch.randn(2, 3, 40).bfloat16()
-    folded = kernels.linear(x.view(6, 40), packed, None, name)
-    assert torch.equal(kernels.linear(x, packed, None, name).view(6, 24), folded)
+    folded = dispatch.linear(x.view(6, 40), packed, None, name)
+    assert torch.equal(dispatch.linear(x, packed, None, name).view(6, 24), folded)
     strided = torch.randn(40, 6).bfloat16().t()
-    assert torch.equal(kernels.linear(strided, packed, None, name), kernels.linear(strided.contiguous(), packed, None, name))
+    assert torch.equal(dispatch.linear(strided, packed, None, name), dispatch.linear(strided.contiguous(), packed, None, name))
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -138,7 +138,7 @@ def test_nan_and_infinity_pass_as_they_do_through_torch(name, values):
         x[tokens // 2, 7] = special
         # float32, for torch's own bfloat16 product may read over the end of a row that does not fill its tiles.
         want = torch.nn.functional.linear(x.float(), unpack(packed).float())
-        y = kernels.linear(x, packed, None, name).float()
+        y = dispatch.linear(x, packed, None, name).float()
         assert torch.equal(y.isnan(), want.isnan()), (special, tokens)
         assert torch.equal(y.isposinf(), want.isposinf()), (special, tokens)
         assert torch.equal(y.isneginf(), want.isneginf()), (special, tokens)
@@ -155,7 +155,7 @@ def test_an_input_of_another_width_is_refused(name):
         packed = layer.packed
         if name in COMPILED:
             with pytest.raises(RuntimeError, match="found 99 features in x, the weight has 100"):
-                number = kernels.COMPILED.index(name)
+                number = dispatch.COMPILED.index(name)
                 torch.ops.losa.sparse_linear(torch.randn(1, 99).bfloat16(), *packed[:5], None, 24, 100, values.number, number)
 
 
@@ -165,9 +165,9 @@ def test_an_input_of_another_width_is_refused(name):
 def test_a_row_that_is_not_finite_leaves_the_others_alone(name, values, special):
     packed = pack(sparse(24, 40, 0.5), values)
     x = torch.randn(3, 40).bfloat16()
-    y = kernels.linear(x, packed, None, name)
+    y = dispatch.linear(x, packed, None, name)
     x[1, 7] = special
-    with_special = kernels.linear(x, packed, None, name)
+    with_special = dispatch.linear(x, packed, None, name)
     assert torch.equal(with_special[[0, 2]], y[[0, 2]])
     assert not with_special[1].isfinite().all()
 
@@ -183,7 +183,7 @@ def test_activations_of_very_different_size_keep_their_precision(name, values):
         x[0, 3] *= 1000
         x = (x * factor).bfloat16()
         want = x.double() @ exact(packed).T
-        ours = (kernels.linear(x, packed, None, name).double() - want).abs().max()
+        ours = (dispatch.linear(x, packed, None, name).double() - want).abs().max()
         torchs = (torch.nn.functional.linear(x, unpack(packed)).double() - want).abs().max()
         assert ours <= 2 * max(torchs, want.abs().max() * 2**-9)
 
@@ -202,7 +202,7 @@ def test_activations_that_tower_above_the_rest_cost_no_row_its_precision(name, v
         x[-1, towering] *= ratio
         x = x.bfloat16()
         want = x.double() @ W.T
-        ours = (kernels.linear(x, packed, None, name).double() - want).abs()
+        ours = (dispatch.linear(x, packed, None, name).double() - want).abs()
         torchs = (torch.nn.functional.linear(x, dense).double() - want).abs()
         without = (W[:, towering] == 0).all(1)
         assert 0 < without.sum() < 96
@@ -216,7 +216,7 @@ def test_activations_that_tower_above_the_rest_cost_no_row_its_precision(name, v
 def test_opcheck(name, values):
     packed = pack(sparse(40, 24, 0.4), values)
     bias = torch.randn(40).bfloat16()
-    number = kernels.COMPILED.index(name)
+    number = dispatch.COMPILED.index(name)
     for tokens in (1, 3, 20):
         x = torch.randn(tokens, 24).bfloat16()
         arguments = (x, *packed[:5], bias, 40, 24, values.number, number)
@@ -240,10 +240,10 @@ def test_the_number_of_threads_changes_nothing(values):
         for name, tokens in itertools.product(COMPILED, (1, 4, 12, 16)):  # past 16 the portable kernels use torch's own product
             x = torch.randn(tokens, 600).bfloat16()
             torch.set_num_threads(1)
-            one = kernels.linear(x, packed, None, name)
+            one = dispatch.linear(x, packed, None, name)
             for count in (2, 3, 5):
                 torch.set_num_threads(count)
-                assert torch.equal(kernels.linear(x, packed, None, name), one)
+                assert torch.equal(dispatch.linear(x, packed, None, name), one)
     finally:
         torch.set_num_threads(threads)
 
@@ -291,7 +291,7 @@ def test_operator_survives_any_bytes(name, values):
         offsets = torch.from_numpy(generator.integers(-1, count + 2, packed.offsets.shape))
         for tokens in x:
             with pytest.raises(RuntimeError, match="losa::sparse_linear"):
-                kernels.linear(x[tokens], damaged(packed, mask=mask, offsets=offsets), None, name)
+                dispatch.linear(x[tokens], damaged(packed, mask=mask, offsets=offsets), None, name)
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -308,18 +308,18 @@ def test_operator_refuses_shapes_and_types_that_disagree(name):
         (damaged(packed, rows=-1), "negative"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            kernels.linear(x, broken, None, name)
+            dispatch.linear(x, broken, None, name)
     with pytest.raises(RuntimeError, match="bfloat16"):
-        kernels.linear(x.float(), packed, None, name)
+        dispatch.linear(x.float(), packed, None, name)
     with pytest.raises(RuntimeError, match="biases"):
-        kernels.linear(x, packed, torch.ones(50), name)
+        dispatch.linear(x, packed, torch.ones(50), name)
 
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled kernels in this installation")
 def test_a_kernel_that_this_cpu_lacks_is_refused():
     packed = pack(sparse(16, 16, 0.5))
     x = torch.randn(1, 16).bfloat16()
-    lacking = [number for number, name in enumerate(kernels.COMPILED) if name not in RUNNABLE]
+    lacking = [number for number, name in enumerate(dispatch.COMPILED) if name not in RUNNABLE]
     for number in [*lacking, -1, 99]:
         with pytest.raises(RuntimeError, match="does not run kernel"):
             torch.ops.losa.sparse_linear(x, *packed[:5], None, 16, 16, 0, number)
@@ -328,20 +328,20 @@ def test_a_kernel_that_this_cpu_lacks_is_refused():
 def test_the_environment_forces_a_kernel(monkeypatch):
     for name in RUNNABLE:
         monkeypatch.setenv("LOSA_KERNELS", name)
-        assert kernels.choose() == name
+        assert dispatch.choose() == name
     monkeypatch.setenv("LOSA_KERNELS", "sse9")
     with pytest.raises(ValueError, match="LOSA_KERNELS is 'sse9'; this machine and installation run reference"):
-        kernels.choose()
+        dispatch.choose()
     monkeypatch.delenv("LOSA_KERNELS")
-    assert kernels.choose() == RUNNABLE[-1]
+    assert dispatch.choose() == RUNNABLE[-1]
 
 
 def test_without_compiled_kernels_the_reference_runs_and_says_so_once(monkeypatch, tmp_path, caplog):
-    uncached = kernels.available.__wrapped__
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "runtime" / "kernels.py"))
-    assert uncached() == (kernels.REFERENCE,)
+    uncached = dispatch.available.__wrapped__
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "runtime" / "dispatch.py"))
+    assert uncached() == (dispatch.REFERENCE,)
     (tmp_path / "_kernels.abi3.so").write_text("no library")
-    assert uncached() == (kernels.REFERENCE,)
+    assert uncached() == (dispatch.REFERENCE,)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "were not built" in caplog.records[0].getMessage()
     assert "do not load" in caplog.records[1].getMessage()
@@ -369,13 +369,13 @@ def test_layer_stands_in_for_a_linear():
         layer(x.float())
 
 
-def test_settle_moves_weights_and_keeps_ties():
+def test_moving_to_huge_pages_moves_weights_and_keeps_ties():
     first, second = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     second.weight = first.weight
     model = torch.nn.ModuleList([first, second, SparseLinear.from_linear(torch.nn.Linear(40, 24, dtype=torch.bfloat16))])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     addresses = {parameter.data_ptr() for parameter in model.parameters()}
-    settle(model)
+    move_to_huge_pages(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not addresses & {parameter.data_ptr() for parameter in model.parameters()}
     assert first.weight is second.weight

@@ -264,7 +264,7 @@ def test_gap_that_cannot_be_told():
 def test_packed_size_is_that_of_the_format():
     import torch
 
-    from losa.runtime.packed import pack
+    from losa.runtime.format import pack
     from losa.runtime.values import TYPES
 
     W = torch.zeros(64, 64, dtype=torch.bfloat16)

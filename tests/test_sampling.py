@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from losa.models import load
 from losa.runtime.generate import generate
-from losa.runtime.sampling import settings, speaker
+from losa.runtime.sampling import for_generation, settings
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_nothing_else_of_a_generation_config_is_obeyed(saved, tmp_path):
     model, tokenizer = load(folder)
     found = settings(model)
     assert (found.eos_token_id, found.pad_token_id, found.top_k, found.num_beams) == ([63, 900], None, 3, None)
-    assert speaker(model).lm_head is model.lm_head
+    assert for_generation(model).lm_head is model.lm_head
     assert generate(model, tokenizer, "THE", lambda piece: None, 4).tokens == 4
 
 

@@ -18,16 +18,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from losa.adapter.function import adapter_gradients, effective_weight
 from losa.bits import pack_bits
 from losa.commands.toy import TOY, toy_tokenizer
-from losa.runtime import kernels
+from losa.runtime import dispatch
 from losa.runtime.bench import compare
+from losa.runtime.format import PackedWeight, chunk_index, pack, unpack
 from losa.runtime.linear import SparseLinear
-from losa.runtime.packed import PackedWeight, chunk_index, pack, unpack
 from losa.runtime.values import INT8, TYPES
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from losa.adapter import triton as adapter_kernels
-from losa.runtime import cuda
+from losa.runtime import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -114,7 +114,7 @@ def test_strips_and_chunks_that_are_empty_or_full(values):
 @pytest.mark.parametrize("config", [(1, 1), (4, 1), (4, 3), (2, 7), (1, 10)], ids=str)
 def test_any_split_along_the_columns(config, values, monkeypatch):
     """Shares that are uneven, or that have no chunk at all."""
-    monkeypatch.setattr(cuda, "_choose", lambda *_: cuda.Config(*config))
+    monkeypatch.setattr(kernels, "_choose", lambda *_: kernels.Config(*config))
     packed = pack(sparse(33, 600, 0.3), values)
     for tokens in (1, 9):
         assert_as_good_as_torch(packed, torch.randn(tokens, 600).bfloat16(), torch.randn(33).bfloat16())
@@ -122,13 +122,13 @@ def test_any_split_along_the_columns(config, values, monkeypatch):
 
 def test_configurations_fill_the_gpu_and_never_split_further_than_there_are_chunks():
     for strips, chunks, processors in itertools.product((1, 16, 256, 700), (1, 5, 64, 172), (1, 56, 108, 132)):
-        found = cuda.configs(strips, chunks, processors, 1)
+        found = kernels.configs(strips, chunks, processors, 1)
         assert 1 <= len(found) <= 6
         for warps, splits in found:
             assert 1 <= splits <= max(1, -(-chunks // warps))
-        assert all(warps <= 4 for warps, _ in cuda.configs(strips, chunks, processors, 17))
-    assert cuda.configs(256, 64, 132, 1)[0] == cuda.Config(8, 1)  # 4096 x 4096 on an H100
-    assert cuda.configs(64, 64, 132, 1)[0] == cuda.Config(8, 4)  # its key and value projections, with grouped queries
+        assert all(warps <= 4 for warps, _ in kernels.configs(strips, chunks, processors, 17))
+    assert kernels.configs(256, 64, 132, 1)[0] == kernels.Config(8, 1)  # 4096 x 4096 on an H100
+    assert kernels.configs(64, 64, 132, 1)[0] == kernels.Config(8, 4)  # its key and value projections, with grouped queries
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -136,7 +136,7 @@ def test_several_panels(values, monkeypatch):
     packed = pack(sparse(100, 70, 0.3), values)
     x = torch.randn(40, 70).bfloat16()
     whole = multiply(packed, x)
-    monkeypatch.setattr(cuda, "PANEL_BYTES", 48 * 70 * 2)
+    monkeypatch.setattr(kernels, "PANEL_BYTES", 48 * 70 * 2)
     torch.testing.assert_close(multiply(packed, x), whole)
     assert_as_good_as_torch(packed, x, torch.randn(100).bfloat16())
 
@@ -218,19 +218,19 @@ def test_index_refuses_masks_that_the_offsets_do_not_count():
 
 def on_gpu(layer: SparseLinear, monkeypatch) -> SparseLinear:
     """A layer that chooses as on a GPU, wherever it is."""
-    choose = kernels.choose
-    monkeypatch.setattr(kernels, "choose", lambda device="cpu": choose("cuda"))
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda device="cpu": choose("cuda"))
     return layer.to(DEVICE)
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_layer_lands_on_a_gpu(values, monkeypatch):
+def test_layer_moves_to_a_gpu(values, monkeypatch):
     layer = on_gpu(SparseLinear.from_linear(torch.nn.Linear(70, 24, dtype=torch.bfloat16), values), monkeypatch)
     assert layer.kernel == "triton"
     assert layer.index.dtype == torch.int32
     assert "index" not in layer.state_dict()
     x = torch.randn(2, 3, 70, device=DEVICE).bfloat16()
-    expected = kernels.linear(x, layer.packed, layer.bias, kernels.REFERENCE)
+    expected = dispatch.linear(x, layer.packed, layer.bias, dispatch.REFERENCE)
     torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02)
     layer.half()  # activations may be float16; what is stored keeps its types
     assert layer.weight.dtype == values.stored
@@ -271,20 +271,20 @@ def test_torch_compile_sees_one_operator(monkeypatch):
 
 
 def test_without_triton_the_reference_runs_and_says_so_once(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "losa.runtime.cuda", None)
-    kernels.triton_runs.cache_clear()
+    monkeypatch.setitem(sys.modules, "losa.runtime.triton", None)
+    dispatch.triton_runs.cache_clear()
     try:
-        assert kernels.choose("cuda") == kernels.choose("cuda") == kernels.REFERENCE
+        assert dispatch.choose("cuda") == dispatch.choose("cuda") == dispatch.REFERENCE
     finally:
-        kernels.triton_runs.cache_clear()
+        dispatch.triton_runs.cache_clear()
     assert [record.getMessage()[:9] for record in caplog.records] == ["no Triton"]
 
 
 def test_the_environment_forces_the_reference(monkeypatch):
-    assert kernels.choose("cuda") == "triton"
-    assert kernels.choose("mps") == kernels.REFERENCE
+    assert dispatch.choose("cuda") == "triton"
+    assert dispatch.choose("mps") == dispatch.REFERENCE
     monkeypatch.setenv("LOSA_KERNELS", "reference")
-    assert kernels.choose("cuda") == kernels.REFERENCE
+    assert dispatch.choose("cuda") == dispatch.REFERENCE
 
 
 @pytest.mark.gpu
@@ -399,20 +399,20 @@ def test_the_compiler_takes_every_kernel():
         COMPILE
         + """
 from losa.adapter import triton as adapter_kernels
-from losa.runtime import cuda
+from losa.runtime import triton as kernels
 int8, bf16, int4 = {"values": "*i8"}, {"values": "*bf16"}, {"values": "*u8", "groups": "*u8"}
 of_bf16 = {"GROUP": 2, "BITS": 16, "scale": None, "groups": None}
 of_int8, of_int4 = {"GROUP": 4, "BITS": 8, "groups": None}, {"GROUP": 4, "BITS": 4}
-build(cuda._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, of_bf16 | {"C": 8, "T": 8, "FINISH": True}, 8)
-build(cuda._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, of_int8 | {"C": 4, "T": 32, "FINISH": False, "bias": None}, 4)
-build(cuda._stream, 90, int4 | {"x": "*bf16", "y": "*bf16"}, of_int4 | {"C": 8, "T": 8, "FINISH": True, "bias": None}, 8)
-build(cuda._expand, 80, int8 | {"panel": "*bf16"}, of_int8 | {"C": 4}, 4)
-build(cuda._expand, 90, int4 | {"panel": "*bf16"}, of_int4 | {"C": 4}, 4)
+build(kernels._stream, 80, bf16 | {"x": "*bf16", "y": "*bf16"}, of_bf16 | {"C": 8, "T": 8, "FINISH": True}, 8)
+build(kernels._stream, 90, int8 | {"x": "*fp16", "y": "*fp32"}, of_int8 | {"C": 4, "T": 32, "FINISH": False, "bias": None}, 4)
+build(kernels._stream, 90, int4 | {"x": "*bf16", "y": "*bf16"}, of_int4 | {"C": 8, "T": 8, "FINISH": True, "bias": None}, 8)
+build(kernels._expand, 80, int8 | {"panel": "*bf16"}, of_int8 | {"C": 4}, 4)
+build(kernels._expand, 90, int4 | {"panel": "*bf16"}, of_int4 | {"C": 4}, 4)
 weights = {"W": "*bf16", "bits": "*u8", "A": "*fp32", "B": "*fp32", "result": "*bf16", "scale": "fp32"}
 build(adapter_kernels._build, 90, weights, {"P": 64, "Q": 64, "K": 16}, 8)
 sums = {"G": "*bf16", "bits": "*u8", "factor": "*fp32", "result": "*fp32"}
 build(adapter_kernels._project, 80, sums, {"COLUMNS": True, "TILE": 64, "SHARE": 16, "K": 16}, 4)
-build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK": 1024, "scale": None}, 4)
+build(kernels._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK": 1024, "scale": None}, 4)
 """
     )
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -422,4 +422,4 @@ build(cuda._add_shares, 90, {"partial": "*fp32", "y": "*bf16"}, {"D": 4, "BLOCK"
     assert len(lines) == 8
     for name, _, counts, spills in lines:
         assert counts == str(name in ("_stream", "_expand"))
-        assert int(spills) <= (8 if cuda.triton.__version__.startswith("3.6.") else 0)
+        assert int(spills) <= (8 if kernels.triton.__version__.startswith("3.6.") else 0)

@@ -24,9 +24,9 @@ from torch import nn
 import losa
 from losa.integrations.layers import PackedAfterLoading, PackedBefore, full_rows, multiply
 from losa.runtime.files import pack_checkpoint
+from losa.runtime.format import compress, expand, pack, unpack
 from losa.runtime.header import Packing
 from losa.runtime.memory import HugePages
-from losa.runtime.packed import compress, expand, pack, unpack
 from losa.runtime.values import BFLOAT16, INT4, INT8, TYPES
 
 VALUES = [pytest.param(kind, id=name) for name, kind in TYPES.items()]

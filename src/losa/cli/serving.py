@@ -42,9 +42,9 @@ def generate(
     """
     from losa.runtime.generate import generate as go_on
     from losa.runtime.generate import is_chat
-    from losa.runtime.sampling import check_wishes
+    from losa.runtime.sampling import check_arguments
 
-    check_wishes(prompt, tokens, temperature, seed)
+    check_arguments(prompt, tokens, temperature, seed)
     loaded, tokenizer = _served(model, device, trust_remote_code)
     if raw or not is_chat(tokenizer):
         say(prompt, end="")
@@ -69,9 +69,9 @@ def chat(
     be piped, one a line.
     """
     from losa.runtime.generate import chat as converse
-    from losa.runtime.sampling import check_wishes
+    from losa.runtime.sampling import check_arguments
 
-    check_wishes("a question", tokens, temperature, seed)
+    check_arguments("a question", tokens, temperature, seed)
     loaded, tokenizer = _served(model, device, trust_remote_code)
 
     def end(answer: "Generated") -> None:

@@ -14,8 +14,8 @@ from losa.commands.toy import TOY, toy_tokenizer
 from losa.config import LosaConfig
 from losa.models import load
 from losa.models.precision import multiplies_bfloat16
+from losa.runtime.dispatch import available, choose
 from losa.runtime.files import pack_checkpoint
-from losa.runtime.kernels import available, choose
 from losa.system.environment import resolve_device, versions
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losa.runtime import kernels
+from losa.runtime import dispatch
+from losa.runtime.format import PARTS, PackedWeight, check, compress, expand, pack
 from losa.runtime.linear import SparseLinear
-from losa.runtime.memory import HugePages, settle
-from losa.runtime.packed import PARTS, PackedWeight, check, compress, expand, pack
+from losa.runtime.memory import HugePages, move_to_huge_pages
 from losa.runtime.values import ValueType
 
 MERGED = ("weight", "weight_scale", "weight_groups")  # numbers, and scales of rows and of groups of columns: what `expand` gives
@@ -201,7 +201,7 @@ def full_rows(layer: Any, shard: Any) -> int:
 def multiply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` of a layer that was packed."""
     sparse = layer.sparse
-    return kernels.linear(x, sparse.packed, bias, sparse.kernel, sparse.index)
+    return dispatch.linear(x, sparse.packed, bias, sparse.kernel, sparse.index)
 
 
 def _replace(layer: Any, packed: PackedWeight, pages: HugePages) -> None:
@@ -209,7 +209,7 @@ def _replace(layer: Any, packed: PackedWeight, pages: HugePages) -> None:
     for part in PARTS:
         layer._parameters.pop(part, None)
     layer.sparse = SparseLinear.from_packed(packed)
-    settle(layer.sparse, pages)
+    move_to_huge_pages(layer.sparse, pages)
 
 
 def _register(layer: Any, name: str, tensor: Tensor, **attributes: Any) -> None:

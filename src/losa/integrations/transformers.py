@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from losa.runtime.header import KEEP, METHOD, VERSION, Packing, check_files, head_of, swap_in
 from losa.runtime.linear import SparseLinear
-from losa.runtime.memory import settle
+from losa.runtime.memory import move_to_huge_pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,10 +88,10 @@ class SparseQuantizer(HfQuantizer):
                 assert isinstance(layer, SparseLinear)
                 layer.check(name, count)
                 layer.requires_grad_(False)
-                layer.land()
+                layer.prepare()
         else:
             self.quantization_config.layers = pack_model(model, self.quantization_config)
-        settle(model)
+        move_to_huge_pages(model)
         decode.attach(model)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":

@@ -24,8 +24,8 @@ from losa.models import load, max_length
 from losa.models.opening import open_config, open_weights
 from losa.runtime.decode import road
 from losa.runtime.linear import SparseLinear
-from losa.runtime.memory import resident_bytes, settle
-from losa.runtime.sampling import speaker
+from losa.runtime.memory import move_to_huge_pages, resident_bytes
+from losa.runtime.sampling import for_generation
 from losa.runtime.values import TYPES
 from losa.system.environment import machine, resolve_device
 from losa.system.progress import progress
@@ -95,7 +95,7 @@ def open_all(directory: str, device: torch.device) -> dict[str, tuple[PreTrained
     first = load(directory)[0].to(device)
     found = {}
     if getattr(first.config, "quantization_config", None) is None:
-        settle(first)  # packed models are settled when they are opened
+        move_to_huge_pages(first)  # opening a packed model does so
         found["dense"] = (first, memory(device) - before)
         makers: dict[str, Callable[[], PreTrainedModel]] = {
             f"sparse {values}": partial(_packed, directory, values, device) for values in TYPES
@@ -119,7 +119,7 @@ def _packed(directory: str, values: str, device: torch.device) -> PreTrainedMode
 def _unpacked(directory: str) -> PreTrainedModel:
     model, _ = load(directory)
     model.dequantize()
-    settle(model)
+    move_to_huge_pages(model)
     return model
 
 
@@ -180,7 +180,7 @@ def take_turns(
     turns = [(name, counted) for counted in range(rounds + 1) for name in models]
     for name, counted in progress(turns, "generating"):
         clock = Clock()
-        speaker(models[name], greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **graphs)
+        for_generation(models[name], greedy(new)).generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **graphs)
         if counted:
             clocks[name].append(clock)
     return clocks

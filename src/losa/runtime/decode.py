@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from losa.runtime import kernels
+from losa.runtime import dispatch
 from losa.runtime.cache import RoomyLayer
 from losa.runtime.linear import SparseLinear
 
@@ -77,11 +77,11 @@ class _Plan:
         kernel = attention.q_proj.kernel
         values = {block.get_submodule(name).values for block in blocks for name in LAYERS}
         alike = len(values) == len(sizes) == len(scalings) == len({norm.variance_epsilon for norm in norms}) == 1
-        if not alike or kernel not in kernels.COMPILED or any(tensor.device.type != "cpu" for tensor in tensors):
+        if not alike or kernel not in dispatch.COMPILED or any(tensor.device.type != "cpu" for tensor in tensors):
             return None
         query, key = attention.q_proj, attention.k_proj
         shape = [query.in_features, query.out_features // width, key.out_features // width, width, first.mlp.up_proj.out_features]
-        numbers = (values.pop().number, kernels.COMPILED.index(kernel))
+        numbers = (values.pop().number, dispatch.COMPILED.index(kernel))
         return cls([*tensors, final.weight], places, list(blocks), shape, final.variance_epsilon, attention.scaling, *numbers)
 
     def holds(self) -> bool:

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from losa.models import check_supported, find_decoder
 from losa.models.opening import check_model, open_config
 from losa.runtime.card import NOTE, write_note
+from losa.runtime.format import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.header import KEEP, METHOD, Packing, check_files, head_of, swap_in
-from losa.runtime.packed import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.values import ValueType
 from losa.system.doors import INDEX, check_links, read_json, read_tensors, shown, tensor_heads, weight_files
 from losa.system.output import BENCH, EVALUATION, LIST, check_free, claim, commit, fresh, place

@@ -15,7 +15,7 @@ from transformers import BatchEncoding, LogitsProcessorList, PreTrainedModel, Pr
 
 from losa.models import max_length
 from losa.runtime.decode import road
-from losa.runtime.sampling import check_wishes, drawing, speaker
+from losa.runtime.sampling import check_arguments, for_generation, logits_processors
 
 Message = dict[str, str]  # `role` (system, user or assistant) and `content`
 
@@ -98,7 +98,9 @@ def generate(
     Raises:
         ValueError: an empty prompt, one that fills the window, or numbers out of range.
     """
-    check_wishes("".join(turn["content"] for turn in prompt) if isinstance(prompt, list) else prompt, tokens, temperature, seed)
+    check_arguments(
+        "".join(turn["content"] for turn in prompt) if isinstance(prompt, list) else prompt, tokens, temperature, seed
+    )
     if isinstance(prompt, str) and not raw and is_chat(tokenizer):
         prompt = [{"role": "user", "content": prompt}]
     inputs = encode(tokenizer, prompt).to(model.device)
@@ -108,14 +110,14 @@ def generate(
         raise ValueError(f"the prompt has {given} tokens, the model's window {window}; shorten it")
     if not given:
         raise ValueError("the prompt has no tokens; expected some text")
-    model, streamer = speaker(model), _Pieces(tokenizer, receive)
+    model, streamer = for_generation(model), _Pieces(tokenizer, receive)
     wanted = model.generation_config
     assert wanted is not None
     stop = stop_tokens(model, tokenizer, not isinstance(prompt, str))
     wanted.eos_token_id, wanted.max_new_tokens = stop or None, min(tokens, window - given)
     if wanted.pad_token_id is None:
         wanted.pad_token_id = stop[0] if tokenizer.pad_token_id is None and stop else tokenizer.pad_token_id
-    draw = drawing(wanted, temperature, seed, model.device) if temperature else []
+    draw = logits_processors(wanted, temperature, seed, model.device) if temperature else []
     start = time.perf_counter()
     with suppress(KeyboardInterrupt):  # what was shown by then is the answer
         model.generate(**inputs, streamer=streamer, logits_processor=LogitsProcessorList(draw))

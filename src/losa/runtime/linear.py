@@ -6,15 +6,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from losa.runtime import kernels
-from losa.runtime.packed import PackedWeight, check, chunk_index, groups_shape, mask_shape, pack, unpack
+from losa.runtime import dispatch
+from losa.runtime.format import PackedWeight, check, chunk_index, groups_shape, mask_shape, pack, unpack
 from losa.runtime.values import BFLOAT16, ValueType
 
 
 class SparseLinear(nn.Module):
     """Stands in for `nn.Linear` at inference. Not trainable: fine-tune the sparse checkpoint with losa, then pack it.
 
-    Its parameters are the packed weight (see `losa.runtime.packed`), under names that make other software fail rather than
+    Its parameters are the packed weight (see `losa.runtime.format`), under names that make other software fail rather than
     guess: `weight` holds the values that are not zero, in one dimension, where an `nn.Linear` has two.
 
     Attributes:
@@ -25,8 +25,8 @@ class SparseLinear(nn.Module):
         weight_scale: `[O]` float32, or None for values that are not rounded.
         weight_groups: `[strips, groups, 16]` uint8, or None for values without scales of groups.
         bias: `[O]` bfloat16 or None.
-        kernel: one of `losa.runtime.kernels.available()`, or `triton` on a GPU.
-        index: `[strips, chunks]` int32, `packed.chunk_index` of a layer on a GPU; None elsewhere. In no checkpoint.
+        kernel: one of `losa.runtime.dispatch.available()`, or `triton` on a GPU.
+        index: `[strips, chunks]` int32, `format.chunk_index` of a layer on a GPU; None elsewhere. In no checkpoint.
     """
 
     index: Tensor | None
@@ -43,7 +43,7 @@ class SparseLinear(nn.Module):
         shape = groups_shape(out_features, in_features, values)
         self.register_parameter("weight_groups", _frozen(torch.empty(shape, dtype=torch.uint8)) if shape else None)
         self.register_parameter("bias", _frozen(torch.empty(out_features, dtype=torch.bfloat16)) if bias else None)
-        self.kernel = kernels.choose()
+        self.kernel = dispatch.choose()
         self.register_buffer("index", None, persistent=False)
 
     @classmethod
@@ -63,21 +63,21 @@ class SparseLinear(nn.Module):
             made.register_parameter(part, _frozen(tensor))
         if bias_O is not None:
             made.bias = _frozen(bias_O.bfloat16())
-        made.land()
+        made.prepare()
         return made
 
-    def land(self) -> None:
+    def prepare(self) -> None:
         """Chooses the kernel of the device that holds the weight, and derives what that kernel needs.
 
         Raises:
             ValueError: on a GPU, masks, offsets and values that disagree.
         """
-        self.kernel = kernels.choose(self.weight.device.type)
-        self.index = chunk_index(self.packed) if self.kernel == kernels.TRITON else None
+        self.kernel = dispatch.choose(self.weight.device.type)
+        self.index = chunk_index(self.packed) if self.kernel == dispatch.TRITON else None
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         super()._load_from_state_dict(*arguments, **named)
-        self.land()
+        self.prepare()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`to`, `cuda`, `half`: moves, but casts nothing, for the types are the format's; activations decide what computes."""
@@ -87,7 +87,7 @@ class SparseLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        self.land()
+        self.prepare()
         return self
 
     @property
@@ -120,9 +120,9 @@ class SparseLinear(nn.Module):
         """`[..., I]` bfloat16 -> `[..., O]`; on a GPU float16 as well."""
         if x.dtype != torch.bfloat16 and not (x.dtype == torch.float16 and x.device.type == "cuda"):
             raise ValueError(f"a packed layer computes in bfloat16, found {x.dtype}; load the model with dtype=torch.bfloat16")
-        if x.is_cuda and self.kernel in kernels.COMPILED:  # what moved the weights here did not go through this module
-            self.land()
-        y = kernels.linear(x, self.packed, self._parameters["bias"], self.kernel, self._buffers["index"])
+        if x.is_cuda and self.kernel in dispatch.COMPILED:  # what moved the weights here did not go through this module
+            self.prepare()
+        y = dispatch.linear(x, self.packed, self._parameters["bias"], self.kernel, self._buffers["index"])
         passed: Tensor = _NoGradient.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y  # type: ignore[no-untyped-call]
         return passed
 

@@ -64,7 +64,7 @@ class HugePages:
 
 
 @torch.no_grad()
-def settle(model: nn.Module, pages: HugePages | None = None) -> None:
+def move_to_huge_pages(model: nn.Module, pages: HugePages | None = None) -> None:
     """Moves the parameters of a model on the CPU into huge pages, one at a time; tied parameters stay tied.
 
     Does nothing for a model that is not wholly on the CPU.

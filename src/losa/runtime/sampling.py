@@ -19,7 +19,7 @@ COLDEST, HOTTEST = 1e-3, 1e3  # temperatures to draw at; far below, logits over 
 TOP_K = 50  # of transformers, where the model names none
 
 
-def check_wishes(prompt: str, tokens: int, temperature: float, seed: int) -> None:
+def check_arguments(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Checks arguments of `generate`, before a model is loaded.
 
     Raises:
@@ -33,7 +33,7 @@ def check_wishes(prompt: str, tokens: int, temperature: float, seed: int) -> Non
         raise ValueError(f"seed is {seed}, expected a number in [0, 2^63)")
 
 
-def speaker(model: PreTrainedModel, config: GenerationConfig | None = None) -> PreTrainedModel:
+def for_generation(model: PreTrainedModel, config: GenerationConfig | None = None) -> PreTrainedModel:
     """The model, with the same weights, as it generates here: with `config`, or `settings`, and nothing else from its files."""
     twin = copy.copy(model)
     twin.generation_config = config or settings(model)
@@ -80,7 +80,7 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
-def drawing(wanted: GenerationConfig, temperature: float, seed: int, device: torch.device) -> list[LogitsProcessor]:
+def logits_processors(wanted: GenerationConfig, temperature: float, seed: int, device: torch.device) -> list[LogitsProcessor]:
     """What sampling does to the logits: temperature, then `top_k` and `top_p` of what is wanted, then the draw."""
     steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
     if wanted.top_k:

@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from losa.models import max_length
-from losa.runtime.sampling import drawing
+from losa.runtime.sampling import logits_processors
 from losa.serving.requests import refused
 
 PAGE = 256  # tokens of the cache that a request gets at once
@@ -177,7 +177,7 @@ def _steps(config: Any, device: torch.device) -> LogitsProcessorList:
     if config.repetition_penalty not in (None, 1.0):
         steps.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.do_sample:
-        steps.extend(drawing(config, config.temperature, config.seed, device))
+        steps.extend(logits_processors(config, config.temperature, config.seed, device))
     return steps
 
 

@@ -1,7 +1,7 @@
 """Which code multiplies a packed weight: the compiled kernels of this CPU, Triton's on a GPU, or the reference in plain torch.
 
 The compiled operator is `torch.ops.losa.sparse_linear`; it takes the number of its kernel as an argument, so that nothing here
-or there is global. That of the GPU is `torch.ops.losa.sparse_linear_cuda` (`losa.runtime.cuda`).
+or there is global. That of the GPU is `torch.ops.losa.sparse_linear_cuda` (`losa.runtime.triton`).
 `LOSA_KERNELS=reference|portable|avx2|avx512|amx` forces one, for tests and for reports of trouble; `reference` on GPUs too.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from losa.runtime import packed
-from losa.runtime.packed import PackedWeight
+from losa.runtime.format import PackedWeight
+from losa.runtime.format import linear as unpack_and_multiply
 
 REFERENCE, TRITON = "reference", "triton"
 COMPILED = ("portable", "avx2", "avx512", "amx")  # by the numbers that csrc/ops.cpp gives them, slowest first
@@ -52,7 +52,7 @@ def _shape(
 def triton_runs() -> bool:
     """Whether the GPU's operator is there; loads it. Says once, in the log, when it is not."""
     try:
-        import losa.runtime.cuda  # noqa: F401 - defines the operator
+        import losa.runtime.triton  # noqa: F401 - defines the operator
     except ImportError as error:
         logger.warning("no Triton (%s): packed layers on a GPU are unpacked at every call; pip install triton", error)
         return False
@@ -88,7 +88,7 @@ def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str, 
         weight: packed `[O, I]`.
         bias_O: bfloat16, or None.
         kernel: one of `available()`, or `triton`, as `choose` found for the device.
-        index: the weight's `packed.chunk_index`, for `triton`.
+        index: the weight's `format.chunk_index`, for `triton`.
 
     Raises:
         ValueError: an input of another width.
@@ -96,7 +96,7 @@ def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str, 
     if x.shape[-1] != weight.columns:
         raise ValueError(f"found {x.shape[-1]} features in the input of a packed layer of {weight.columns}")
     if kernel == REFERENCE:
-        return packed.linear(x, weight, bias_O)
+        return unpack_and_multiply(x, weight, bias_O)
     x_TI = x.reshape(-1, x.shape[-1])
     parts, scales, kind = (weight.mask, weight.values, weight.offsets), (weight.scale, weight.groups), weight.type.number
     y_TO: Tensor

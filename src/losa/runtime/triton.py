@@ -1,7 +1,7 @@
 """`torch.ops.losa.sparse_linear_cuda`: packed layers on an NVIDIA GPU, in Triton. Import it only where triton is installed.
 
-The kernels read the packed tensors as they are stored (`losa.runtime.packed`), and one small index made when a layer lands on the
-GPU: how many values of its strip come before each *chunk*, 16 rows x 64 columns, 1,024 mask bits (`packed.chunk_index`, 4 bytes a
+The kernels read the packed tensors as they are stored (`losa.runtime.format`), and one small index made when a layer lands on the
+GPU: how many values of its strip come before each *chunk*, 16 rows x 64 columns, 1,024 mask bits (`format.chunk_index`, 4 bytes a
 chunk). So any chunk can be decoded by itself, and what is left to count lies inside 32 words:
 
     before a word      a running sum of population counts over the 32 words of the chunk, in registers
@@ -258,7 +258,7 @@ def sparse_linear(
     Args:
         x: `[T, I]` bfloat16 or float16; the result is of its type.
         mask, values, offsets, scale, groups: of a `PackedWeight`.
-        index: its `packed.chunk_index`.
+        index: its `format.chunk_index`.
         bias: `[O]`, any type, or None.
         rows: O.
         values_type: number of the type of the values.
