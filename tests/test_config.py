@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from losa.allocation import BANDS
 from losa.cli import main
 from losa.config import AdapterConfig, CalibrationConfig, EvalConfig, LosaConfig, TrainConfig
+from losa.rules import RULES
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def test_default_is_the_headline():
     config = LosaConfig()
     assert (config.sparsity, config.steps, config.pruner, config.train.weights) == (0.7, 1, "alps", "all")
-    assert config.rate_band == BANDS[config.rates](0.7)
+    assert config.rate_band == RULES[config.rates].band(0.7)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import losa
 # it in this list. What packs, runs and serves a model so never knows how it was made.
 LAYERS = {
     "the machine": "system bits",
-    "mathematics": "importance allocation loss pruning",
+    "mathematics": "importance allocation loss pruning rules",
     "configuration": "config",
     "packed layers": "runtime",
     "model": "models",

@@ -10,12 +10,13 @@ from conftest import make_tiny_model
 from helpers import toy_model
 
 from losa.adapter import attach, masked_linears
-from losa.allocation import BANDS, layer_rates, spread
+from losa.allocation import layer_rates, spread
 from losa.calibration import input_norms, prune_blocks
 from losa.importance import cka_matrix, gram, rmi_importance
 from losa.models import block_linears, find_decoder
 from losa.pruning import Pattern, get_pruner
-from losa.rates import RULES, allot, decoder_layers, get_rule, measure, median_score, outlier_share, rates, removal_curve
+from losa.rates import allot, decoder_layers, measure, rates
+from losa.rules import RULES, get_rule, median_score, outlier_share, removal_curve
 
 IDS = torch.randint(3, 64, (6, 16), generator=torch.Generator().manual_seed(3))
 
@@ -183,10 +184,10 @@ def test_error_measures_every_layer_and_finds_what_is_gone_free():
 @pytest.mark.parametrize("target", [0.3, 0.55, 0.7, 0.93])
 def test_every_rule_meets_the_target_by_layer_name(name, target):
     model, rule = lively(), get_rule(name)
-    found = rates(model, IDS, name, target, BANDS[rule.name](target))
+    found = rates(model, IDS, name, target, rule.band(target))
     assert list(found) == [layer.name for layer in decoder_layers(model)]
     assert mean(found, model) == pytest.approx(target, abs=1e-12)
-    assert all(0 <= rate < 1 and abs(rate - target) <= BANDS[rule.name](target) + 1e-12 for rate in found.values())
+    assert all(0 <= rate < 1 and abs(rate - target) <= rule.band(target) + 1e-12 for rate in found.values())
     blocks = {layer.block: set() for layer in decoder_layers(model)}
     for layer in decoder_layers(model):
         blocks[layer.block].add(found[layer.name])
@@ -249,7 +250,7 @@ def test_steps_stay_above_the_rates_before_while_the_model_changes(name):
     model, rule = attach(lively()), get_rule(name)
     previous = None
     for target in (0.3, 0.5, 0.5, 0.7):
-        found = rates(model, IDS, rule, target, BANDS[rule.name](0.7), previous)
+        found = rates(model, IDS, rule, target, rule.band(0.7), previous)
         assert mean(found, model) == pytest.approx(target, abs=1e-9)
         assert previous is None or all(found[layer] >= rate for layer, rate in previous.items())
         prune_blocks(model, IDS, found, get_pruner("wanda"), Pattern())
@@ -270,7 +271,7 @@ def test_a_rule_by_block_takes_over_from_one_by_layer(seed):
 @pytest.mark.parametrize("name", RULES)
 def test_protected_blocks_keep_all(name):
     model, rule = lively(), get_rule(name)
-    found = rates(model, IDS, rule, 0.3, BANDS[rule.name](0.3), protected=[0, 2])
+    found = rates(model, IDS, rule, 0.3, rule.band(0.3), protected=[0, 2])
     assert all((rate == 0) == (layer[0] in "02") for layer, rate in found.items())
     assert mean(found, model) == pytest.approx(0.3, abs=1e-9)
 

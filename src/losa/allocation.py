@@ -8,7 +8,7 @@
 * `allocate_ranks`: LoSA section 3.3, ranks proportional to reconstruction error, at a fixed total.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
@@ -29,17 +29,6 @@ def default_delta(sparsity: float) -> float:
     if sparsity <= 0.5:
         return 0.01
     return 0.02 if sparsity <= 0.6 else 0.03
-
-
-# How far the rates of each rule of `rates.RULES` may leave the mean, by final sparsity: what its authors use.
-BANDS: dict[str, Callable[[float], float]] = {
-    "rmi": default_delta,
-    "depth": default_delta,
-    "uniform": lambda sparsity: 0.0,
-    "owl": lambda sparsity: 0.08,  # its paper's lambda
-    "dlp": lambda sparsity: 0.15,  # its release's alpha at 70 %
-    "error": lambda sparsity: 0.10,
-}
 
 
 def layer_rates(

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from losa.adapter import masked_linears
 from losa.bits import pack_bits
 from losa.method import prune_to, put_on_grid, reconstruct, sparsify
-from losa.rates import allot, get_rule
+from losa.rates import allot
+from losa.rules import get_rule
 from losa.session import Session
 
 

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from losa.adapter import MaskedLinear, dense_mode, masked_linears
 from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
-from losa.pruning import ROUNDING_LIKE, Pattern, Pruner, Solution, get_pruner
+from losa.pruning import Pattern, Pruner, Solution, get_pruner
 from losa.pruning.grid import Format
+from losa.pruning.rounding import NEEDS as ROUNDING_NEEDS
 from losa.pruning.rounding import round_to
 from losa.system import distributed
 from losa.system.progress import progress
@@ -292,7 +293,7 @@ def rounding_visit(format: Format) -> Visit:
     """
 
     def visit(stop: Stop) -> None:
-        statistics, layers = InputStatistics(ROUNDING_LIKE), masked_linears(stop.block)
+        statistics, layers = InputStatistics(ROUNDING_NEEDS), masked_linears(stop.block)
         statistics.collect(stop.block, stop.index, stop.sparse)
         for names, G_II in statistics.groups(stop.block):
             assert G_II is not None
@@ -362,7 +363,7 @@ def _send(solution: Solution | None, layer: MaskedLinear, with_weight: bool, sou
     """One layer's solution from the process that has it."""
     if solution is None:
         solution = Solution(torch.empty_like(layer.weight, dtype=layer.exact), torch.empty_like(layer.keep_OI))
-    damping = torch.tensor(solution.damping or 0.0, dtype=torch.float64, device=layer.weight.device)
+    damping = torch.tensor(solution.raised_damping or 0.0, dtype=torch.float64, device=layer.weight.device)
     distributed.send_(solution.keep_OI.view(torch.uint8), source)
     if with_weight:
         distributed.send_(solution.weight_OI, source)

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from losa.allocation import BANDS
 from losa.pruning import Pattern, get_pruner
 from losa.pruning.grid import FORMATS
+from losa.rules import RULES
 from losa.system.yaml_tree import build, current_names, merge, nested, parse_yaml, read_config, renamed_from, require
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -165,7 +165,7 @@ class LosaConfig:
     pruner: str = "alps"  # or sparsegpt, wanda, magnitude, movement; see pruning/
     pattern: str = "unstructured"  # or n:m, such as 2:4
     steps: int = 1  # dynamic steps T; the paper's five earned nothing measurable (docs/experiments.md)
-    # Or the rule that gives layers rates of their own: rmi, depth, owl, dlp or error; see rates.py.
+    # Or the rule that gives layers rates of their own: rmi, depth, owl, dlp or error; see rules.py.
     rates: str = field(default="uniform", metadata=renamed_from("importance"))
     protect: list[int] = field(default_factory=list)  # decoder blocks left dense; the others lose more, to the same total
     # How far a rate may leave the mean, delta in the formulas; what the rule's paper uses when None; 0 is uniform.
@@ -195,9 +195,9 @@ class LosaConfig:
             fits = abs(self.sparsity - pattern.sparsity) < 1e-9
             require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
         require(self.values is None or self.values in FORMATS, "values", self.values, "int8 or int4")
-        require(self.rates in BANDS, "rates", self.rates, "one of " + ", ".join(BANDS))
+        require(self.rates in RULES, "rates", self.rates, "one of " + ", ".join(RULES))
         if self.rate_band is None:
-            self.rate_band = 0.0 if pattern.structured else BANDS[self.rates](self.sparsity)
+            self.rate_band = 0.0 if pattern.structured else RULES[self.rates].band(self.sparsity)
         require(
             not (pattern.structured and self.rate_band), "rate_band", self.rate_band, f"0: pattern {self.pattern} fixes all rates"
         )

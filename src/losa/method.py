@@ -26,9 +26,9 @@ from losa.calibration import prune_blocks, rounding_visit, walk_blocks
 from losa.config import LosaConfig
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.grid import FORMATS
-from losa.pruning.sparsegpt import DAMPING
-from losa.rates import allot, block_means, get_rule, measure
+from losa.rates import allot, block_means, measure
 from losa.reconstruction import reconstruction_visit
+from losa.rules import get_rule
 from losa.session import Phase, Session
 from losa.training import train
 
@@ -86,12 +86,12 @@ def sparsify(session: Session, step: int) -> None:
 def prune_to(
     session: Session, rates: Mapping[str, float], share: float, with_errors: bool = True
 ) -> tuple[list[float], dict[str, float]]:
-    """Prunes to `rates`; returns the errors, and the damping of the layers where SparseGPT had to raise it."""
+    """Prunes to `rates`; returns the errors, and the damping of the layers where the solver had to raise it."""
     raised: dict[str, float] = {}
 
     def note(name: str, solution: Solution) -> None:
-        if solution.damping is not None and solution.damping > DAMPING:
-            raised[name] = solution.damping
+        if solution.raised_damping is not None:
+            raised[name] = solution.raised_damping
 
     config = session.config
     errors = prune_blocks(

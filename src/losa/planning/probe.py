@@ -27,8 +27,9 @@ from losa.importance import CHUNK, gram
 from losa.loss import causal_loss
 from losa.models import BlockInputs, block_inputs, find_decoder
 from losa.planning.work import MEASURED, evaluation_windows, importance_sequences, training_rows
-from losa.pruning import ROUNDING_LIKE, Pattern, Pruner, get_pruner
-from losa.rates import get_rule
+from losa.pruning import Pattern, Pruner, get_pruner
+from losa.pruning.rounding import NEEDS as ROUNDING_NEEDS
+from losa.rules import get_rule
 
 BATCH, EVALUATION_BATCH = 8, 4  # the defaults of walk_blocks and perplexity
 ROUNDING = 2  # times what SparseGPT takes for the same layers (docs/LOG.md)
@@ -289,7 +290,7 @@ class _Probe:
             found["reconstruction"] += updates * update
         found["rounding"] = 0.0
         if config.values:  # every process rounds all layers
-            rounding = ROUNDING * self.solve(ROUNDING_LIKE)
+            rounding = ROUNDING * self.solve(ROUNDING_NEEDS)
             found["rounding"] = L * (forward(calls, sequences * window) + collect(calls, sequences * window) + rounding)
         found["training"] = self._training(forward, P)
         windows, shown = -(-evaluation_windows(config) // P), config.eval.length or 1

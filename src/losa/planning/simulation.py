@@ -24,7 +24,8 @@ from losa.config import LosaConfig
 from losa.loss import causal_loss
 from losa.models import Decoder, block_inputs, block_linears, find_decoder
 from losa.planning.probe import BATCH, EVALUATION_BATCH
-from losa.pruning import ROUNDING_LIKE, Pruner, get_pruner
+from losa.pruning import Pruner, get_pruner
+from losa.pruning.rounding import NEEDS as ROUNDING_NEEDS
 from losa.training import activation_checkpointing, every_block
 
 SOLUTION_BYTES = 5  # a weight of the block that is being pruned: float32 answers and masks, until all its layers are solved
@@ -168,7 +169,7 @@ def _largest_block(model: PreTrainedModel) -> tuple[int, nn.Module]:
 
 def _solver_bytes(build: Callable[[], PreTrainedModel], config: LosaConfig) -> int:
     """Of the largest block: the statistic of every input, what solving the largest group of layers takes, all answers."""
-    pruners = [get_pruner(config.pruner), *([ROUNDING_LIKE] if config.values else [])]
+    pruners = [get_pruner(config.pruner), *([ROUNDING_NEEDS] if config.values else [])]
     return max(_pruner_bytes(build, pruner) for pruner in pruners)
 
 

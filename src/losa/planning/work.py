@@ -9,7 +9,7 @@ from typing import Any
 from losa.config import LosaConfig
 from losa.models import Decoder
 from losa.pruning import get_pruner
-from losa.rates import get_rule
+from losa.rules import get_rule
 
 MEASURED = 3  # times that perplexity is measured: dense, pruned only, at the end
 ASSUMED_TOKENS = 340_000  # of an evaluation text that nobody has read yet: about what WikiText-2's test part has

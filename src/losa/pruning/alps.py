@@ -14,12 +14,15 @@ Legend: `O` out_features, `I` in_features, `N` tokens.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from losa.pruning.masks import Pattern, keep_n_of_m, pruned_count
+from losa.pruning.pruner import Solution, second_order
+from losa.pruning.sparsegpt import collect
 
 DAMPING = 0.01  # of the mean diagonal, added to it; the paper's value
 RHO = 0.1  # the first penalty; the paper's value
@@ -63,7 +66,7 @@ def refine(W_OI: Tensor, target_OI: Tensor, keep_OI: Tensor, G_II: Tensor, turns
     return W_OI
 
 
-def _solve(W_OI: Tensor, keep_OI: Tensor, G_II: Tensor, L_I: Tensor, Q_II: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
+def _solve_layer(W_OI: Tensor, keep_OI: Tensor, G_II: Tensor, L_I: Tensor, Q_II: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
     """One layer with scaled inputs: the loop of the module's docstring. Returns its weights and mask."""
     target_OI = W_OI @ G_II
     new_OI = choose(W_OI.abs(), keep_OI)
@@ -130,6 +133,13 @@ def prune(
         if choose(W_OI.abs(), keep_OI).all():  # nothing to prune
             solved.append((W_OI, keep_OI))
             continue
-        new_OI, mask_OI = _solve(W_OI * norm_I, keep_OI, G_II, L_I, Q_II, choose)
+        new_OI, mask_OI = _solve_layer(W_OI * norm_I, keep_OI, G_II, L_I, Q_II, choose)
         solved.append(((new_OI / scale_I).where(~dead_I, W_OI).where(mask_OI, 0), mask_OI))
     return solved
+
+
+def _solve(*layers: Any) -> list[Solution]:
+    return [Solution(W_OI, keep_OI) for W_OI, keep_OI in prune(*layers)]
+
+
+PRUNER = second_order("alps", collect, _solve)

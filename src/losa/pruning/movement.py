@@ -12,6 +12,7 @@ from torch import Tensor
 
 from losa.pruning import magnitude
 from losa.pruning.masks import Pattern, select
+from losa.pruning.pruner import Pruner, by_mask
 
 
 def prune(W_OI: Tensor, keep_OI: Tensor, score_OI: Tensor | None, rate: float, pattern: Pattern, share: float = 1.0) -> Tensor:
@@ -28,3 +29,6 @@ def prune(W_OI: Tensor, keep_OI: Tensor, score_OI: Tensor | None, rate: float, p
     if not torch.isfinite(score_OI).all():
         raise ValueError("training left a movement score that is not finite; lower train.lr")
     return select(score_OI, keep_OI, rate, pattern, share)
+
+
+PRUNER = Pruner("movement", None, by_mask(prune), from_training=True)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from losa.pruning.grid import Format, Grid, choose, snap
-from losa.pruning.sparsegpt import BLOCK, DAMPING, inverse_factor
+from losa.pruning.sparsegpt import BLOCK, DAMPING, PRUNER, inverse_factor
 
+NEEDS = PRUNER  # the statistic that this takes and the memory are SparseGPT's: the same pass over the columns
 SWEEPS = 2  # of coordinate descent; more change the error by less than a hundredth (docs/LOG.md)
 
 

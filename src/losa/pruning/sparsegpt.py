@@ -13,11 +13,13 @@ Legend: `O` out_features, `I` in_features, `N` tokens, `C` columns of one block.
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from losa.pruning.masks import Pattern, keep_n_of_m, pruned_count
+from losa.pruning.pruner import Solution, second_order
 
 BLOCK = 128  # columns eliminated together; the paper's value
 DAMPING = 0.01  # of the mean diagonal, added to it; the paper's value
@@ -127,3 +129,11 @@ def prune(
         W_OI[:, start:stop] = W_OC
         W_OI[:, stop:] -= error_OC @ U_II[start:stop, stop:]
     return list(zip(W_OI.split(heights), new_OI.split(heights), strict=True)), damping
+
+
+def _solve(*layers: Any) -> list[Solution]:
+    solved, damping = prune(*layers)
+    return [Solution(W_OI, keep_OI, damping if damping > DAMPING else None) for W_OI, keep_OI in solved]
+
+
+PRUNER = second_order("sparsegpt", collect, _solve)

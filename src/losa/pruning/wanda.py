@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from losa.pruning.masks import Pattern, select
+from losa.pruning.pruner import Pruner, by_mask
 
 
 def collect(sq_I: Tensor | None, X_NI: Tensor) -> Tensor:
@@ -37,3 +38,6 @@ def prune(W_OI: Tensor, keep_OI: Tensor, sq_I: Tensor, rate: float, pattern: Pat
     if not torch.isfinite(sq_I).all():
         raise ValueError("calibration met non-finite activations; check the model's weights and dtype")
     return select(scores(W_OI, sq_I), keep_OI, rate, pattern, share)
+
+
+PRUNER = Pruner("wanda", collect, by_mask(prune))
