@@ -7,6 +7,7 @@ os.environ.setdefault("LOSA_PROGRESS", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests side by side; more threads than cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def make_tiny_model(family: str, **sizes: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: accelerate collects garbage before every training, half a second of looking at modules."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     return make_tiny_model
@@ -91,6 +98,20 @@ def token_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(7))
 
     return ids
+
+
+@pytest.fixture
+def paper_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval with the tasks of LLM pruning papers alone: reading all of its thousands takes ten seconds (`test_zeroshot.py`)."""
+    lm_eval = pytest.importorskip("lm_eval")
+    folders = ["hellaswag", "piqa", "arc", "winogrande", "super_glue", "glue", "openbookqa", "lambada"]
+    paths = [Path(lm_eval.__file__).parent / "tasks" / name for name in folders]
+    from lm_eval.tasks import TaskManager
+
+    from losa.evaluation import harness
+
+    index = TaskManager(include_path=paths, include_defaults=False)
+    monkeypatch.setattr(harness, "manager", lambda: index)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ They are forked from a server that has imported torch and transformers, but not 
 imported there, so it must not import losa either.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,7 @@ def _child(log: str, function: Callable[..., None], args: tuple[Any, ...]) -> No
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    gc.freeze()  # what the server imported: see `conftest.pytest_collection_finish`
     function(*args)
 
 

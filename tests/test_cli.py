@@ -172,8 +172,9 @@ def test_eval_table_names_the_window(folder, monkeypatch, capsys):
 
 
 @pytest.fixture
-def weightless(folder, tmp_path) -> Path:
-    """The toy's directory with nothing in it but `config.json`."""
+def weightless(folder, tmp_path, monkeypatch) -> Path:
+    """The toy's directory with nothing in it but `config.json`; what is probed is probed for moments."""
+    monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)
     (tmp_path / "model").mkdir()
     shutil.copy(folder / "model" / "config.json", tmp_path / "model")
     return tmp_path / "model"

@@ -104,6 +104,25 @@ def test_only_the_first_of_several_processes_writes(made, folder, monkeypatch):
     assert not list(output.glob("second*"))
 
 
+def test_rows_know_their_bits_and_bytes(made):
+    rows = made[1]
+    density = 1 - rows["ALPS int4"]["sparsity"]
+    assert rows["dense"]["bits"] == 16
+    assert rows["Wanda"]["bits"] == pytest.approx(1 + 16 * 0.4, abs=0.02)
+    assert rows["ALPS int4"]["bits"] <= FORMATS["int4"].bits_per_weight(density) + 1e-9
+    assert rows["GPTQ 3-bit"]["bits"] == 3.25
+    assert rows["Wanda + LoRA"]["bits"] == 16  # a merge that is dense again
+    order = ("GPTQ 2-bit", "ALPS int4", "GPTQ 3-bit", "GPTQ 4-bit", "Wanda", "dense")
+    assert [rows[name]["bytes"] for name in order] == sorted(rows[name]["bytes"] for name in order)
+    assert rows["GPTQ 8-bit"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=0.01)
+    assert rows["GPTQ 3-bit + training"]["perplexity"] < rows["GPTQ 3-bit"]["perplexity"]
+    assert rows["losa int4"]["perplexity"] < rows["ALPS int4"]["perplexity"]
+    head = (made[0] / "comparison.md").read_text()
+    assert "| ALPS int4 60 % |" in head and "- Within" in head
+    assert r"\toprule" in (made[0] / "comparison.tex").read_text()
+    assert ET.parse(made[0] / "comparison-by-bytes.svg").getroot().tag.endswith("svg")
+
+
 def test_rows_in_common_are_made_once(folder, tmp_path):
     both = config(folder, tmp_path, methods=["Wanda + LoSA", "LoSA without layer rates"], targets=["2:4"], seeds=[0, 1])
     keys = [row.key for row in both.rows()]
@@ -242,26 +261,7 @@ def test_methods_are_typed_as_slugs_in_any_case(folder, tmp_path):
     assert {name for name in SLUGS if not name.endswith("-training")} <= listed
 
 
-def test_rows_know_their_bits_and_bytes(made):
-    rows = made[1]
-    density = 1 - rows["ALPS int4"]["sparsity"]
-    assert rows["dense"]["bits"] == 16
-    assert rows["Wanda"]["bits"] == pytest.approx(1 + 16 * 0.4, abs=0.02)
-    assert rows["ALPS int4"]["bits"] <= FORMATS["int4"].bits_per_weight(density) + 1e-9
-    assert rows["GPTQ 3-bit"]["bits"] == 3.25
-    assert rows["Wanda + LoRA"]["bits"] == 16  # a merge that is dense again
-    order = ("GPTQ 2-bit", "ALPS int4", "GPTQ 3-bit", "GPTQ 4-bit", "Wanda", "dense")
-    assert [rows[name]["bytes"] for name in order] == sorted(rows[name]["bytes"] for name in order)
-    assert rows["GPTQ 8-bit"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=0.01)
-    assert rows["GPTQ 3-bit + training"]["perplexity"] < rows["GPTQ 3-bit"]["perplexity"]
-    assert rows["losa int4"]["perplexity"] < rows["ALPS int4"]["perplexity"]
-    head = (made[0] / "comparison.md").read_text()
-    assert "| ALPS int4 60 % |" in head and "- Within" in head
-    assert r"\toprule" in (made[0] / "comparison.tex").read_text()
-    assert ET.parse(made[0] / "comparison-by-bytes.svg").getroot().tag.endswith("svg")
-
-
-def test_speed_and_tasks_are_measured_where_they_are_wanted(folder, tmp_path):
+def test_speed_and_tasks_are_measured_where_they_are_wanted(folder, paper_tasks, tmp_path):
     methods = ["dense", "ALPS int4", "GPTQ 3-bit"]
     tasks = {"tasks": "piqa,arc_easy", "task_data": str(save_tasks(tmp_path / "tasks")), "limit": 2}
     found = compare(config(folder, tmp_path / "out", methods=methods, targets=["0.5"], speed=True, **tasks))

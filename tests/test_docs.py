@@ -20,6 +20,7 @@ from losa.adapter import MaskedLinear
 from losa.cli import app
 from losa.commands.toy import TOY, toy_tokenizer
 from losa.comparison import CompareConfig, measure
+from losa.runtime import bench
 from losa.runtime.files import pack_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -72,11 +73,15 @@ def commands() -> list[str]:
     return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.startswith("losa ")))
 
 
-def test_every_losa_command_of_the_pages_runs(toy_home, monkeypatch):
+def test_every_losa_command_of_the_pages_runs(toy_home, paper_tasks, monkeypatch):
+    monkeypatch.setattr(bench.bandwidth, "__defaults__", (1 << 20, 1))  # test_bench.py reads as much as it says
+    monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)  # seconds; test_plan.py says what that is
     for name in ("check_installed", "serve"):  # ends at once; test_serving.py has it answer
         monkeypatch.setattr(f"losa.serving.start.{name}", lambda *_: None)
     (toy_home / "configs").symlink_to(ROOT / "configs")
-    compare = ["--methods", "dense,Wanda,Wanda + LoSA", "--targets", "0.7", "--seeds", "0", "--set", "train.tokens=4096"]
+    compare = ["--methods", "dense,Wanda,Wanda + LoSA", "--targets", "0.7", "--seeds", "0"]
+    compare += [f"--set={key}" for key in ("train.tokens=4096", "calibration.sequences=8", "calibration.rmi_sequences=8")]
+    compare += [f"--set={part}.length=32" for part in ("calibration", "train", "eval")]
     assert {shlex.split(command)[1] for command in commands()} >= {
         "plan",
         "run",
@@ -93,7 +98,6 @@ def test_every_losa_command_of_the_pages_runs(toy_home, monkeypatch):
     for command in commands():
         arguments = shlex.split(stand_in(command))[1:]
         if "--tasks" in arguments:
-            pytest.importorskip("lm_eval")
             arguments += ["--task-data", "tasks"]
         if "-c" not in arguments:
             arguments += {"run": ["-c", "short.yaml"], "plan": ["-c", "short.yaml"]}.get(arguments[0], [])

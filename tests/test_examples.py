@@ -14,12 +14,20 @@ from losa.pruning import PRUNERS, Pattern
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ASSETS = Path(losa.__file__).parent / "demo_assets"
+SHORT = {f"{part}.length": 128 for part in ("calibration", "train", "eval")} | {"calibration.sequences": 8}
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a script of the folder as `python examples/NAME` would, in this process; returns what it printed."""
+    """Runs a script of the folder as `python examples/NAME` would, in this process, with little calibration; returns what it
+    printed."""
+    load = losa.LosaConfig.load
+
+    def short(*where: object, overrides: dict[str, object], **more: object) -> losa.LosaConfig:
+        return load(*where, overrides=SHORT | overrides, **more)
+
+    monkeypatch.setattr(losa.LosaConfig, "load", short)
 
     def call(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
