@@ -1,6 +1,6 @@
 """`torch.ops.losa.sparse_linear_cuda`: packed layers on an NVIDIA GPU, in Triton. Import it only where triton is installed.
 
-The kernels read the packed tensors as they are stored (`losa.runtime.format`), and one small index made when a layer lands on the
+The kernels read the packed tensors as they are stored (`losa.runtime.format`), and one small index made when a layer comes to the
 GPU: how many values of its strip come before each *chunk*, 16 rows x 64 columns, 1,024 mask bits (`format.chunk_index`, 4 bytes a
 chunk). So any chunk can be decoded by itself, and what is left to count lies inside 32 words:
 
