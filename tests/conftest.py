@@ -104,7 +104,7 @@ def token_ids() -> Callable[..., torch.Tensor]:
 def paper_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval with the tasks of LLM pruning papers alone: reading all of its thousands takes ten seconds (`test_zeroshot.py`)."""
     lm_eval = pytest.importorskip("lm_eval")
-    folders = ["hellaswag", "piqa", "arc", "winogrande", "super_glue", "glue", "openbookqa", "lambada"]
+    folders = ["hellaswag", "piqa", "arc", "winogrande", "super_glue", "glue", "openbookqa", "lambada", "wikitext"]
     paths = [Path(lm_eval.__file__).parent / "tasks" / name for name in folders]
     from lm_eval.tasks import TaskManager
 
