@@ -242,9 +242,58 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 
 void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
 
+inline __m256 floats(const bf16* v) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(v)), 16));
+}
+
+// Scores of four tokens: q [width] float32 times their keys.
+inline __m128 scores_of(const float* q, const bf16* const keys[4], int64_t width) {
+  __m256 a[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t i = 0; i < width; i += 8)
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) a[t] = _mm256_fmadd_ps(_mm256_loadu_ps(q + i), floats(keys[t] + i), a[t]);
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+// out = sum of the tokens' weights times 8 N columns of their values, over `total`.
+template <int N>
+inline void mean_of(const float* weights, const bf16* values, int64_t n, int64_t width, float total, bf16* out) {
+  __m256 a[N];
+  for (__m256& sum : a) sum = _mm256_setzero_ps();
+  for (int64_t t = 0; t < n; ++t) {
+    const __m256 weight = _mm256_set1_ps(weights[t]);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) a[i] = _mm256_fmadd_ps(weight, floats(values + t * width + 8 * i), a[i]);
+  }
+  alignas(32) float sums[8 * N];
+  for (int i = 0; i < N; ++i) _mm256_store_ps(sums + 8 * i, a[i]);
+  for (int i = 0; i < 8 * N; ++i) out[i] = narrow_float(sums[i] / total);
+}
+
+// As attend_block, whose sums of one token after the other go through memory: ten times as fast.
 void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
             float* sums, bf16* out) {
-  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
+  if (width % 8 != 0) return attend_block(q, keys, values, n, width, scaling, scores, sums, out);
+  for (int64_t i = 0; i < width; i += 8) _mm256_storeu_ps(sums + i, floats(q + i));
+  float largest = -INFINITY;
+  for (int64_t t = 0; t < n; t += 4) {
+    const bf16* four[4];
+    for (int64_t j = 0; j < 4; ++j) four[j] = keys + std::min(t + j, n - 1) * width;
+    float found[4];
+    _mm_storeu_ps(found, _mm_mul_ps(scores_of(sums, four, width), _mm_set1_ps(scaling)));
+    for (int64_t j = 0; j < std::min<int64_t>(4, n - t); ++j) {
+      scores[t + j] = found[j];
+      largest = found[j] > largest ? found[j] : largest;
+    }
+  }
+  for (int64_t t = 0; t < n; ++t) scores[t] = exponential(scores[t] - largest);
+  float total = 0;
+  for (int64_t t = 0; t < n; ++t) total += scores[t];
+  for (int64_t t = 0; t < n; ++t) scores[t] = widen_bf16(narrow_float(scores[t]));  // as torch rounds them
+  int64_t i = 0;
+  for (; i + 64 <= width; i += 64) mean_of<8>(scores, values + i, n, width, total, out + i);
+  for (; i < width; i += 8) mean_of<1>(scores, values + i, n, width, total, out + i);
 }
 
 }  // namespace
