@@ -8,9 +8,12 @@ put at random places, and llama.cpp is given the same matrices, without a tokeni
 
 Every engine runs in a process of its own, all of them once a round; llama.cpp's formats before *and* after losa's, so that a
 machine that slows down meanwhile shows. Medians of the rounds go to engines.csv, engines.md and engines.png: tokens a second
-after a prompt of 32, seconds to the first token of 512, memory that the model adds, bytes that a token reads, and the share of
-what the measured bandwidth allows. What a GGUF file really holds is counted: where a width is not a multiple of 256, llama.cpp
-takes another type than the one asked for, and says so only in its log.
+after a prompt of 32 (with `--contexts` after one of 512, too), seconds to the first token of 512, memory that the model adds,
+bytes that a token reads, and the share of what the measured bandwidth allows. What a GGUF file really holds is counted: where a
+width is not a multiple of 256, llama.cpp takes another type than the one asked for, and says so only in its log.
+
+Dense transformers are there in bfloat16 and in float32: a processor without instructions for bfloat16 multiplies prompts in
+float32 faster, and reads twice as much for a token.
 """
 
 import argparse
@@ -144,7 +147,8 @@ def ours(directory: str, threads: int, contexts: bool, dtype: str) -> dict:
         clocks.append(Clock())
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy(new), streamer=clocks[-1])
     return {
-        "tokens_per_s": clocks[1].rate, "after_512_per_s": clocks[2].rate if contexts else 0.0, "first_token_s": clocks[2].first, "added_mib": added / 2**20,
+        "tokens_per_s": clocks[1].rate, "after_512_per_s": clocks[2].rate if contexts else 0.0,
+        "first_token_s": clocks[2].first, "added_mib": added / 2**20,
         "token_bytes": weight_bytes(model), "bandwidth": bandwidth(torch.device("cpu")),
     }  # fmt: skip
 

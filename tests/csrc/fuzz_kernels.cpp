@@ -125,6 +125,24 @@ void round_sums(int64_t round, const Kernels& k) {
     if (found[r] != expected[r] && !(std::isnan(to_float(found[r])) && std::isnan(to_float(expected[r])))) fail("a rounded sum", k, round);
 }
 
+// A head over a cache: as far from the portable one as rounding to bfloat16 goes, and within its memory.
+void attend_to_cache(int64_t round, const Kernels& k, bool guarded) {
+  const int64_t n = pick(1, 70), width = pick(0, 1) ? 8 * pick(1, 18) : pick(1, 40);
+  const Exact q(size_t(width) * sizeof(bf16), guarded), keys(size_t(n * width) * sizeof(bf16), guarded), values(size_t(n * width) * sizeof(bf16), guarded);
+  for (int64_t i = 0; i < width; ++i) q.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
+  for (int64_t i = 0; i < n * width; ++i) {
+    keys.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
+    values.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
+  }
+  const Exact scores(size_t(n) * sizeof(float), guarded), sums(size_t(width) * sizeof(float), guarded);
+  const Exact found(size_t(width) * sizeof(bf16), guarded), expected(size_t(width) * sizeof(bf16), guarded);
+  const float scaling = 1.0f / std::sqrt(float(width));
+  k.attend(q.as<bf16>(), keys.as<bf16>(), values.as<bf16>(), n, width, scaling, scores.as<float>(), sums.as<float>(), found.as<bf16>());
+  portable_kernels().attend(q.as<bf16>(), keys.as<bf16>(), values.as<bf16>(), n, width, scaling, scores.as<float>(), sums.as<float>(), expected.as<bf16>());
+  for (int64_t i = 0; i < width; ++i)
+    if (!(std::abs(to_float(found.as<bf16>()[i]) - to_float(expected.as<bf16>()[i])) < 0.02f)) fail("attention", k, round);
+}
+
 void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
   const ValueType type = ValueType(pick(0, kTypes - 1));
   const bool guarded = pick(0, 1), corrupt = pick(0, 2) > 0;
@@ -159,6 +177,7 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
 
   for (const Kernels* k : kernels) {
     round_sums(round, *k);
+    attend_to_cache(round, *k, guarded);
     const Inputs inputs(*k, pick(1, k->stream_tokens[int64_t(type)]), words, group, pick(2, 3) + 1 - k->digit_bytes, guarded);
     const size_t sums = size_t(inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
