@@ -11,14 +11,15 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 from conftest import make_tiny_model
-from helpers import save_tasks, save_text, set_up, toy_run, toy_values
+from helpers import Stop, save_tasks, save_text, set_up, toy_run, toy_values
 from torch import nn
 
-from losa import comparison
+from losa import comparison, method
 from losa.adapter import attach, masked_linears, merge
 from losa.baselines import lift_masks, mask_again
 from losa.cli import verbs
 from losa.comparison import METHODS, SLUGS, CompareConfig, compare
+from losa.comparison.rows import MAKERS
 from losa.pruning.grid import FORMATS
 from losa.report.comparison import cells, latex, markdown, provenance, spread
 from losa.report.pareto import front, points, recommendations
@@ -88,7 +89,7 @@ def test_tables_hold_every_row(made):
 def test_a_comparison_goes_on_where_it_stopped(made, folder, monkeypatch):
     output, rows = made
     measured = []
-    monkeypatch.setattr(comparison, "measure", lambda row: measured.append(row.maker) or rows["Wanda"])
+    monkeypatch.setattr(comparison, "measure", lambda row, kept: measured.append(row.maker) or rows["Wanda"])
     row = next(row for row in config(folder, output, targets=["0.6"]).rows() if row.name == "Wanda")
     file = output / "rows" / f"{row.key}.json"
     file.rename(file.with_suffix(".partial"))  # killed while it was written
@@ -175,7 +176,7 @@ def test_what_a_user_got_wrong(folder, tmp_path, changes, message):
 def test_a_missing_text_and_an_output_of_rows_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         CompareConfig(output=str(tmp_path), run=shared(folder) | {"train": {"data": "./nowhere.txt"}})
-    with pytest.raises(ValueError, match="keeps no checkpoint"):
+    with pytest.raises(ValueError, match="kept with keep_models only"):
         CompareConfig(output=str(tmp_path), run=shared(folder) | {"output": "there"})
     with pytest.raises(ValueError, match="output is None, expected a directory"):
         CompareConfig.load(None, {})
@@ -221,6 +222,35 @@ def test_a_damaged_row_is_made_again(folder, tmp_path, caplog):
         assert compare(config(folder, tmp_path, methods=["dense"]))[0]["perplexity"] == wanted
         assert json.loads(row.read_text())["perplexity"] == wanted
     assert caplog.text.count("; the row is made again") == 6
+
+
+def test_a_kept_model_is_measured_later_without_being_made_again(folder, tmp_path, monkeypatch):
+    methods = ["dense", "Wanda", "losa int4", "Wanda + LoRA"]
+    first = compare(config(folder, tmp_path, methods=methods, targets=["0.6"], keep_models=True))
+    kept = sorted(path.name for path in (tmp_path / "models").iterdir())
+    rows = config(folder, tmp_path, methods=methods, targets=["0.6"]).rows()
+    assert kept == sorted(row.model_key for row in rows if row.name in ("Wanda", "losa int4"))
+    assert all(rows_file["config"]["output"] is None for rows_file in first)
+    for maker in ("prune", "losa"):
+        monkeypatch.setitem(MAKERS, maker, lambda session: pytest.fail("the model was made again"))
+    more = compare(config(folder, tmp_path, methods=["Wanda", "losa int4"], targets=["0.6"], context=True))
+    for row, again in zip(first[1:3], more, strict=True):
+        assert again["context"]["by_context"]
+        different = {key for key in row if row[key] != again[key]}
+        assert different == {"context"}
+
+
+def test_a_kept_row_that_was_killed_goes_on(folder, tmp_path, monkeypatch):
+    asked = config(folder, tmp_path, methods=["losa"], targets=["0.6"], keep_models=True)
+    whole = compare(config(folder, tmp_path / "whole", methods=["losa"], targets=["0.6"]))[0]
+    monkeypatch.setattr("losa.method.train", lambda *args, **kwargs: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        compare(asked)
+    monkeypatch.undo()
+    pruned, sparsify = [], method.sparsify
+    monkeypatch.setattr(method, "sparsify", lambda session, step: pruned.append(step) or sparsify(session, step))
+    assert compare(asked)[0]["perplexity"] == whole["perplexity"]
+    assert pruned == [2, 3]
 
 
 @pytest.mark.parametrize("values", [{"run": {"eval": "text.txt"}}, {"variants": {"mine": {"method": []}}, "run": {}}])

@@ -173,7 +173,7 @@ def test_data_is_checked_before_the_model_is_loaded_and_the_configuration_printe
 
 def test_a_comparison_reads_its_texts_before_each_model(home, monkeypatch):
     (home / "chat.jsonl").write_bytes(lines({"prompt": "A", "completion": ""}))
-    monkeypatch.setattr("losa.comparison.load", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("losa.comparison.rows.load", lambda config: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: an answer in 'completion' is empty"):
         measure(Row("LoSA", "losa", "0.6", 0, toy_config(home, **CHAT, output=None), Also(False, False, None, None, None)))
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Local directory or hub name of a causal language model.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the sparse checkpoint.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a stopped or killed run left in --output.")]
+KeepModels = Annotated[
+    bool | None,
+    typer.Option("--keep-models", help="Keep the rows' checkpoints, for what is measured later; killed rows then go on."),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what losa wrote there earlier; files of others beside it stay.")
 ]

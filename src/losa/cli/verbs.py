@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from losa.cli.options import AsJson, DryRun, Model, Output, Overwrite, Request, Resume, Trust, requests
+from losa.cli.options import AsJson, DryRun, KeepModels, Model, Output, Overwrite, Request, Resume, Trust, requests
 from losa.cli.serving import bench, chat, generate, push, serve
 from losa.cli.terminal import OTHERS, err, heavy, out, quiet, say
 from losa.system.signals import Interrupted, end_quietly, raised
@@ -129,6 +129,7 @@ def compare(
     tasks: Annotated[str | None, typer.Option(help="Also measure accuracy, as `losa eval --tasks` does.")] = None,
     task_data: Annotated[str | None, typer.Option(help="Folder with the tasks' data, instead of the hub.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")] = None,
+    keep_models: KeepModels = None,
 ) -> None:
     """One table of methods on one model: the same texts, tokens and seeds for dense, magnitude, Wanda, SparseGPT, each with LoRA
     (merged, so dense again), with masked LoRA (one shot, uniform: the missing baseline), with LoSA whole and without each of its
@@ -153,7 +154,7 @@ def compare(
         output=str(output) if output else None, methods=methods,
         targets=targets or (None if target is None else str(target)),
         seeds=seeds or (None if one["seed"] is None else str(one["seed"])), speed=speed,
-        tasks=tasks, task_data=task_data, limit=limit,
+        tasks=tasks, task_data=task_data, limit=limit, keep_models=keep_models,
     )  # fmt: skip
     heavy(logging.WARNING)
     logging.getLogger("losa.comparison").setLevel(logging.INFO)

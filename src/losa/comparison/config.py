@@ -1,43 +1,21 @@
-"""`losa compare`: many methods on one model, the same texts, tokens and seeds, in one table.
-
-A row is a method at a target (a sparsity or an n:m pattern) and a seed. What it found is one JSON file, named by what decides
-it, so a comparison that was stopped goes on where it was, and two comparisons in one directory share the rows they have in
-common. No checkpoint is kept.
-"""
+"""What is compared: the methods, what they share, and the rows that follow."""
 
 import copy
-import datetime
 import hashlib
-import json
-import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from losa.baselines import lift_masks, mask_again, one_shot
 from losa.config import LosaConfig, read_presets
-from losa.cost import decoding_speed, stored_size
-from losa.data import read_run
-from losa.evaluation.checkpoint import harness, score_tasks
-from losa.evaluation.context import context_use
-from losa.evaluation.zeroshot import mean_accuracy, task_names
-from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
-from losa.models import load
-from losa.models.precision import computing
-from losa.report.content import public
-from losa.session import Session, check_request
-from losa.system import distributed
-from losa.system.doors import door, read_json
-from losa.system.output import claim
-from losa.system.progress import progress
-from losa.system.writing import replace, to_json
+from losa.evaluation.checkpoint import harness
+from losa.evaluation.zeroshot import task_names
+from losa.session import check_request
 from losa.system.yaml_tree import build, current_names, merge, nested, read_config, require
 
-logger = logging.getLogger(__name__)
+TRAINED = ("losa", "lora", "round and train")  # makers that train
+FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
 
 ONE_SHOT: dict[str, Any] = {"steps": 1, "rate_band": 0.0, "reconstruct": {"epochs": 0}}
 PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
@@ -106,6 +84,7 @@ class CompareConfig:
     task_data: str | None = None  # local folder with their data; the hub when None
     limit: int | None = None  # at most so many items of each task
     context: bool = False  # also measure how much every row makes of what it has read (`evaluation/context.py`)
+    keep_models: bool = False  # in models/: a row's model is then there for measurements that are asked for later
     variants: dict[str, Any] = field(default_factory=dict)  # rows of your own: a name; `method`, LoSA when absent; keys on top
 
     def __post_init__(self) -> None:
@@ -115,7 +94,12 @@ class CompareConfig:
             require(slug(name) in SLUGS, "methods", name, "some of " + ", ".join(SLUGS))
         self.methods = [SLUGS[slug(name)] for name in self.methods]
         self.run = current_names(LosaConfig, self.run)
-        require("output" not in self.run, "run.output", self.run.get("output"), "none: a comparison keeps no checkpoint")
+        require(
+            "output" not in self.run,
+            "run.output",
+            self.run.get("output"),
+            "none: checkpoints are kept with keep_models only",
+        )
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")
         require(bool(self.targets), "targets", self.targets, "at least one, such as 0.7 or 2:4")
@@ -203,156 +187,29 @@ class Row:
     also: Also
 
     @property
+    def trained(self) -> bool:
+        """Whether something is trained in it."""
+        return self.maker in TRAINED
+
+    @property
+    def keepable(self) -> bool:
+        """Whether its checkpoint is the row: not of the dense model, nor of a merge that was masked again."""
+        return self.maker not in ("dense", "lora")
+
+    @property
     def key(self) -> str:
         """A hash of all that decides the result; not the name."""
-        decides = f"{self.maker} {self.config.fingerprint()} {self.also}"
-        return hashlib.sha256(decides.encode()).hexdigest()[:16]
+        return _hash(f"{self._makes} {self.also}")
+
+    @property
+    def model_key(self) -> str:
+        """A hash of all that decides the model, whatever is measured of it."""
+        return _hash(self._makes)
+
+    @property
+    def _makes(self) -> str:
+        return f"{self.maker} {self.config.fingerprint()}"
 
 
-def compare(config: CompareConfig) -> list[dict[str, Any]]:
-    """Makes every row that is not there yet. Writes the tables after each, and the plots at the end.
-
-    Returns:
-        One dict a row: `method`, `target`, `seed`, and what `measure` found.
-
-    Raises:
-        ValueError: another command writes to the output.
-    """
-    with claim(config.output):
-        return _compare(config)
-
-
-def _compare(config: CompareConfig) -> list[dict[str, Any]]:
-    from losa.report.comparison import write_tables
-    from losa.report.plots import write_plots
-
-    folder = Path(config.output, "rows")
-    folder.mkdir(parents=True, exist_ok=True)
-    Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see data/sources.py)
-    rows, found = config.rows(), []
-    for row in progress(rows, "comparison"):
-        file = folder / f"{row.key}.json"
-        result = _read_row(row, file)
-        if result is None:
-            result = measure(row)
-            logger.info("%s %s, seed %d: %.2f", row.name, row.target, row.seed, result["perplexity"])
-            text = to_json(result, file.name)
-            if distributed.is_main():
-                replace(file, text)
-            result = json.loads(text)
-            distributed.wait()
-        entry = {"method": row.name, "target": row.target, "seed": row.seed}
-        found.append(entry | result)
-        if distributed.is_main():
-            write_tables(Path(config.output, config.name), found)
-    if distributed.is_main():
-        write_plots(Path(config.output, config.name), found)
-    return found
-
-
-def _read_row(row: Row, file: Path) -> dict[str, Any] | None:
-    """What was found before, or None; of a file that cannot be used, with a warning."""
-    from losa.report.comparison import markdown
-
-    if not file.exists():
-        return None
-    try:
-        found = read_json(file)
-        with door(file, "use"):
-            markdown([{"method": row.name, "target": row.target, "seed": row.seed} | found])
-    except ValueError as error:
-        logger.warning("%s; the row is made again", error)
-        return None
-    return found
-
-
-def measure(row: Row) -> dict[str, Any]:
-    """Makes one row's model and measures it.
-
-    Returns:
-        `perplexity`; `masked_again`, that of a dense merge with its pruned weights set to zero again, else None; `sparsity`;
-        `bits` of a weight of the decoder's blocks and `bytes` of the model, stored as `losa pack` does, or as dense models of few
-        bits are; `speed`, what `decoding_speed` says, or None; `context`, what `context_use` says, or None; `tasks`,
-        accuracy by task and `mean_accuracy`, or None; `tokens` trained on;
-        `seconds` per stage; `evaluation`; `model`, `data`, `date`, `config`.
-    """
-    config = row.config
-    kind = "run" if row.maker in TRAINED else "prune"
-    data = read_run(config, training=kind == "run")
-    model, tokenizer = load(config)
-    session = Session.start(model, tokenizer, config, kind=kind, data=data)
-    lifted = MAKERS[row.maker](session)
-    session.finish("made")
-    bits, stored = stored_size(session.model, config.values)
-    device = session.device if session.config.blocks_on_host else None
-    with computing(session.model, session.device, config.dtype):
-        if lifted:
-            mask_again(session.model, lifted)
-            session.measure("masked again")
-        context = context_use(session.model, session.data.evaluation, device) if row.also.context else None
-        accuracy = _accuracy(session, row.also)
-    record, train = session.record, session.config.train
-    texts = (train.data, config.calibration.data, config.eval.data)
-    return {
-        "perplexity": record["perplexity"]["made"],
-        "masked_again": record["perplexity"].get("masked again"),
-        "sparsity": record["sparsity"]["achieved"],
-        "bits": bits,
-        "bytes": stored,
-        "context": context,
-        "tasks": accuracy,
-        "speed": decoding_speed(session.model, config.values, session.device) if row.also.speed else None,
-        "tokens": train.tokens if kind == "run" else 0,
-        "samples": train.samples,
-        "seconds": record["seconds"],
-        "model": public(config.model),
-        "data": [public(text) if text else None for text in texts],
-        "evaluation": record["evaluation"],
-        "date": datetime.date.today().isoformat(),
-        "config": session.config.to_dict(),
-        "steps": record["steps"],
-    }
-
-
-def _dense(session: Session) -> None:
-    """Nothing is done to it."""
-
-
-def _accuracy(session: Session, also: Also) -> dict[str, Any] | None:
-    if also.tasks is None:
-        return None
-    folder = Path(also.task_data) if also.task_data else None
-    tasks = harness().load_tasks(task_names(also.tasks), folder)
-    found = score_tasks(session.model, session.tokenizer, tasks, also.limit)
-    return {"tasks": {name: score.get("acc") for name, score in found.items()}, "mean": mean_accuracy(found)}
-
-
-def _losa(session: Session) -> None:
-    session.go_through(dynamic_steps(session.config))
-
-
-def _lora(session: Session) -> dict[str, Tensor]:
-    """Returns the masks that were lifted."""
-    sparsify(session, 1)
-    masks = lift_masks(session.model)
-    adapt(session, 1)
-    return masks
-
-
-def _round_and_train(session: Session) -> None:
-    """Of the dense model, so its masks are full. Each half as in a run."""
-    put_on_grid(session)
-    session.record["steps"].append({"step": 1})
-    adapt(session, 1)
-
-
-TRAINED = ("losa", "lora", "round and train")
-FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
-MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
-    "dense": _dense,
-    "prune": one_shot,
-    "losa": _losa,
-    "lora": _lora,
-    "round": put_on_grid,
-    "round and train": _round_and_train,
-}
+def _hash(decides: str) -> str:
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
