@@ -4,8 +4,8 @@
 // of 16 levels, *stored* values only, and their sums are scaled once for each 64 columns.
 //
 // For sixteen weights: two bytes of the mask, the shuffle's control as the sum of two table rows, where their values
-// begin (two instructions), the shuffle of them, widening, dot product, sum. By float32 instead, eight at a time, that
-// was nearly twice as many (docs/LOG.md).
+// begin (two instructions), the shuffle of them, widening, dot product, sum: 59 instructions for a word of
+// 64, which bind, not memory (docs/LOG.md).
 #include "kernels.h"
 
 #if defined(__x86_64__)
