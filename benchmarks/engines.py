@@ -8,9 +8,12 @@ put at random places, and llama.cpp is given the same matrices, without a tokeni
 
 Every engine runs in a process of its own, all of them once a round; llama.cpp's formats before *and* after losa's, so that a
 machine that slows down meanwhile shows. Medians of the rounds go to engines.csv, engines.md and engines.png: tokens a second
-after a prompt of 32, seconds to the first token of 512, memory that the model adds, bytes that a token reads, and the share of
-what the measured bandwidth allows. What a GGUF file really holds is counted: where a width is not a multiple of 256, llama.cpp
-takes another type than the one asked for, and says so only in its log.
+after a prompt of 32 (with `--contexts` after one of 512, too), seconds to the first token of 512, memory that the model adds,
+bytes that a token reads, and the share of what the measured bandwidth allows. What a GGUF file really holds is counted: where a
+width is not a multiple of 256, llama.cpp takes another type than the one asked for, and says so only in its log.
+
+Dense transformers are there in bfloat16 and in float32: a processor without instructions for bfloat16 multiplies prompts in
+float32 faster, and reads twice as much for a token.
 """
 
 import argparse
@@ -120,8 +123,9 @@ def tool(build: Path, name: str) -> Path:
     return next(path for path in (build / name, build / "bin" / name) if path.exists())
 
 
-def ours(directory: str, threads: int) -> dict:
-    """One run of a checkpoint through transformers' `generate`, packed or dense; in this process."""
+def ours(directory: str, threads: int, contexts: bool, dtype: str) -> dict:
+    """One run of a checkpoint through transformers' `generate`, packed or dense; in this process. With `contexts`, also tokens a
+    second after a prompt of 512."""
     import torch
 
     from losa.models import load
@@ -132,16 +136,19 @@ def ours(directory: str, threads: int) -> dict:
     torch.set_num_threads(threads)
     before = resident_bytes()
     model, _ = load(directory)
+    if dtype == "float32":
+        model.float()
     if not any(isinstance(module, SparseLinear) for module in model.modules()):
         move_to_huge_pages(model)
     added = resident_bytes() - before
     clocks = []
-    for prompt, new in ((PROMPT, 8), (PROMPT, NEW), (LONG, 2)):
+    for prompt, new in ((PROMPT, 8), (PROMPT, NEW), (LONG, NEW if contexts else 2)):
         ids = torch.randint(1000, (1, prompt), generator=torch.Generator().manual_seed(0))
         clocks.append(Clock())
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy(new), streamer=clocks[-1])
     return {
-        "tokens_per_s": clocks[1].rate, "first_token_s": clocks[2].first, "added_mib": added / 2**20,
+        "tokens_per_s": clocks[1].rate, "after_512_per_s": clocks[2].rate if contexts else 0.0,
+        "first_token_s": clocks[2].first, "added_mib": added / 2**20,
         "token_bytes": weight_bytes(model), "bandwidth": bandwidth(torch.device("cpu")),
     }  # fmt: skip
 
@@ -168,7 +175,8 @@ def prepare(args: argparse.Namespace) -> dict[str, list[Path | str]]:
                     [tool(args.llama, "llama-quantize"), folder / "BF16.gguf", file, kind], check=True, capture_output=True
                 )
             engines[f"llama.cpp {kind}"] = ["llama", file]
-    engines["transformers, dense bfloat16"] = ["ours", dense]
+    for dtype in filter(None, args.dense.split(",")):
+        engines[f"transformers, dense {dtype}"] = [dtype, dense]
     for sparsity in args.sparsities.split(","):
         for values in args.values.split(","):
             packed = folder / f"{sparsity}-{values}"
@@ -176,7 +184,7 @@ def prepare(args: argparse.Namespace) -> dict[str, list[Path | str]]:
                 zeros(dense, folder / "sparse", float(sparsity))
                 pack_checkpoint(folder / "sparse", packed, values, head="keep" if values == "bfloat16" else args.head)
                 shutil.rmtree(folder / "sparse")
-            engines[f"losa {float(sparsity):.0%} {values}"] = ["ours", packed]
+            engines[f"losa {float(sparsity):.0%} {values}"] = ["bfloat16", packed]
     return engines
 
 
@@ -199,6 +207,7 @@ def measure(args: argparse.Namespace, kind: str, file: Path | str) -> dict:
     """One run, in a process of its own."""
     line = [sys.executable, __file__, "--one", kind, str(file), "--threads", str(args.threads), "--output", str(args.output)]
     line += ["--llama", str(args.llama)] if args.llama else []
+    line += ["--contexts"] if args.contexts else []
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "THP_MEM_ALLOC_ENABLE": "1", "LOSA_PROGRESS": "0"}
     return json.loads(subprocess.run(line, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()[-1])
 
@@ -216,6 +225,7 @@ def table(engines: dict[str, list[Path | str]], runs: dict[str, list[dict]]) -> 
             {
                 "engine": name, "holds": holds, "tokens_per_s": round(rate, 2),
                 "slowest": round(min(run["tokens_per_s"] for run in found), 2),
+                "after_512_per_s": round(middle.get("after_512_per_s", 0), 2) or "",
                 "first_token_s": round(middle["first_token_s"], 2),
                 "memory_mib": round(middle.get("added_mib", middle.get("peak_mib", 0))),
                 "token_mb": round(token_bytes / 1e6, 1), "limit": round(limit, 1), "of_limit": round(rate / limit, 2),
@@ -268,13 +278,18 @@ def main() -> None:
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
     parser.add_argument("--values", default="bfloat16,int8,int4")
     parser.add_argument("--head", default="int8", help="of the output head beside rounded values: int8, int4 or keep")
+    parser.add_argument("--dense", default="bfloat16,float32", help="what transformers' dense model computes in, one row each")
+    parser.add_argument("--contexts", action="store_true", help="tokens a second after a prompt of 512, too; not of llama.cpp")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         kind, file = args.one
-        print(json.dumps(llama_bench(args.llama, Path(file), args.threads) if kind == "llama" else ours(file, args.threads)))
+        if kind == "llama":
+            print(json.dumps(llama_bench(args.llama, Path(file), args.threads)))
+        else:
+            print(json.dumps(ours(file, args.threads, args.contexts, kind)))
         return
     from losa.system.environment import machine
 

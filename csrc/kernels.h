@@ -102,10 +102,11 @@ struct Activations {
   // By words, so that one word's activations of all tokens are neighbours in memory. (Rows of a power of two bytes
   // would all fall on the same few cache sets.)
   const bf16* pairs;  // [pairs of columns, tokens, 2]
-  // Values that are integers, where Kernels::digits is there: the same numbers as integers of `digits` signed bytes,
-  // lowest first, x = unit * (digit_0 + 256 * (digit_1 + 256 * digit_2)).
-  int64_t digits;            // 2 or 3
-  const int8_t* bytes;       // [blocks of 64 columns, digits, tokens, 64]
+  // Values that are integers, where Kernels::digits is there: the same numbers in fixed point, as `digits` signed
+  // integers of Kernels::digit_bytes, lowest first. Of one byte: x = unit * (digit_0 + 256 * (digit_1 + 256 *
+  // digit_2)); of two: x = unit * (digit_0 + 32768 * digit_1).
+  int64_t digits;            // for numbers of 15 and of 23 bits: 2 or 3 of one byte, 1 or 2 of two
+  const int8_t* bytes;       // [blocks of 64 columns, digits, tokens, 64 of digit_bytes]
   const int32_t* byte_sums;  // [blocks, digits, tokens]
   const float* unit;         // [tokens] value of one fixed-point step
 };
@@ -115,6 +116,7 @@ struct Kernels {
   int64_t stream_tokens[kTypes];  // by type; up to here: decode and multiply in registers
   int64_t tile_tokens;  // up to here: decode a tile once, multiply every token by it; past it the library's GEMM
   bool bf16_gemm;    // the library's bfloat16 GEMM is fast on this instruction set; otherwise its float32 one is used
+  int64_t digit_bytes;  // of a digit of activations in fixed point
   bool skips_zeros;  // stream does not multiply weights that are zero, so that NaN and infinity would get lost
   // out_TS [tokens, 16] = x_TI W_SI^T for one strip, without the rows' scales, float32. Returns false if masks and
   // values disagree.
@@ -125,9 +127,9 @@ struct Kernels {
   // sum_TS [tokens, 32] (+)= x [tokens, 2 * kTilePairs] times two decoded strips. `accumulate` false overwrites.
   void (*multiply)(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens,
                    bool accumulate, float* sum_TS);
-  // One token as `digits` signed bytes of `steps` * x, rounded to nearest, and their sums over every 64 columns: bytes
-  // [blocks, digits, tokens, 64] and sums [blocks, digits, tokens] of Activations, from the token's own places on.
-  // Null: stream takes bfloat16 only.
+  // One token as `digits` digits of `steps` * x, rounded to nearest, and, of bytes, their sums over every 64 columns:
+  // bytes [blocks, digits, tokens, 64] and sums [blocks, digits, tokens] of Activations, from the token's own places
+  // on. Null: stream takes bfloat16 only.
   void (*digits)(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
                  int32_t* sums);
   // y of 16 rows: sum * scale + shift, rounded to nearest, ties to even.

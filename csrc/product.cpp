@@ -17,18 +17,17 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 enum Road : int64_t {
   kExact = 0,  // bfloat16, multiplied with every weight, zeros too
   kPairs = 1,  // bfloat16, multiplied while the weight streams by
-  kTwoDigits = 2,
-  kThreeDigits = 3,
+  kNarrow = 15,  // bits of fixed-point numbers
+  kWide = 23,
 };
 
-constexpr int64_t kJudged = 16;                // activations that are judged by their largest
-constexpr int kTwoBits = 15, kThreeBits = 23;  // of a fixed-point number of two and of three digits
+constexpr int64_t kJudged = 16;  // activations that are judged by their largest
 
-// How many digits leave errors that bfloat16 outputs do not show, for any rows: none if outliers tower above all
+// How many bits leave errors that bfloat16 outputs do not show, for any rows: none if outliers tower above all
 // others. Rows that do not meet an outlier have outputs of the size of the other activations, so what counts is the
 // ratio of the largest to a typical one: rounding to a step u errs by 0.3 u, which must be well below 2^-9 of the root
 // mean square. That is taken as half of the median of the largest of every 16 that are not all zero.
-Road digits_of(const bf16* x, int64_t columns) {
+Road bits_of(const bf16* x, int64_t columns) {
   constexpr int64_t kLanes = 32, kMost = 1 << 14;
   int16_t largest[kMost];
   const int64_t slabs = divide_up(columns, kLanes * kJudged);
@@ -49,29 +48,28 @@ Road digits_of(const bf16* x, int64_t columns) {
     }
   }
   if (top >= 0x7f80) return kExact;  // not finite
-  if (n == 0) return kTwoDigits;
+  if (n == 0) return kNarrow;
   if (columns < 128 || to_float(bf16(top)) < std::ldexp(1.0f, -100))
     return kExact;  // too few to tell; too small for a unit
   std::nth_element(largest, largest + n / 2, largest + n);
   const float ratio = to_float(bf16(top)) / to_float(bf16(largest[n / 2]));
-  return ratio <= float(1 << (kTwoBits - 9))     ? kTwoDigits
-         : ratio <= float(1 << (kThreeBits - 9)) ? kThreeDigits
-                                                 : kExact;
+  return ratio <= float(1 << (kNarrow - 9)) ? kNarrow : ratio <= float(1 << (kWide - 9)) ? kWide : kExact;
 }
 
 // Tokens a thread looks at, at least.
 int64_t token_grain(int64_t columns) { return std::max<int64_t>(1, 8192 / (columns + 1)); }
 
 struct FixedPoint {
+  int64_t digits;
   std::vector<int8_t> bytes;
   std::vector<int32_t> sums;
   std::vector<float> unit;
 
-  FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int64_t digits, const Parallel& parallel)
-      : bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup)),
+  FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int bits, const Parallel& parallel)
+      : digits(divide_up(bits, 8 * k.digit_bytes)),
+        bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup * k.digit_bytes)),
         sums(size_t(divide_up(columns, kGroup) * digits * tokens)),
         unit(size_t(tokens)) {
-    const int bits = digits == 2 ? kTwoBits : kThreeBits;
     parallel(0, tokens, token_grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         int16_t top = 0;
@@ -80,8 +78,8 @@ struct FixedPoint {
         std::frexp(to_float(bf16(top)), &exponent);  // |x| < 2^exponent
         exponent = std::max(exponent, -100);         // of zeros: keeps the unit and its inverse normal floats
         unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
-        k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens, bytes.data() + t * kGroup,
-                 sums.data() + t);
+        k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens,
+                 bytes.data() + t * kGroup * k.digit_bytes, sums.data() + t);
       }
     });
   }
@@ -122,9 +120,9 @@ struct Job {
     });
   }
 
-  void by_digits(const bf16* x, int64_t tokens, int64_t digits, bf16* y) {
-    const FixedPoint fixed(k, x, tokens, p.columns, digits, parallel);
-    stream({tokens, nullptr, digits, fixed.bytes.data(), fixed.sums.data(), fixed.unit.data()}, y);
+  void by_digits(const bf16* x, int64_t tokens, int bits, bf16* y) {
+    const FixedPoint fixed(k, x, tokens, p.columns, bits, parallel);
+    stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.sums.data(), fixed.unit.data()}, y);
   }
 
   void by_pairs(const bf16* x, int64_t tokens, bf16* y) {
@@ -190,11 +188,11 @@ struct Job {
   void by(Road road, const bf16* x, int64_t tokens, bf16* y) {
     if (road == kExact) return by_tiles(x, tokens, y);
     if (road == kPairs) return by_pairs(x, tokens, y);
-    by_digits(x, tokens, road, y);
+    by_digits(x, tokens, int(road), y);
   }
 
   Road road_of(const bf16* x) const {
-    if (p.type != ValueType::kBFloat16 && k.digits) return digits_of(x, p.columns);
+    if (p.type != ValueType::kBFloat16 && k.digits) return bits_of(x, p.columns);
     for (int64_t i = 0; k.skips_zeros && i < p.columns; ++i)
       if ((x[i] & 0x7f80) == 0x7f80) return kExact;
     return kPairs;
@@ -211,7 +209,7 @@ bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, 
     return job.ok;
   }
   std::vector<int64_t> exact, others;  // tokens; one that takes the exact road changes nothing for its neighbours
-  Road road = k.digits && p.type != ValueType::kBFloat16 ? kTwoDigits : kPairs;
+  Road road = k.digits && p.type != ValueType::kBFloat16 ? kNarrow : kPairs;
   std::vector<Road> roads(static_cast<size_t>(tokens));
   parallel(0, tokens, token_grain(p.columns), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) roads[size_t(t)] = job.road_of(x + t * p.columns);

@@ -11,7 +11,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 HARNESSES = ROOT / "tests" / "csrc"
-PORTABLE, AVX2, *AVX512 = (CSRC / f"{name}.cpp" for name in ("portable", "avx2", "avx512", "avx512_integer"))
+NAMES = ("portable", "avx2", "avx2_integer", "avx512", "avx512_integer")
+PORTABLE, *AVX2 = (CSRC / f"{name}.cpp" for name in NAMES[:3])
+AVX512 = [CSRC / f"{name}.cpp" for name in NAMES[3:]]
 SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # gcc 12 warns in its own intrinsics, which make undefined registers of uninitialized variables.
@@ -64,9 +66,9 @@ def test_corrupt_weights_are_never_read_out_of_bounds(compiler, tmp_path):
     if linked.returncode != 0 or subprocess.run([tmp_path / "empty"], capture_output=True).returncode != 0:
         pytest.skip(f"{compiler} has no runtime for the address and undefined behaviour sanitizers")
     program, quick = tmp_path / "fuzz_kernels", ["-O0", "-c", *QUIET]
-    checked, linked_only = [PORTABLE, AVX2, *AVX512], []
+    checked, linked_only = [PORTABLE, *AVX2, *AVX512], []
     if not HAS_AVX512:  # what cannot run here is not instrumented, which would take as long as all that is
-        checked, linked_only = [PORTABLE, AVX2], [tmp_path / f"{path.stem}.o" for path in AVX512]
+        checked, linked_only = [PORTABLE, *AVX2], [tmp_path / f"{path.stem}.o" for path in AVX512]
         for path, made in zip(AVX512, linked_only, strict=True):
             compile_cpp(compiler, *quick, path, "-o", made)
     harness = HARNESSES / "fuzz_kernels.cpp"

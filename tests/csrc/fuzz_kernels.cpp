@@ -73,25 +73,24 @@ std::vector<const Kernels*> kernels_here() {
   std::exit(1);
 }
 
-// Activations of `tokens` tokens, as bfloat16 pairs and as the digits of fixed-point numbers of unit 1.
+// Activations of `tokens` tokens, as bfloat16 pairs and as a kernel's digits of fixed-point numbers of unit 1.
 struct Inputs {
   Exact pairs, bytes;
   std::vector<int32_t> sums;
   std::vector<float> unit;
   Activations in;
-  Inputs(int64_t tokens, int64_t words, int64_t group, int64_t digits, bool guarded)
-      : pairs(size_t(words * group * tokens) * sizeof(bf16), guarded), bytes(size_t(blocks(words * group) * digits * tokens * kGroup), guarded),
+  Inputs(const Kernels& k, int64_t tokens, int64_t words, int64_t group, int64_t digits, bool guarded)
+      : pairs(size_t(words * group * tokens) * sizeof(bf16), guarded),
+        bytes(size_t(blocks(words * group) * digits * tokens * kGroup * k.digit_bytes), guarded),
         sums(size_t(blocks(words * group) * digits * tokens)), unit(size_t(tokens), 1.0f),
         in{tokens, pairs.as<bf16>(), digits, bytes.as<int8_t>(), sums.data(), unit.data()} {
-    std::memset(bytes.as<int8_t>(), 0, size_t(blocks(words * group) * digits * tokens * kGroup));
-    for (int64_t c = 0; c < words * group; ++c)
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t x = pick(-8, 8);
-        pairs.as<bf16>()[(c / 2 * tokens + t) * 2 + c % 2] = to_bf16(float(x));
-        const int64_t place = c / kGroup * digits * tokens + t;
-        bytes.as<int8_t>()[place * kGroup + c % kGroup] = int8_t(x);
-        sums[size_t(place)] += int32_t(x);
-      }
+    const int64_t columns = words * group;
+    std::vector<bf16> x(size_t(tokens * columns));
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t c = 0; c < columns; ++c)
+        pairs.as<bf16>()[(c / 2 * tokens + t) * 2 + c % 2] = x[size_t(t * columns + c)] = to_bf16(float(pick(-8, 8)));
+    for (int64_t t = 0; t < tokens && k.digits; ++t)
+      k.digits(&x[size_t(t * columns)], columns, 1.0f, digits, tokens, bytes.as<int8_t>() + t * kGroup * k.digit_bytes, &sums[size_t(t)]);
   }
   static int64_t blocks(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 };
@@ -124,6 +123,24 @@ void round_sums(int64_t round, const Kernels& k) {
   portable_kernels().round(sum, scale, shift, expected);
   for (int64_t r = 0; r < kStrip; ++r)
     if (found[r] != expected[r] && !(std::isnan(to_float(found[r])) && std::isnan(to_float(expected[r])))) fail("a rounded sum", k, round);
+}
+
+// A head over a cache: as far from the portable one as rounding to bfloat16 goes, and within its memory.
+void attend_to_cache(int64_t round, const Kernels& k, bool guarded) {
+  const int64_t n = pick(1, 70), width = pick(0, 1) ? 8 * pick(1, 18) : pick(1, 40);
+  const Exact q(size_t(width) * sizeof(bf16), guarded), keys(size_t(n * width) * sizeof(bf16), guarded), values(size_t(n * width) * sizeof(bf16), guarded);
+  for (int64_t i = 0; i < width; ++i) q.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
+  for (int64_t i = 0; i < n * width; ++i) {
+    keys.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
+    values.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
+  }
+  const Exact scores(size_t(n) * sizeof(float), guarded), sums(size_t(width) * sizeof(float), guarded);
+  const Exact found(size_t(width) * sizeof(bf16), guarded), expected(size_t(width) * sizeof(bf16), guarded);
+  const float scaling = 1.0f / std::sqrt(float(width));
+  k.attend(q.as<bf16>(), keys.as<bf16>(), values.as<bf16>(), n, width, scaling, scores.as<float>(), sums.as<float>(), found.as<bf16>());
+  portable_kernels().attend(q.as<bf16>(), keys.as<bf16>(), values.as<bf16>(), n, width, scaling, scores.as<float>(), sums.as<float>(), expected.as<bf16>());
+  for (int64_t i = 0; i < width; ++i)
+    if (!(std::abs(to_float(found.as<bf16>()[i]) - to_float(expected.as<bf16>()[i])) < 0.02f)) fail("attention", k, round);
 }
 
 void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
@@ -160,7 +177,8 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
 
   for (const Kernels* k : kernels) {
     round_sums(round, *k);
-    const Inputs inputs(pick(1, k->stream_tokens[int64_t(type)]), words, group, pick(2, 3), guarded);
+    attend_to_cache(round, *k, guarded);
+    const Inputs inputs(*k, pick(1, k->stream_tokens[int64_t(type)]), words, group, pick(2, 3) + 1 - k->digit_bytes, guarded);
     const size_t sums = size_t(inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
       const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);
