@@ -96,15 +96,24 @@ def test_threads_do_not_change_bits(tmp_path, token_ids):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@torch.no_grad()
 def test_generate_takes_it_and_checks_it_on_the_first_token(tmp_path, token_ids):
-    packed, _ = make(tmp_path)
+    """Greedy texts part at most where two tokens are so near that the allowed error decides between them."""
+    packed, exact = make(tmp_path)
     step = step_of(packed)
     assert isinstance(step, DecodeStep) and step.verified is None
     ids = token_ids(1, 8)
     ours = packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     assert step.verified
     step.verified = False
-    assert torch.equal(ours, packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False))
+    theirs = packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    if parted := (ours != theirs)[0].nonzero().flatten().tolist():
+        common = theirs[:, : parted[0]]
+        want_V, general_V = exact(common).logits[0, -1], decode(packed, common, compiled=False)[0][0, -1]
+        gap = (want_V[ours[0, parted[0]]] - want_V[theirs[0, parted[0]]]).abs()
+        assert (
+            gap <= 4 * (general_V - want_V).abs().max()
+        )  # twice that of transformers, upwards of one and downwards of the other
 
 
 def test_a_model_that_computes_something_else_keeps_its_own_road(tmp_path, token_ids, caplog):
