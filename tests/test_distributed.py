@@ -56,6 +56,7 @@ def test_two_processes_do_what_one_does(folder, alone, options):
 
 
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+@pytest.mark.slow
 def test_everything_at_once(folder, options):
     """SparseGPT's updated weights, accumulation, checkpointing, distillation of blocks."""
     sets = ["train.accumulation=2", "train.batch_size=4", "train.gradient_checkpointing=true", "train.distill_blocks=0.1"]
@@ -72,6 +73,7 @@ def test_everything_at_once(folder, options):
 
 
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+@pytest.mark.slow
 def test_all_weights_and_reconstruction(folder, options):
     sets = ["reconstruct.epochs=2", "reconstruct.sequences=7", "reconstruct.batch_size=2", "train.lr=0.001", "steps=1"]
     chosen = ["--pruner", "wanda", "--train", "all", *(item for pair in sets for item in ("--set", pair))]

@@ -93,6 +93,7 @@ def model(tmp_path):
     return str(save_toy(tmp_path / "model", torch.bfloat16, **SIZES))
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(model):
     values = {"model": model, "train": {"tokens": 6400, "length": 64}, "calibration": {"sequences": 64}, "device": "cpu"}
     state = torch.random.get_rng_state()
@@ -162,6 +163,7 @@ def test_the_simulated_reconstruction_is_what_an_update_has_alive():
     assert simulate_reconstruction(build, settings) - 16 * weights > 1.5 * activations
 
 
+@pytest.mark.slow
 def test_reconstruction_costs_memory_and_time(model):
     calibration = {"sequences": 64, "length": 64}
     without, with_it = (planned(model, calibration=calibration, reconstruct={"epochs": epochs}) for epochs in (0, 3))

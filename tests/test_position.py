@@ -160,6 +160,7 @@ def test_the_command_ends_with_a_sentence(folder, uninterrupted, tmp_path, numbe
 
 
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+@pytest.mark.slow
 def test_two_processes_go_on_bit_for_bit(folder, tmp_path, options):
     whole, output = tmp_path / "whole" / "sparse", tmp_path / "sparse"
     whole.parent.mkdir()

@@ -393,6 +393,7 @@ def build(kernel, capability, types, constants, warps):
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_every_kernel():
     """For A100 and H100, without either: no registers spilled (a few by Triton 3.6), and population counts in one instruction."""
     code = (

@@ -44,7 +44,6 @@ def measure(row: Row, kept: Path | None = None) -> dict[str, Any]:
     made = _reopened(row, kept) if kept and (kept / RECORD).is_file() else _made(row, kept)
     model, config, record = made.model, made.config, made.record
     train, device = config.train, made.device if config.blocks_on_host else None
-    bits, stored = stored_size(model, config.values)
     with computing(model, made.device, config.dtype):
         context = context_use(model, made.evaluation_ST, device) if row.also.context else None
         accuracy = _accuracy(model, made.tokenizer, row.also)
@@ -53,8 +52,8 @@ def measure(row: Row, kept: Path | None = None) -> dict[str, Any]:
         "perplexity": record["perplexity"]["made"],
         "masked_again": record["perplexity"].get("masked again"),
         "sparsity": record["sparsity"]["achieved"],
-        "bits": bits,
-        "bytes": stored,
+        "bits": made.bits,
+        "bytes": made.bytes,
         "context": context,
         "tasks": accuracy,
         "speed": decoding_speed(model, config.values, made.device) if row.also.speed else None,
@@ -80,6 +79,8 @@ class _Made:
     record: dict[str, Any]
     evaluation_ST: Tensor
     device: torch.device
+    bits: float  # of a weight of the blocks
+    bytes: int
 
 
 def _made(row: Row, kept: Path | None) -> _Made:
@@ -92,11 +93,12 @@ def _made(row: Row, kept: Path | None) -> _Made:
         session = Session.start(model, tokenizer, config, kind=kind, data=data, resume=resume)
         lifted = MAKERS[row.maker](session)
         session.finish("made")
+    stored = stored_size(model, config.values)
     if lifted:
         with computing(model, session.device, config.dtype):
             mask_again(model, lifted)
             session.measure("masked again")
-    return _Made(model, tokenizer, session.config, session.record, data.evaluation, session.device)
+    return _Made(model, tokenizer, session.config, session.record, data.evaluation, session.device, *stored)
 
 
 def _reopened(row: Row, kept: Path) -> _Made:
@@ -105,7 +107,8 @@ def _reopened(row: Row, kept: Path) -> _Made:
         config = LosaConfig.from_dict(record["config"])
     model, tokenizer = load(LosaConfig.from_dict({"model": str(kept), "trust_remote_code": config.trust_remote_code}))
     device = resolve_device(config.device)
-    return _Made(model.to(device), tokenizer, config, record, data.evaluation, device)
+    stored = stored_size(model.to(device), config.values)
+    return _Made(model, tokenizer, config, record, data.evaluation, device, *stored)
 
 
 def _dense(session: Session) -> None:
