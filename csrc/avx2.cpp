@@ -30,8 +30,7 @@ struct Controls {
         const bool stored = (m >> lane) & 1;
         for (int b = 0; b < kLane; ++b) {
           const int byte = b - (kLane - 2);
-          row[m][lane * kLane + b] =
-              stored && byte >= 0 ? uint8_t(from * 2 + byte) : 0x80;  // the high bit means zero
+          row[m][lane * kLane + b] = stored && byte >= 0 ? uint8_t(from * 2 + byte) : 0x80;  // the high bit means zero
         }
         from += stored;
       }
@@ -159,8 +158,7 @@ inline void put(const bf16* v, const uint8_t* word, bf16* tile) {
 #pragma GCC unroll 4
   for (int b = 0; b < 4; ++b) {
     const uint64_t byte = word[b];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + 8 * b),
-                     _mm_shuffle_epi8(load128(v), load128(kPlain.row[byte])));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(tile + 8 * b), _mm_shuffle_epi8(load128(v), load128(kPlain.row[byte])));
     v += __builtin_popcountll(byte);
   }
 }
@@ -302,8 +300,8 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 // weights besides.
 const Kernels& avx2_kernels() {
   constexpr int64_t kFew = kAvx2IntegerTokens;
-  static constexpr Kernels kernels{"avx2", {4, kFew, kFew}, 1 << 30, false,       2,     false, stream,
-                                   decode, multiply,        avx2_digits, round, gate,  attend};
+  static constexpr Kernels kernels{"avx2", {4, kFew, kFew}, 1 << 30,     false, 2,    false, stream,
+                                   decode, multiply,        avx2_digits, round, gate, attend};
   return kernels;
 }
 

@@ -75,7 +75,7 @@ constexpr float kSecond = 32768.0f;  // a step of a number's second digit
 template <ValueType V, int T, int D>
 bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
   constexpr int kSums = T * D;
-  constexpr int kPart = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;  // quarters of a walk, so that sums stay in registers
+  constexpr int kPart = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;      // quarters of a walk, so that sums stay in registers
   constexpr int64_t kDrain = row_of(V).grouped ? kBlock : kFeed;  // words whose sums an int32 holds, of one scale
   alignas(32) float total[T][kQuarters][8] = {};
   Feed feed(p, p.offsets[strip]);

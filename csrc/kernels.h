@@ -115,9 +115,9 @@ struct Kernels {
   const char* name;
   int64_t stream_tokens[kTypes];  // by type; up to here: decode and multiply in registers
   int64_t tile_tokens;  // up to here: decode a tile once, multiply every token by it; past it the library's GEMM
-  bool bf16_gemm;    // the library's bfloat16 GEMM is fast on this instruction set; otherwise its float32 one is used
+  bool bf16_gemm;  // the library's bfloat16 GEMM is fast on this instruction set; otherwise its float32 one is used
   int64_t digit_bytes;  // of a digit of activations in fixed point
-  bool skips_zeros;  // stream does not multiply weights that are zero, so that NaN and infinity would get lost
+  bool skips_zeros;     // stream does not multiply weights that are zero, so that NaN and infinity would get lost
   // out_TS [tokens, 16] = x_TI W_SI^T for one strip, without the rows' scales, float32. Returns false if masks and
   // values disagree.
   bool (*stream)(const Packed&, const Activations&, int64_t strip, float* out_TS);

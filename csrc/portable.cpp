@@ -107,7 +107,7 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16,      false, 1, true, stream,
+  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16,      false, 1,    true,  stream,
                                    decode,     multiply,  nullptr, round, gate, attend};
   return kernels;
 }

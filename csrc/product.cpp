@@ -15,8 +15,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a token's activations can be turned into.
 enum Road : int64_t {
-  kExact = 0,  // bfloat16, multiplied with every weight, zeros too
-  kPairs = 1,  // bfloat16, multiplied while the weight streams by
+  kExact = 0,    // bfloat16, multiplied with every weight, zeros too
+  kPairs = 1,    // bfloat16, multiplied while the weight streams by
   kNarrow = 15,  // bits of fixed-point numbers
   kWide = 23,
 };
