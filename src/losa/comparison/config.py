@@ -95,10 +95,7 @@ class CompareConfig:
         self.methods = [SLUGS[slug(name)] for name in self.methods]
         self.run = current_names(LosaConfig, self.run)
         require(
-            "output" not in self.run,
-            "run.output",
-            self.run.get("output"),
-            "none: checkpoints are kept with keep_models only",
+            "output" not in self.run, "run.output", self.run.get("output"), "none: checkpoints are kept with keep_models only"
         )
         require(bool(self.methods or self.variants), "methods", self.methods, "at least one, or variants")
         require(not METHODS.keys() & self.variants.keys(), "variants", list(self.variants), "names that no method has")

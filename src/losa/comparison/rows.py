@@ -45,7 +45,10 @@ def measure(row: Row, kept: Path | None = None) -> dict[str, Any]:
     model, config, record = made.model, made.config, made.record
     train, device = config.train, made.device if config.blocks_on_host else None
     with computing(model, made.device, config.dtype):
-        context = context_use(model, made.evaluation_ST, device) if row.also.context else None
+        context = None
+        if row.also.context:
+            assert made.evaluation_ST is not None
+            context = context_use(model, made.evaluation_ST, device)
         accuracy = _accuracy(model, made.tokenizer, row.also)
     texts = (train.data, config.calibration.data, config.eval.data)
     return {
@@ -77,7 +80,7 @@ class _Made:
     tokenizer: PreTrainedTokenizerBase
     config: LosaConfig  # resolved
     record: dict[str, Any]
-    evaluation_ST: Tensor
+    evaluation_ST: Tensor | None  # None: of a model that was kept, where nothing is to be measured on it
     device: torch.device
     bits: float  # of a weight of the blocks
     bytes: int
@@ -102,13 +105,14 @@ def _made(row: Row, kept: Path | None) -> _Made:
 
 
 def _reopened(row: Row, kept: Path) -> _Made:
-    data, record = read_run(row.config, training=row.trained), read_record(kept)
+    record = read_record(kept)
+    evaluation_ST = read_run(row.config, training=row.trained).evaluation if row.also.context else None
     with door(kept / RECORD, "use"):
         config = LosaConfig.from_dict(record["config"])
     model, tokenizer = load(LosaConfig.from_dict({"model": str(kept), "trust_remote_code": config.trust_remote_code}))
     device = resolve_device(config.device)
     stored = stored_size(model.to(device), config.values)
-    return _Made(model, tokenizer, config, record, data.evaluation, device, *stored)
+    return _Made(model, tokenizer, config, record, evaluation_ST, device, *stored)
 
 
 def _dense(session: Session) -> None:

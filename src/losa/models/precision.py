@@ -32,6 +32,11 @@ def computing_dtype(stored: torch.dtype, device: torch.device, asked: str = "aut
     return torch.float32 if asked == "auto" and stored in NARROW and not multiplies_bfloat16(device) else stored
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As configurations write it: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def tensors_of(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     """Names of its parameters and buffers of that dtype. Some tables, such as rotary frequencies, are float32 in any model."""
     named = [*model.named_parameters(), *model.named_buffers()]
@@ -45,13 +50,21 @@ def cast_(model: PreTrainedModel, names: Sequence[str], dtype: torch.dtype) -> N
         named[name].data = named[name].data.to(dtype)
 
 
-@contextmanager
-def computing(model: PreTrainedModel, device: torch.device, asked: str = "auto") -> Iterator[None]:
-    """Has a model in what it computes in, while it lasts. Packed layers compute in what they are made for."""
+def widen_(model: PreTrainedModel, device: torch.device, asked: str = "auto") -> list[str]:
+    """Puts a model into what it computes in, and returns the names of what changed, for `cast_` to put it back. Packed layers
+    compute in what they are made for."""
     stored = model.dtype
     dtype = computing_dtype(stored, device, asked)
     names = tensors_of(model, stored) if dtype != stored and getattr(model, "hf_quantizer", None) is None else []
     cast_(model, names, dtype)
+    return names
+
+
+@contextmanager
+def computing(model: PreTrainedModel, device: torch.device, asked: str = "auto") -> Iterator[None]:
+    """Has a model in what it computes in, while it lasts."""
+    stored = model.dtype
+    names = widen_(model, device, asked)
     try:
         yield
     finally:

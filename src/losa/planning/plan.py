@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from losa.config import LosaConfig
 from losa.models import Decoder, check_supported, find_decoder, max_length
 from losa.models.opening import check_model, open_config
-from losa.models.precision import computing_dtype
+from losa.models.precision import computing_dtype, name_of
 from losa.planning.probe import probe, probe_bytes
 from losa.planning.simulation import simulate_calibration, simulate_evaluation, simulate_training, trained_values
 from losa.planning.work import evaluation_windows, stage_flops
@@ -187,7 +187,7 @@ class _Planned:
         return {
             "parameters": self.parameters,
             "prunable": prunable,
-            "computes_in": str(self.dtype).removeprefix("torch."),
+            "computes_in": name_of(self.dtype),
             "runtime": runtime,
             "weights": weights,
             "masks": masks,

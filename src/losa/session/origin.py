@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from losa.models.precision import name_of
 from losa.system.environment import versions
 
 DECIDE = ("losa", "torch", "transformers", "accelerate")  # packages whose version may change a result
@@ -26,7 +27,7 @@ def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         "model configuration": _hash([_settings(model.config), _settings(getattr(model, "generation_config", None))]),
         "tokenizer": _hash(_tokenizer(tokenizer)),
         "text": text,
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": name_of(dtype),
     } | {f"version of {name}": found[name] for name in DECIDE}
 
 

@@ -21,7 +21,7 @@ from losa.data import RunData, held_out_record, prepare, show_example
 from losa.data.evaluation import Windows
 from losa.evaluation import perplexity
 from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
-from losa.models.precision import cast_, computing, computing_dtype, tensors_of
+from losa.models.precision import cast_, computing, computing_dtype, name_of, widen_
 from losa.planning.work import MEASURED, remaining, stage_flops
 from losa.rotation import find_value_paths, rotate_values
 from losa.session import result, stages
@@ -133,11 +133,9 @@ class Session:
         if output and manifest and (different := changed(manifest["origin"], come_from)):
             what, way_out = ", ".join(different), f"restore it, or delete {work_dir(output)} to start anew"
             raise ValueError(f"cannot resume {output}: the {what} changed; {way_out}")
-        widened = tensors_of(model, stored) if dtype != stored else []
-        if widened:
-            logger.info("this processor has no instructions for 16-bit floats: computing in float32, saving %s", str(stored)[6:])
-            cast_(model, widened, dtype)
-        record["computed_in"] = str(dtype)[6:]
+        if widened := widen_(model, device, config.dtype):
+            logger.info("this processor has no instructions for 16-bit floats: computing in float32, saving %s", name_of(stored))
+        record["computed_in"] = name_of(dtype)
         if config.rotate:  # again on resume, and the same again: stages hold what differs from the turned weights
             began = time.perf_counter()
             model.eval()
