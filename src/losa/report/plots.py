@@ -44,6 +44,8 @@ def write_plots(path: Path, rows: Rows) -> None:
 
 def _pareto(found: Sequence[Point], cost: Callable[[Point], float], axis: str, title: str) -> "Figure":
     """Points by family, and what no other beats as a line. `cost` is negative where more is better."""
+    from matplotlib.ticker import LogLocator
+
     shown = [point for point in found if point.perplexity <= SHOWN * min(point.perplexity for point in found)]
     sign = -1.0 if cost(shown[0]) < 0 else 1.0
     figure, axes = _figure(4.6)
@@ -58,6 +60,7 @@ def _pareto(found: Sequence[Point], cost: Callable[[Point], float], axis: str, t
     axes.set(xlabel=axis, title=title)
     if sign > 0:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(2, (1, 1.25, 1.5)))
     _finish(axes)
     axes.margins(x=0.16)
     _label(axes, [(sign * cost(point), point.perplexity, point.name, point.default) for point in shown])
@@ -146,6 +149,7 @@ def _finish(axes: Any) -> None:
 
 def _label(axes: Any, placed: Sequence[tuple[float, float, str, bool]]) -> None:
     """Names beside marks `(x, y, name, bold)`, from the lowest upwards, moved up where two would meet."""
+    axes.get_xlim(), axes.get_ylim()  # matplotlib takes margins into account only when it is asked for the limits
     to_axes = axes.transData + axes.transAxes.inverted()
     used: list[tuple[float, float]] = []
     for x, y, name, bold in sorted(placed, key=lambda one: one[1]):
