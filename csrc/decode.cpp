@@ -1,15 +1,21 @@
-// The operator losa::decode_step: one token through all decoder blocks of a Llama-like model, outside Python.
+// Two operators: losa::decode_plan looks once at a Llama-like model's tensors, and losa::decode_step takes one token
+// through all of its blocks, outside Python.
 //
 // For each block: h += O(attention(Q(n), K(n), V(n))), n = norm(h); h += down(silu(gate(m)) * up(m)), m = norm(h).
 // Numbers are rounded to bfloat16 where transformers' modules round them; inside attention, sums are float32. The cache
 // is the caller's, one [1, heads, capacity, width] tensor of keys and one of values a block; this token's go to index
 // `position`, and 0..position are attended to.
+//
+// A plan is a tensor of bytes that holds addresses: it is of use in this process only, and while whoever made it holds
+// the tensors it was made of. A step that took those instead, a thousand and more, would spend an eighth of its time on
+// their handles.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "tensors.h"
@@ -40,7 +46,7 @@ struct Layer {
 const bf16* vector_of(const Tensor& t, int64_t n, const char* what) {
   if (t.numel() == 0 && n > 0) return nullptr;
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::BFloat16 && t.numel() == n,
-                  "losa::decode_step: expected ", n, " bfloat16 numbers on the CPU for ", what, ", found ", t.numel());
+                  "losa::decode: expected ", n, " bfloat16 numbers on the CPU for ", what, ", found ", t.numel());
   return static_cast<const bf16*>(t.const_data_ptr());
 }
 
@@ -51,11 +57,31 @@ Layer layer_of(const Tensor* parts, int64_t rows, int64_t columns, int64_t type)
   return {p, vector_of(parts[5], rows, "a bias")};
 }
 
-void multiply(const Kernels& k, const Layer& layer, const bf16* x, bf16* y) {
+struct Block {
+  const bf16* norms[kNorms];
+  Layer layers[kLayers];
+};
+
+// What a plan's bytes are: this, then the blocks.
+struct Plan {
+  static constexpr uint64_t kMark = 0x6c6f7361706c616e;  // "losaplan"
+  uint64_t mark;
+  int64_t blocks;
+  Shape s;
+  const bf16* last;  // the final norm
+  const Block* block(int64_t b) const { return reinterpret_cast<const Block*>(this + 1) + b; }
+  static int64_t bytes(int64_t blocks) { return int64_t(sizeof(Plan)) + blocks * int64_t(sizeof(Block)); }
+};
+static_assert(std::is_trivially_copyable_v<Plan> && std::is_trivially_copyable_v<Block> &&
+              sizeof(Plan) % alignof(Block) == 0);
+
+template <size_t N>
+void multiply(const Kernels& k, const Part (&parts)[N], const bf16* x) {
   const Parallel parallel = on_torch_threads;
-  const bool ok = multiply(layer.p, k, x, 1, layer.bias, y, parallel);
+  const bool ok = multiply(parts, N, k, x, 1, parallel);
   STD_TORCH_CHECK(ok, "losa::decode_step: the masks and offsets of a packed weight disagree; the file is corrupt");
 }
+Part into(const Layer& layer, std::vector<bf16>& y) { return {layer.p, layer.bias, y.data()}; }
 
 bf16 rounded(float f) { return to_bf16(f); }
 
@@ -103,7 +129,7 @@ struct Step {
   const int64_t position;
   const float epsilon, scaling;
   const bf16 *cosine, *sine;
-  const int64_t turned, type;
+  const int64_t turned;
 
   void attention(Scratch& b, const bf16* query_norm, const bf16* key_norm, bf16* keys, bf16* values,
                  int64_t capacity) const {
@@ -132,46 +158,63 @@ struct Step {
         });
   }
 
-  void block(bf16* hidden, const Tensor* tensors, bf16* keys, bf16* values, int64_t capacity, Scratch& b) const {
-    const auto norm_of = [&](int64_t i) {
-      return vector_of(tensors[i], i < kQueryNorm ? s.hidden : s.width, "a norm");
-    };
-    Layer layers[kLayers];
-    for (int64_t l = 0; l < kLayers; ++l)
-      layers[l] = layer_of(tensors + kNorms + kParts * l, s.rows(l), s.columns(l), type);
-    const bf16 *first = norm_of(kInputNorm), *second = norm_of(kMlpNorm);
-    STD_TORCH_CHECK(first && second, "losa::decode_step: a block without its norms");
-    norm(hidden, first, s.hidden, epsilon, b.normed.data());
-    multiply(k, layers[kQuery], b.normed.data(), b.query.data());
-    multiply(k, layers[kKey], b.normed.data(), b.key.data());
-    multiply(k, layers[kValue], b.normed.data(), b.value.data());
-    attention(b, norm_of(kQueryNorm), norm_of(kKeyNorm), keys, values, capacity);
-    multiply(k, layers[kOutput], b.attended.data(), b.projected.data());
+  void block(bf16* hidden, const Block& block, bf16* keys, bf16* values, int64_t capacity, Scratch& b) const {
+    const auto& layers = block.layers;
+    norm(hidden, block.norms[kInputNorm], s.hidden, epsilon, b.normed.data());
+    multiply(k, {into(layers[kQuery], b.query), into(layers[kKey], b.key), into(layers[kValue], b.value)},
+             b.normed.data());
+    attention(b, block.norms[kQueryNorm], block.norms[kKeyNorm], keys, values, capacity);
+    multiply(k, {into(layers[kOutput], b.projected)}, b.attended.data());
     add(hidden, b.projected.data(), s.hidden);
-    norm(hidden, second, s.hidden, epsilon, b.normed.data());
-    multiply(k, layers[kGate], b.normed.data(), b.gate.data());
-    multiply(k, layers[kUp], b.normed.data(), b.up.data());
+    norm(hidden, block.norms[kMlpNorm], s.hidden, epsilon, b.normed.data());
+    multiply(k, {into(layers[kGate], b.gate), into(layers[kUp], b.up)}, b.normed.data());
     k.gate(b.gate.data(), b.up.data(), s.inner, b.gate.data());
-    multiply(k, layers[kDown], b.gate.data(), b.projected.data());
+    multiply(k, {into(layers[kDown], b.projected)}, b.gate.data());
     add(hidden, b.projected.data(), s.hidden);
   }
 };
 
-// x [hidden] -> the normed hidden state [hidden] that the head takes. `tensors`: see Norms; the last is the final norm.
-Tensor decode_step(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<Tensor>& keys,
-                   const std::vector<Tensor>& values, const Tensor& cosine, const Tensor& sine,
-                   const std::vector<int64_t>& shape, double epsilon, double scaling, int64_t position,
-                   int64_t values_type, int64_t kernel) {
+// `tensors`: see Norms; the last is the final norm. `shape`: see Shape.
+Tensor decode_plan(const std::vector<Tensor>& tensors, const std::vector<int64_t>& shape, int64_t values_type) {
   STD_TORCH_CHECK(shape.size() == 5,
-                  "losa::decode_step: the shape is hidden, heads, heads of the cache, their width, inner");
+                  "losa::decode_plan: the shape is hidden, heads, heads of the cache, their width, inner");
   const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
-  const int64_t blocks = int64_t(keys.size()), turned = cosine.numel();
-  STD_TORCH_CHECK(s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.width > 0 && s.inner > 0 &&
-                      s.heads % s.kv_heads == 0 && turned % 2 == 0 && turned <= s.width,
-                  "losa::decode_step: impossible shape");
-  STD_TORCH_CHECK(blocks > 0 && values.size() == keys.size() && int64_t(tensors.size()) == blocks * kPerBlock + 1,
-                  "losa::decode_step: expected ", kPerBlock, " tensors for each of ", blocks,
-                  " blocks and a norm, found ", tensors.size());
+  STD_TORCH_CHECK(
+      s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.width > 0 && s.inner > 0 && s.heads % s.kv_heads == 0,
+      "losa::decode_plan: impossible shape");
+  const int64_t blocks = int64_t(tensors.size()) / kPerBlock;
+  STD_TORCH_CHECK(blocks > 0 && int64_t(tensors.size()) == blocks * kPerBlock + 1, "losa::decode_plan: expected ",
+                  kPerBlock, " tensors for each block and a norm, found ", tensors.size());
+  Tensor bytes = torch::stable::new_empty(tensors.back(), {Plan::bytes(blocks)}, ScalarType::Byte);
+  Plan* plan = new (bytes.mutable_data_ptr()) Plan{Plan::kMark, blocks, s, vector_of(tensors.back(), s.hidden, "a norm")};
+  STD_TORCH_CHECK(plan->last, "losa::decode_plan: no last norm");
+  Block* block = reinterpret_cast<Block*>(plan + 1);
+  for (const Tensor* from = tensors.data(); from + 1 < tensors.data() + tensors.size(); from += kPerBlock, ++block) {
+    new (block) Block{};
+    for (int64_t i = 0; i < kNorms; ++i)
+      block->norms[i] = vector_of(from[i], i < kQueryNorm ? s.hidden : s.width, "a norm");
+    STD_TORCH_CHECK(block->norms[kInputNorm] && block->norms[kMlpNorm], "losa::decode_plan: a block without its norms");
+    for (int64_t l = 0; l < kLayers; ++l)
+      block->layers[l] = layer_of(from + kNorms + kParts * l, s.rows(l), s.columns(l), values_type);
+  }
+  return bytes;
+}
+
+// x [hidden] -> the normed hidden state [hidden] that the head takes.
+Tensor decode_step(const Tensor& x, const Tensor& plan_bytes, const std::vector<Tensor>& keys,
+                   const std::vector<Tensor>& values, const Tensor& cosine, const Tensor& sine, double epsilon,
+                   double scaling, int64_t position, int64_t kernel) {
+  STD_TORCH_CHECK(plan_bytes.is_cpu() && plan_bytes.is_contiguous() && plan_bytes.scalar_type() == ScalarType::Byte &&
+                      plan_bytes.numel() >= int64_t(sizeof(Plan)),
+                  "losa::decode_step: no plan");
+  const Plan& plan = *static_cast<const Plan*>(plan_bytes.const_data_ptr());
+  STD_TORCH_CHECK(plan.mark == Plan::kMark && plan_bytes.numel() == Plan::bytes(plan.blocks),
+                  "losa::decode_step: no plan");
+  const Shape& s = plan.s;
+  const int64_t blocks = plan.blocks, turned = cosine.numel();
+  STD_TORCH_CHECK(turned % 2 == 0 && turned <= s.width, "losa::decode_step: impossible rotary positions");
+  STD_TORCH_CHECK(int64_t(keys.size()) == blocks && int64_t(values.size()) == blocks,
+                  "losa::decode_step: expected keys and values of ", blocks, " blocks, found ", keys.size());
   const Step step{s,
                   kernels_of(kernel),
                   position,
@@ -179,11 +222,9 @@ Tensor decode_step(const Tensor& x, const std::vector<Tensor>& tensors, const st
                   float(scaling),
                   vector_of(cosine, turned, "cosines"),
                   vector_of(sine, turned, "sines"),
-                  turned,
-                  values_type};
-  const bf16 *from = vector_of(x, s.hidden, "the hidden state"),
-             *last = vector_of(tensors.back(), s.hidden, "the last norm");
-  STD_TORCH_CHECK(from && last, "losa::decode_step: no hidden state or no last norm");
+                  turned};
+  const bf16* from = vector_of(x, s.hidden, "the hidden state");
+  STD_TORCH_CHECK(from, "losa::decode_step: no hidden state");
   std::vector<bf16> hidden(from, from + s.hidden);
   Scratch scratch(s);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -195,11 +236,11 @@ Tensor decode_step(const Tensor& x, const std::vector<Tensor>& tensors, const st
                       "losa::decode_step: a cache is a contiguous bfloat16 [1, ", s.kv_heads, ", more than ", position,
                       ", ", s.width, "] tensor");
     STD_TORCH_CHECK(key.size(2) == value.size(2), "losa::decode_step: keys and values have different room");
-    step.block(hidden.data(), &tensors[size_t(b * kPerBlock)], static_cast<bf16*>(key.mutable_data_ptr()),
+    step.block(hidden.data(), *plan.block(b), static_cast<bf16*>(key.mutable_data_ptr()),
                static_cast<bf16*>(value.mutable_data_ptr()), key.size(2), scratch);
   }
   Tensor y = torch::stable::new_empty(x, {1, 1, s.hidden});
-  norm(hidden.data(), last, s.hidden, step.epsilon, static_cast<bf16*>(y.mutable_data_ptr()));
+  norm(hidden.data(), plan.last, s.hidden, step.epsilon, static_cast<bf16*>(y.mutable_data_ptr()));
   return y;
 }
 
@@ -207,9 +248,12 @@ Tensor decode_step(const Tensor& x, const std::vector<Tensor>& tensors, const st
 }  // namespace losa
 
 STABLE_TORCH_LIBRARY_FRAGMENT(losa, m) {
+  m.def("decode_plan(Tensor[] tensors, int[] shape, int values_type) -> Tensor");
   m.def(
-      "decode_step(Tensor x, Tensor[] tensors, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine, Tensor sine, "
-      "int[] shape, float epsilon, "
-      "float scaling, int position, int values_type, int kernel) -> Tensor");
+      "decode_step(Tensor x, Tensor plan, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine, Tensor sine, "
+      "float epsilon, float scaling, int position, int kernel) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(losa, CPU, m) { m.impl("decode_step", TORCH_BOX(&losa::decode_step)); }
+STABLE_TORCH_LIBRARY_IMPL(losa, CPU, m) {
+  m.impl("decode_plan", TORCH_BOX(&losa::decode_plan));
+  m.impl("decode_step", TORCH_BOX(&losa::decode_step));
+}

@@ -75,8 +75,9 @@ Tensor sparse_linear(const Tensor& x_in, const Tensor& mask, const Tensor& value
   bf16* out = static_cast<bf16*>(y.mutable_data_ptr());
   const bf16* shift = bias ? static_cast<const bf16*>(bias->const_data_ptr()) : nullptr;
   const Parallel parallel = on_torch_threads;
+  const Part part{p, shift, out};
   const bool ok = multiplies(k, p.type, tokens)
-                      ? multiply(p, k, static_cast<const bf16*>(x.const_data_ptr()), tokens, shift, out, parallel)
+                      ? multiply(&part, 1, k, static_cast<const bf16*>(x.const_data_ptr()), tokens, parallel)
                       : by_panels(p, k, x, bias, out);
   STD_TORCH_CHECK(ok, "losa::sparse_linear: the masks and offsets of this packed weight disagree; the file is corrupt");
   return y;

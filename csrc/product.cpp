@@ -88,61 +88,75 @@ struct FixedPoint {
 // ---- the ways to multiply ----------------------------------------------------------------------------------------
 
 struct Job {
-  const Packed& p;
+  const Part* parts;
+  int64_t n_parts;
   const Kernels& k;
-  const bf16* bias;  // [rows] or null
   const Parallel& parallel;
   std::atomic<bool> ok{true};
 
+  // What all parts have alike.
+  int64_t columns() const { return parts->p.columns; }
+  bool integers() const { return k.digits && parts->p.type != ValueType::kBFloat16; }
+
   // y of 16 rows from their float32 sums [tokens, sum_stride].
-  void store(int64_t strip, int64_t tokens, const float* sums, int64_t sum_stride, bf16* y) const {
+  void store(const Part& part, int64_t strip, int64_t tokens, const float* sums, int64_t sum_stride) const {
+    const Packed& p = part.p;
     const int64_t from = strip * kStrip, n = std::min(kStrip, p.rows - from);
     float scale[kStrip], shift[kStrip];
     for (int64_t r = 0; r < kStrip; ++r) {
       scale[r] = p.scale && r < n ? p.scale[from + r] : 1.0f;
-      shift[r] = bias && r < n ? to_float(bias[from + r]) : 0.0f;
+      shift[r] = part.bias && r < n ? to_float(part.bias[from + r]) : 0.0f;
     }
     bf16 rounded[kStrip];
     for (int64_t t = 0; t < tokens; ++t, sums += sum_stride) {
-      bf16* out = y + t * p.rows + from;
+      bf16* out = part.y + t * p.rows + from;
       k.round(sums, scale, shift, n == kStrip ? out : rounded);
       if (n < kStrip) std::memcpy(out, rounded, size_t(n) * sizeof(bf16));
     }
   }
 
-  void stream(const Activations& in, bf16* y) {
-    parallel(0, divide_up(p.rows, kStrip), grain(p, kStrip), [&](int64_t begin, int64_t end) {
+  // The strips of all parts, one part's after the other's, are shared out evenly.
+  void stream(const Activations& in) {
+    int64_t strips = 0;
+    for (const Part* part = parts; part < parts + n_parts; ++part) strips += divide_up(part->p.rows, kStrip);
+    parallel(0, strips, grain(parts->p, kStrip), [&](int64_t begin, int64_t end) {
       std::vector<float> out(size_t(in.tokens * kStrip));
-      for (int64_t s = begin; s < end; ++s) {
-        if (!k.stream(p, in, s, out.data())) ok = false;
-        store(s, in.tokens, out.data(), kStrip, y);
+      for (const Part* part = parts; part < parts + n_parts; ++part) {
+        const int64_t mine = divide_up(part->p.rows, kStrip);
+        for (int64_t s = std::max<int64_t>(0, begin); s < std::min(mine, end); ++s) {
+          if (!k.stream(part->p, in, s, out.data())) ok = false;
+          store(*part, s, in.tokens, out.data(), kStrip);
+        }
+        begin -= mine;
+        end -= mine;
       }
     });
   }
 
-  void by_digits(const bf16* x, int64_t tokens, int bits, bf16* y) {
-    const FixedPoint fixed(k, x, tokens, p.columns, bits, parallel);
-    stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.sums.data(), fixed.unit.data()}, y);
+  void by_digits(const bf16* x, int64_t tokens, int bits) {
+    const FixedPoint fixed(k, x, tokens, columns(), bits, parallel);
+    stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.sums.data(), fixed.unit.data()});
   }
 
-  void by_pairs(const bf16* x, int64_t tokens, bf16* y) {
-    const int64_t pairs = p.padded_pairs();
-    if (tokens == 1 && p.columns == 2 * pairs) return stream({tokens, x, 0, nullptr, nullptr, nullptr}, y);
+  void by_pairs(const bf16* x, int64_t tokens) {
+    const int64_t pairs = parts->p.padded_pairs();
+    if (tokens == 1 && columns() == 2 * pairs) return stream({tokens, x, 0, nullptr, nullptr, nullptr});
     std::vector<bf16> interleaved(size_t(2 * pairs * tokens), 0);
-    parallel(0, divide_up(p.columns, 2), std::max<int64_t>(1, 8192 / tokens), [&](int64_t begin, int64_t end) {
+    parallel(0, divide_up(columns(), 2), std::max<int64_t>(1, 8192 / tokens), [&](int64_t begin, int64_t end) {
       for (int64_t t = 0; t < tokens; ++t) {
-        const bf16* row = x + t * p.columns;
-        for (int64_t i = begin; i < std::min(end, p.columns / 2); ++i)
+        const bf16* row = x + t * columns();
+        for (int64_t i = begin; i < std::min(end, columns() / 2); ++i)
           std::memcpy(&interleaved[size_t((i * tokens + t) * 2)], row + 2 * i, 2 * sizeof(bf16));
-        if (end > p.columns / 2)
-          interleaved[size_t((p.columns / 2 * tokens + t) * 2)] = row[p.columns - 1];  // an odd last column
+        if (end > columns() / 2)
+          interleaved[size_t((columns() / 2 * tokens + t) * 2)] = row[columns() - 1];  // an odd last column
       }
     });
-    stream({tokens, interleaved.data(), 0, nullptr, nullptr, nullptr}, y);
+    stream({tokens, interleaved.data(), 0, nullptr, nullptr, nullptr});
   }
 
   // `x` is by blocks of columns: [blocks, tokens, 2 * kTilePairs], see by_tiles.
-  void tiles(int64_t begin, int64_t end, const bf16* x, int64_t tokens, bf16* y) {  // in pairs of strips
+  void tiles(const Part& part, int64_t begin, int64_t end, const bf16* x, int64_t tokens) {  // in pairs of strips
+    const Packed& p = part.p;
     alignas(64) bf16 tile[2][kTilePairs * kWordBits16];
     alignas(64) float sums[kTileTokens * 2 * kStrip] = {};  // what a weight of no columns sums to
     const int64_t strips = divide_up(p.rows, kStrip), pairs = p.padded_pairs();
@@ -158,42 +172,46 @@ struct Job {
       }
       for (int64_t j = 0; j < n_strips; ++j) {
         if (!cursor[j].ok || cursor[j].value != p.offsets[s + j + 1]) ok = false;
-        store(s + j, tokens, sums + j * kStrip, 2 * kStrip, y);
+        store(part, s + j, tokens, sums + j * kStrip, 2 * kStrip);
       }
     }
   }
 
   // x by blocks of columns, [blocks, tokens, 2 * kTilePairs], zeros past the last column: rows of a block are
   // neighbours in memory. Rows 2^n bytes apart would fall on the same few cache sets.
-  void by_tiles(const bf16* x, int64_t tokens, bf16* y) {
-    const int64_t width = 2 * kTilePairs, blocks = divide_up(p.columns, width), chunks = divide_up(tokens, kTileTokens);
+  void by_tiles(const bf16* x, int64_t tokens) {
+    const int64_t width = 2 * kTilePairs, blocks = divide_up(columns(), width),
+                  chunks = divide_up(tokens, kTileTokens);
     const std::unique_ptr<bf16[]> blocked(new bf16[size_t(blocks * width * divide_up(tokens, chunks))]);
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t from = tokens * c / chunks, n = tokens * (c + 1) / chunks - from;
       parallel(0, blocks, std::max<int64_t>(1, 64 / n), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
-          const int64_t filled = std::min(width, p.columns - b * width);
+          const int64_t filled = std::min(width, columns() - b * width);
           for (int64_t t = 0; t < n; ++t) {
             bf16* row = blocked.get() + (b * n + t) * width;
-            std::memcpy(row, x + (from + t) * p.columns + b * width, size_t(filled) * sizeof(bf16));
+            std::memcpy(row, x + (from + t) * columns() + b * width, size_t(filled) * sizeof(bf16));
             std::memset(row + filled, 0, size_t(width - filled) * sizeof(bf16));
           }
         }
       });
-      parallel(0, divide_up(p.rows, 2 * kStrip), grain(p, 2 * kStrip),
-               [&](int64_t begin, int64_t end) { tiles(begin, end, blocked.get(), n, y + from * p.rows); });
+      for (int64_t i = 0; i < n_parts; ++i) {
+        const Part part{parts[i].p, parts[i].bias, parts[i].y + from * parts[i].p.rows};
+        parallel(0, divide_up(part.p.rows, 2 * kStrip), grain(part.p, 2 * kStrip),
+                 [&](int64_t begin, int64_t end) { tiles(part, begin, end, blocked.get(), n); });
+      }
     }
   }
 
-  void by(Road road, const bf16* x, int64_t tokens, bf16* y) {
-    if (road == kExact) return by_tiles(x, tokens, y);
-    if (road == kPairs) return by_pairs(x, tokens, y);
-    by_digits(x, tokens, int(road), y);
+  void by(Road road, const bf16* x, int64_t tokens) {
+    if (road == kExact) return by_tiles(x, tokens);
+    if (road == kPairs) return by_pairs(x, tokens);
+    by_digits(x, tokens, int(road));
   }
 
   Road road_of(const bf16* x) const {
-    if (p.type != ValueType::kBFloat16 && k.digits) return bits_of(x, p.columns);
-    for (int64_t i = 0; k.skips_zeros && i < p.columns; ++i)
+    if (integers()) return bits_of(x, columns());
+    for (int64_t i = 0; k.skips_zeros && i < columns(); ++i)
       if ((x[i] & 0x7f80) == 0x7f80) return kExact;
     return kPairs;
   }
@@ -201,41 +219,46 @@ struct Job {
 
 }  // namespace
 
-bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, const bf16* bias, bf16* y,
+bool multiply(const Part* parts, int64_t n_parts, const Kernels& k, const bf16* x, int64_t tokens,
               const Parallel& parallel) {
-  Job job{p, k, bias, parallel};
-  if (tokens > k.stream_tokens[int64_t(p.type)]) {
-    job.by_tiles(x, tokens, y);
+  Job job{parts, n_parts, k, parallel};
+  const int64_t columns = job.columns();
+  if (tokens > k.stream_tokens[int64_t(parts->p.type)]) {
+    job.by_tiles(x, tokens);
     return job.ok;
   }
   std::vector<int64_t> exact, others;  // tokens; one that takes the exact road changes nothing for its neighbours
-  Road road = k.digits && p.type != ValueType::kBFloat16 ? kNarrow : kPairs;
+  Road road = job.integers() ? kNarrow : kPairs;
   std::vector<Road> roads(static_cast<size_t>(tokens));
-  parallel(0, tokens, token_grain(p.columns), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) roads[size_t(t)] = job.road_of(x + t * p.columns);
+  parallel(0, tokens, token_grain(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) roads[size_t(t)] = job.road_of(x + t * columns);
   });
   for (int64_t t = 0; t < tokens; ++t) {
     const Road found = roads[size_t(t)];
     (found == kExact ? exact : others).push_back(t);
     road = std::max(road, found);
   }
-  if (exact.empty()) {
-    job.by(road, x, tokens, y);
+  if (exact.empty() || others.empty()) {
+    job.by(others.empty() ? kExact : road, x, tokens);
     return job.ok;
   }
-  if (others.empty()) {
-    job.by(kExact, x, tokens, y);
-    return job.ok;
-  }
+  bool ok = true;
   for (const auto* some : {&exact, &others}) {
-    std::vector<bf16> x_some(some->size() * size_t(p.columns)), y_some(some -> size() * size_t(p.rows));
+    std::vector<bf16> x_some(some->size() * size_t(columns));
     for (size_t i = 0; i < some->size(); ++i)
-      std::memcpy(&x_some[i * size_t(p.columns)], x + (*some)[i] * p.columns, size_t(p.columns) * sizeof(bf16));
-    job.by(some == &exact ? kExact : road, x_some.data(), int64_t(some->size()), y_some.data());
-    for (size_t i = 0; i < some->size(); ++i)
-      std::memcpy(y + (*some)[i] * p.rows, &y_some[i * size_t(p.rows)], size_t(p.rows) * sizeof(bf16));
+      std::memcpy(&x_some[i * size_t(columns)], x + (*some)[i] * columns, size_t(columns) * sizeof(bf16));
+    for (const Part* part = parts; part < parts + n_parts; ++part) {
+      const size_t rows = size_t(part->p.rows);
+      std::vector<bf16> y_some(some->size() * rows);
+      const Part of_some{part->p, part->bias, y_some.data()};
+      Job one{&of_some, 1, k, parallel};
+      one.by(some == &exact ? kExact : road, x_some.data(), int64_t(some->size()));
+      ok = ok && one.ok;
+      for (size_t i = 0; i < some->size(); ++i)
+        std::memcpy(part->y + (*some)[i] * part->p.rows, &y_some[i * rows], rows * sizeof(bf16));
+    }
   }
-  return job.ok;
+  return ok;
 }
 
 template <typename T>

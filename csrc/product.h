@@ -18,10 +18,18 @@ inline bool multiplies(const Kernels& k, ValueType type, int64_t tokens) {
   return tokens <= k.tile_tokens || tokens <= k.stream_tokens[int64_t(type)];
 }
 
-// y [tokens, rows] = x [tokens, columns] W^T + bias. Few tokens are multiplied while the weight streams by; more share
-// tiles that are decoded into the L1 cache. The bits of y do not depend on the number of threads. Returns false if
-// masks and values disagree.
-bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, const bf16* bias, bf16* y,
+// A weight, and where its product goes.
+struct Part {
+  Packed p;
+  const bf16* bias;  // [rows] or null
+  bf16* y;           // [tokens, rows]
+};
+
+// y [tokens, rows] = x [tokens, columns] W^T + bias, of every part; parts have the same columns and type, and share
+// what is made of x and the threads that are woken. Few tokens are multiplied while the weights stream by; more share
+// tiles that are decoded into the L1 cache. The bits of y do not depend on the number of threads, nor on which parts
+// come together. Returns false if masks and values disagree.
+bool multiply(const Part* parts, int64_t n_parts, const Kernels& k, const bf16* x, int64_t tokens,
               const Parallel& parallel);
 
 // Strips [begin, end) as rows of the dense panel [rows, columns] that begins with strip `first_strip`; bf16 or float.

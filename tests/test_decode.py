@@ -192,30 +192,67 @@ def test_a_copy_has_a_step_of_its_own(tmp_path, token_ids):
     assert torch.equal(decode(other, token_ids(1, 8))[0], decode(packed, token_ids(1, 8))[0])
 
 
-def test_the_operator_refuses_what_does_not_fit(tmp_path, token_ids):
+@torch.no_grad()
+def test_layers_that_were_moved_are_looked_at_again(tmp_path, token_ids):
+    """The plan holds addresses: neither weights in another place nor a model that is gone may leave them dangling."""
+    packed, _ = make(tmp_path)
+    plan = step_of(packed).plan
+    want, first = decode(packed, token_ids(1, 8))[0], plan.laid
+    packed.to("cpu")  # not a move
+    decode(packed, token_ids(1, 8))
+    assert plan.laid is first
+    for layer in packed.model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.weight.data = layer.weight.data.clone()
+    assert torch.equal(decode(packed, token_ids(1, 8))[0], want) and plan.laid is not first
+    other = copy.deepcopy(packed)
+    assert not step_of(other).plan.laid.values
+    for layer in other.model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.weight.zero_()
+    ours = decode(other, token_ids(1, 8))[0]
+    assert torch.equal(decode(packed, token_ids(1, 8))[0], want) and not torch.equal(ours, want)
+
+
+def test_the_operators_refuse_what_does_not_fit(tmp_path, token_ids):
     packed, _ = make(tmp_path)
     plan = step_of(packed).plan
     x, half = torch.zeros(1, 1, 32).bfloat16(), torch.zeros(1, 1, 8).bfloat16()
     keys, values = ([torch.zeros(1, 4, 8, 8).bfloat16() for _ in range(3)] for _ in range(2))
 
-    def call(x=x, tensors=plan.tensors, keys=keys, values=values, cosine=half, shape=plan.shape, position=0):
-        rest = (plan.epsilon, plan.scaling, position, plan.values, plan.kernel)
-        return torch.ops.losa.decode_step(x, tensors, keys, values, cosine, half, shape, *rest)
+    def laid(tensors=plan.tensors, shape=plan.shape, values=plan.values):
+        return torch.ops.losa.decode_plan(tensors, shape, values)
+
+    def call(x=x, plan_bytes=laid(), keys=keys, values=values, cosine=half, position=0):  # noqa: B008 - the same for all
+        rest = (plan.epsilon, plan.scaling, position, plan.kernel)
+        return torch.ops.losa.decode_step(x, plan_bytes, keys, values, cosine, half, *rest)
 
     assert call().shape == (1, 1, 32)
     wrong = [
-        {"x": x[..., :31]},
-        {"x": x.float()},
         {"tensors": plan.tensors[:-1]},
         {"tensors": plan.tensors[1:] + plan.tensors[:1]},
+        {"tensors": plan.tensors[-1:]},
+        {"shape": [32, 4, 3, 8, 48]},
+        {"shape": [32, 4, 4, 8]},
+        {"shape": [32, 4, 4, 8, 64]},
+        {"values": 1},
+        {"values": 9},
+    ]
+    for change in wrong:
+        with pytest.raises(RuntimeError, match="losa::"):
+            laid(**change)
+    wrong = [
+        {"x": x[..., :31]},
+        {"x": x.float()},
+        {"plan_bytes": laid()[:-1]},
+        {"plan_bytes": laid()[:8]},
+        {"plan_bytes": laid().float()},
+        {"plan_bytes": torch.zeros_like(laid())},
         {"keys": keys[:2]},
         {"keys": [key.float() for key in keys]},
         {"keys": [key[..., :4] for key in keys]},
         {"position": 8},
         {"position": -1},
-        {"shape": [32, 4, 3, 8, 48]},
-        {"shape": [32, 4, 4, 8]},
-        {"shape": [32, 4, 4, 8, 64]},
         {"cosine": half[..., :7]},
         {"cosine": half[..., :0]},
     ]

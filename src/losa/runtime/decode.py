@@ -11,7 +11,7 @@ ways, and where these differ, the model keeps its own.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,11 +34,28 @@ TOLERANCE = 0.15  # relative difference of the two roads' hidden states that bfl
 logger = logging.getLogger(__name__)
 
 
+class _Laid:
+    """What `losa::decode_plan` made of tensors: their addresses, in a tensor of bytes. A copy, in this process or another, lays out
+    its own tensors anew.
+
+    Attributes:
+        values: addresses of the layers' values: whoever moves a layer moves these.
+        held: the tensors' memory, which therefore stays where it is.
+    """
+
+    def __init__(self) -> None:
+        self.plan, self.values, self.held = torch.empty(0, dtype=torch.uint8), list[int](), list[Tensor]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Laid, ()
+
+
 @dataclass
 class _Plan:
     """What `losa::decode_step` takes besides the token and the cache."""
 
     tensors: list[Tensor]
+    weights: list[Tensor]  # those of them that hold values
     places: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where the modules are that the tensors are of
     blocks: list[nn.Module]
     shape: list[int]
@@ -46,6 +63,7 @@ class _Plan:
     scaling: float
     values: int
     kernel: int
+    laid: _Laid = field(default_factory=_Laid)
 
     @classmethod
     def of(cls, decoder: Any, blocks: list[Any]) -> "_Plan | None":
@@ -53,7 +71,7 @@ class _Plan:
         final: Any = getattr(decoder, "norm", None)
         if not all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb")) or not _is_norm(final):
             return None
-        tensors: list[Tensor] = []
+        tensors, weights = list[Tensor](), list[Tensor]()
         places, norms = [], [final]
         empty = torch.empty(0, dtype=torch.bfloat16)
         for block in blocks:
@@ -69,6 +87,7 @@ class _Plan:
                     tensors.append(module.weight)
                 else:
                     parts = [module._parameters[part] for part in PARTS]
+                    weights.append(module.weight)
                     tensors += [empty if part is None else part for part in parts]
         first = blocks[0]
         attention, width = first.self_attn, first.self_attn.head_dim
@@ -82,7 +101,16 @@ class _Plan:
         query, key = attention.q_proj, attention.k_proj
         shape = [query.in_features, query.out_features // width, key.out_features // width, width, first.mlp.up_proj.out_features]
         numbers = (values.pop().number, dispatch.COMPILED.index(kernel))
-        return cls([*tensors, final.weight], places, list(blocks), shape, final.variance_epsilon, attention.scaling, *numbers)
+        return cls([*tensors, final.weight], weights, places, list(blocks), shape, final.variance_epsilon, attention.scaling, *numbers)
+
+    def laid_out(self) -> Tensor:
+        """The plan of `losa::decode_plan`; made anew where layers were moved."""
+        values = [weight.data_ptr() for weight in self.weights]
+        if values != self.laid.values:
+            self.laid = _Laid()
+            self.laid.values, self.laid.held = values, [tensor.detach() for tensor in self.tensors]
+            self.laid.plan = torch.ops.losa.decode_plan(self.laid.held, self.shape, self.values)
+        return self.laid.plan
 
     def holds(self) -> bool:
         """Whether the modules are still those, on the CPU, and nobody listens to the blocks."""
@@ -165,8 +193,8 @@ class DecodeStep:
         cosine, sine = self.decoder.rotary_emb(x, position_ids=torch.full((1, 1), length))
         plan = self.plan
         hidden: Tensor = torch.ops.losa.decode_step(
-            x, plan.tensors, [layer.rooms[0] for layer in layers], [layer.rooms[1] for layer in layers], cosine, sine,
-            plan.shape, plan.epsilon, plan.scaling, length, plan.values, plan.kernel,
+            x, plan.laid_out(), [layer.rooms[0] for layer in layers], [layer.rooms[1] for layer in layers], cosine, sine,
+            plan.epsilon, plan.scaling, length, plan.kernel,
         )  # fmt: skip
         for layer in layers:
             layer.length += 1
