@@ -204,7 +204,7 @@ struct Job {
 bool multiply(const Packed& p, const Kernels& k, const bf16* x, int64_t tokens, const bf16* bias, bf16* y,
               const Parallel& parallel) {
   Job job{p, k, bias, parallel};
-  if (tokens > k.stream_tokens[int64_t(p.type)]) {
+  if (tokens > k.stream_tokens(p.type)) {
     job.by_tiles(x, tokens, y);
     return job.ok;
   }
