@@ -178,8 +178,7 @@ const Kernels& amx_kernels() {
     k.name = "amx";
     k.tile_tokens = kTileTokens;  // past that, torch's own GEMM uses the same unit, and reads each decoded weight once
     k.stream = stream;
-    k.stream_tokens[int64_t(ValueType::kBFloat16)] =
-        5;  // past that, tiles and the matrix unit are faster (docs/LOG.md)
+    k.bf16_tokens = 5;  // past that, tiles and the matrix unit are faster (docs/LOG.md)
     k.multiply = multiply;
     return k;
   }();

@@ -300,8 +300,8 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 // weights besides.
 const Kernels& avx2_kernels() {
   constexpr int64_t kFew = kAvx2IntegerTokens;
-  static constexpr Kernels kernels{"avx2", {4, kFew, kFew}, 1 << 30,     false, 2,    false, stream,
-                                   decode, multiply,        avx2_digits, round, gate, attend};
+  static constexpr Kernels kernels{"avx2", 4,      kFew,     1 << 30,     false, 2,    false,
+                                   stream, decode, multiply, avx2_digits, round, gate, attend};
   return kernels;
 }
 

@@ -48,17 +48,19 @@ inline __m128i expanded(const int8_t* v, const uint8_t* mask) {
 // Values before quarter q of a word.
 inline int64_t before(uint64_t mask, int q) { return __builtin_popcountll(_bzhi_u64(mask, unsigned(16 * q))); }
 
-// The levels of `n` bytes of nibbles, in order; reads and writes up to 15 and 31 too many.
-inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out) {
-  const __m128i table = load128(kLevels4), low = _mm_set1_epi8(15);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m128i both = load128(nibbles + i);
-    const __m128i first = _mm_shuffle_epi8(table, _mm_and_si128(both, low));
-    const __m128i second = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(both, 4), low));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), _mm_unpacklo_epi8(first, second));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i + 16), _mm_unpackhi_epi8(first, second));
+// Reads codes for Feed, in order; up to 15 bytes and 31 numbers too many.
+struct Unpack {
+  inline void operator()(Bits<4>, const uint8_t* codes, int64_t n, int8_t* out) const {
+    const __m128i table = load128(kNumbers4), low = _mm_set1_epi8(15);
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m128i both = load128(codes + i);
+      const __m128i first = _mm_shuffle_epi8(table, _mm_and_si128(both, low));
+      const __m128i second = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(both, 4), low));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), _mm_unpacklo_epi8(first, second));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i + 16), _mm_unpackhi_epi8(first, second));
+    }
   }
-}
+};
 
 // level_of of a quarter's four rows, twice each, as its sums are.
 inline __m256 levels_of(const uint8_t* groups, int q) {
@@ -83,7 +85,7 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
     const int64_t n = std::min(kDrain, p.words - first);
     const uint8_t* next = p.mask_of(strip, first);
     const char* values = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8;
-    const int64_t bytes = feed.next<V>(next, n, unpack4) * row_of(V).bits / 8;
+    const int64_t bytes = feed.next<V>(next, n, Unpack()) * row_of(V).bits / 8;
     for (int q_0 = 0; q_0 < kQuarters; q_0 += kPart) {
       __m256i a[kPart][kSums];
       for (auto& quarter : a)
@@ -169,7 +171,7 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
   Feed feed(p, cursor.value);
   for (int64_t i = 0; i < pairs / 2; i += kBlock) {
     const int64_t word = first / 2 + i, n = std::min(kBlock, pairs / 2 - i);
-    feed.next<V>(p.mask_of(strip, word), n, unpack4);
+    feed.next<V>(p.mask_of(strip, word), n, Unpack());
     if constexpr (row_of(V).grouped)
       for (int64_t r = 0; r < kStrip; ++r)
         std::fill_n(level[r / 2] + r % 2 * 4, 4, level_of(p.groups_of(strip, word / kBlock)[r]));
@@ -190,15 +192,13 @@ constexpr decltype(Kernels::stream) kStream[kAvx2IntegerTokens] = {stream_as<V, 
 }  // namespace
 
 bool avx2_stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  const bool int4 = p.type == ValueType::kInt4;
-  const auto* by_tokens = in.digits == 1 ? (int4 ? kStream<ValueType::kInt4, 1> : kStream<ValueType::kInt8, 1>)
-                                         : (int4 ? kStream<ValueType::kInt4, 2> : kStream<ValueType::kInt8, 2>);
-  return by_tokens[in.tokens - 1](p, in, strip, out);
+  return with_type<ValueType::kInt8>(p.type, [&](auto type) {
+    return (in.digits == 1 ? kStream<type, 1> : kStream<type, 2>)[in.tokens - 1](p, in, strip, out);
+  });
 }
 
 void avx2_decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  (p.type == ValueType::kInt4 ? decode_as<ValueType::kInt4> : decode_as<ValueType::kInt8>)(p, cursor, strip, first,
-                                                                                           pairs, tile);
+  with_type<ValueType::kInt8>(p.type, [&](auto type) { decode_as<type>(p, cursor, strip, first, pairs, tile); });
 }
 
 // Digits of 15 bits, signed as the weights are, so that nobody needs the sums.

@@ -194,13 +194,8 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", {16, kIntegerTokens, kIntegerTokens},
-                                   1 << 30,  true,
-                                   1,        false,
-                                   stream,   decode,
-                                   multiply, integer_digits,
-                                   round,    gate,
-                                   attend};
+  static constexpr Kernels kernels{"avx512", 16,     kIntegerTokens, 1 << 30,        true,  1,    false,
+                                   stream,   decode, multiply,       integer_digits, round, gate, attend};
   return kernels;
 }
 

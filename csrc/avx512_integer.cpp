@@ -13,25 +13,28 @@ LOSA_TARGET_BEGIN(LOSA_AVX512)
 namespace losa {
 namespace {
 
-// The levels of `n` bytes of nibbles, in order, each xor `flip`.
-inline void unpack4(const uint8_t* nibbles, int64_t n, int8_t* out, __m512i flip) {
-  const __m512i table =
-      _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels4))), flip);
-  for (int64_t i = 0; i < n; i += 32) {
-    const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + i)));
-    const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
-    _mm512_storeu_si512(out + 2 * i, _mm512_shuffle_epi8(table, apart));
+// Reads codes for Feed, in order; numbers come xor `flip`.
+struct Unpack {
+  __m512i flip;
+  inline void operator()(Bits<4>, const uint8_t* codes, int64_t n, int8_t* out) const {
+    const __m512i table =
+        _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNumbers4))), flip);
+    for (int64_t i = 0; i < n; i += 32) {
+      const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
+      const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
+      _mm512_storeu_si512(out + 2 * i, _mm512_shuffle_epi8(table, apart));
+    }
   }
-}
+};
 
-// The next word, expanded, every weight xor `flip`. int4 values were flipped when they were unpacked, so zeros are all
-// that is left.
+// The next word, expanded, every weight xor `flip`. What shares bytes was flipped when it was unpacked, so zeros are
+// all that is left.
 template <ValueType V>
 inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
   const uint64_t m = load64(mask);
   const __m512i packed = opaque(_mm512_loadu_si512(v));
   v += __builtin_popcountll(m);
-  if constexpr (V == ValueType::kInt4) return _mm512_mask_expand_epi8(opaque(flip), m, packed);
+  if constexpr (row_of(V).bits < 8) return _mm512_mask_expand_epi8(opaque(flip), m, packed);
   return _mm512_xor_si512(expand8(m, packed), flip);
 }
 
@@ -49,8 +52,7 @@ template <ValueType V>
 inline Ahead advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words, __m512i flip) {
   for (int64_t b = 0; b < 8 * words; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + b, _MM_HINT_T0);
   const char* values = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8;
-  const int64_t n = feed.next<V>(
-      mask, words, [flip](const uint8_t* from, int64_t bytes, int8_t* to) { unpack4(from, bytes, to, flip); });
+  const int64_t n = feed.next<V>(mask, words, Unpack{flip});
   return {values + kAhead, n * row_of(V).bits / 8 / words + 1};
 }
 
@@ -261,21 +263,18 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
 }  // namespace
 
 bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  constexpr decltype(Kernels::stream) kStream[2][2] = {
-      {stream_as<ValueType::kInt8, 2>, stream_as<ValueType::kInt8, 3>},
-      {stream_as<ValueType::kInt4, 2>, stream_as<ValueType::kInt4, 3>}};
-  return kStream[p.type == ValueType::kInt4][in.digits - 2](p, in, strip, out);
+  return with_type<ValueType::kInt8>(
+      p.type, [&](auto type) { return (in.digits == 2 ? stream_as<type, 2> : stream_as<type, 3>)(p, in, strip, out); });
 }
 
 void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  (p.type == ValueType::kInt4 ? decode_as<ValueType::kInt4> : decode_as<ValueType::kInt8>)(p, cursor, strip, first,
-                                                                                           pairs, tile);
+  with_type<ValueType::kInt8>(p.type, [&](auto type) { decode_as<type>(p, cursor, strip, first, pairs, tile); });
 }
 
 void add_sums(const Packed& p, const Activations& in, int64_t strip, int64_t word, const int32_t* sums, float* out) {
-  constexpr decltype(&add_sums) kAdd[2][2] = {{add_sums_as<ValueType::kInt8, 2>, add_sums_as<ValueType::kInt8, 3>},
-                                              {add_sums_as<ValueType::kInt4, 2>, add_sums_as<ValueType::kInt4, 3>}};
-  kAdd[p.type == ValueType::kInt4][in.digits - 2](p, in, strip, word, sums, out);
+  with_type<ValueType::kInt8>(p.type, [&](auto type) {
+    (in.digits == 2 ? add_sums_as<type, 2> : add_sums_as<type, 3>)(p, in, strip, word, sums, out);
+  });
 }
 
 void times_units(const Activations& in, float* out) {
@@ -311,8 +310,8 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
 
 void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes) {
   Feed feed(p, cursor.value);
-  (p.type == ValueType::kInt4 ? expand<ValueType::kInt4> : expand<ValueType::kInt8>)(p, feed, mask, words, bytes,
-                                                                                     _mm512_setzero_si512());
+  with_type<ValueType::kInt8>(p.type,
+                              [&](auto type) { expand<type>(p, feed, mask, words, bytes, _mm512_setzero_si512()); });
   cursor = {feed.value, cursor.ok && feed.ok};
 }
 

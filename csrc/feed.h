@@ -1,5 +1,5 @@
-// The words of a strip of int8 or int4 values, some at a time, their values as int8: what comes next in memory where
-// that will do, else a copy. Bounds are checked once for all of those words.
+// The words of a strip of integers, some at a time, their values as int8: what comes next in memory where that will do,
+// else a copy. Bounds are checked once for all of those words.
 //
 // Include it after LOSA_TARGET_BEGIN, so that it is compiled for that instruction set: without its population counts
 // this takes longer than all the rest. Everything here has internal linkage, so that no other file gets that copy.
@@ -11,6 +11,9 @@ namespace losa {
 namespace {
 
 constexpr int64_t kFeed = 64;  // words at a time, at most: 256 columns, as in a tile
+template <int64_t N>
+using Bits = std::integral_constant<int64_t, N>;                                            // what `unpack` is found by
+constexpr int8_t kNumbers4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8};  // of codes of four bits
 
 class Feed {
  public:
@@ -21,25 +24,26 @@ class Feed {
   int64_t value;                   // the one after those of the words
   bool ok = true;                  // false once the masks asked for more values than there are
 
-  // Moves on to the next `words` and returns how many values they have. `unpack(nibbles, n, out)` makes int8 of n bytes
-  // of nibbles, and may read 64 and write 128 too many.
+  // Moves on to the next `words` and returns how many values they have. `unpack(Bits<N>(), codes, n, out)` makes int8
+  // of n bytes of codes of so many bits, and may read 64 and write 128 too many; a type of eight bits needs none.
   template <ValueType V, typename Unpack>
   inline int64_t next(const uint8_t* from, int64_t words, Unpack unpack) {
+    constexpr TypeRow row = row_of(V);
     int64_t n = 0;
     for (int64_t i = 0; i < words; ++i) n += __builtin_popcountll(word_of(from, i));
     const int64_t left = p_.count - value;
     if (left < n) return copy<V>(from, words, unpack);
     const bool last = left < n + 128;  // others may read further than their own
     mask = from;
-    if constexpr (V == ValueType::kInt8) {
+    if constexpr (row.bits == 8) {
       values = static_cast<const int8_t*>(p_.values) + value;
       if (last) values = static_cast<const int8_t*>(std::memcpy(copied_, values, size_t(n)));
     } else {
-      const uint8_t* nibbles = static_cast<const uint8_t*>(p_.values) + value / 2;
-      const int64_t bytes = (n + value % 2 + 1) / 2;
-      if (last) nibbles = static_cast<const uint8_t*>(std::memcpy(nibbles_, nibbles, size_t(bytes)));
-      unpack(nibbles, bytes, copied_);
-      values = copied_ + value % 2;
+      const uint8_t* codes = static_cast<const uint8_t*>(p_.values) + value / row.shared();
+      const int64_t early = value % row.shared(), bytes = (early + n + row.shared() - 1) / row.shared();
+      if (last) codes = static_cast<const uint8_t*>(std::memcpy(codes_, codes, size_t(bytes)));
+      unpack(Bits<row.bits>(), codes, bytes, copied_);
+      values = copied_ + early;
     }
     value += n;
     return n;
@@ -64,26 +68,30 @@ class Feed {
         n = 0;
       }
       std::memcpy(masks_ + 8 * i, &m, 8);
-      for (int64_t j = 0; j < n; ++j, ++value)
-        *out++ = V == ValueType::kInt8 ? static_cast<const int8_t*>(p_.values)[value] : one(unpack, value);
+      for (int64_t j = 0; j < n; ++j, ++value) *out++ = one<V>(unpack, value);
     }
     mask = masks_;
     values = copied_;
     return out - copied_;
   }
 
-  template <typename Unpack>
+  template <ValueType V, typename Unpack>
   int8_t one(Unpack unpack, int64_t i) {
-    int8_t two[256];
-    nibbles_[0] = static_cast<const uint8_t*>(p_.values)[i / 2];
-    unpack(nibbles_, 1, two);
-    return two[i % 2];
+    constexpr TypeRow row = row_of(V);
+    if constexpr (row.bits == 8)
+      return static_cast<const int8_t*>(p_.values)[i];
+    else {
+      int8_t some[256];
+      codes_[0] = static_cast<const uint8_t*>(p_.values)[i / row.shared()];
+      unpack(Bits<row.bits>(), codes_, 1, some);
+      return some[i % row.shared()];
+    }
   }
 
   const Packed& p_;
   alignas(64) uint8_t masks_[8 * kFeed];
   alignas(64) int8_t copied_[kWordBits8 * kFeed + 256];
-  uint8_t nibbles_[kWordBits8 * kFeed / 2 + 128];
+  uint8_t codes_[kWordBits8 * kFeed / 2 + 128];
 };
 
 }  // namespace

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <type_traits>
 
 namespace losa {
 
@@ -38,25 +40,38 @@ static inline bf16 to_bf16(float f) {  // to nearest, ties to even; NaN stays Na
   return bf16(f != f ? 0x7fc0 : nearest);
 }
 
-// What the values are: src/losa/runtime/values.py has the same rows.
+// What the values are: src/losa/runtime/values.py has the same rows. The first integers are kInt8.
 enum class ValueType : int64_t { kBFloat16, kInt8, kInt4 };
 struct TypeRow {
   int64_t bits;     // of a value
   int64_t columns;  // of a word
-  bool scaled;      // rows have a float32 scale
+  bool scaled;      // they are integers, and rows have a float32 scale
   bool grouped;     // kGroup columns of a row share a scale of one byte, too
+  constexpr int64_t shared() const { return bits < 8 ? 8 / bits : 1; }  // values of an element of their tensor
 };
-constexpr int64_t kTypes = 3;
-constexpr TypeRow kTypeRows[kTypes] = {{16, 2, false, false}, {8, 4, true, false}, {4, 4, true, true}};
+constexpr TypeRow kTypeRows[] = {{16, 2, false, false}, {8, 4, true, false}, {4, 4, true, true}};
+constexpr int64_t kTypes = std::size(kTypeRows);
 constexpr TypeRow row_of(ValueType type) { return kTypeRows[int64_t(type)]; }
 
-// int4 values: sixteen levels without zero, -8 ... -1, 1 ... 8, and the scales of their groups
-// (src/losa/runtime/int4.py).
-constexpr int8_t kLevels4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8};
-static inline int8_t number4(const uint8_t* nibbles, int64_t i) {
-  return kLevels4[nibbles[i >> 1] >> (4 * (i & 1)) & 15];
+// f(the type, as a constant): for what is compiled once for every type from kFirst on.
+template <ValueType kFirst, typename F>
+auto with_type(ValueType type, F f) {
+  constexpr int64_t kNext = int64_t(kFirst) + 1;
+  if constexpr (kNext < kTypes)
+    if (type != kFirst) return with_type<ValueType(kNext)>(type, f);
+  return f(std::integral_constant<ValueType, kFirst>());
 }
-static inline float level_of(uint8_t byte) {  // 2^(byte / 16 - 15) * (1 + byte % 16 / 16)
+
+// The integer at `i`. Those of fewer than eight bits are codes without a zero, the first one of a byte lowest: of four
+// bits -8 ... -1, 1 ... 8 (src/losa/runtime/integers.py).
+template <ValueType V>
+static inline int number(const void* values, int64_t i) {
+  constexpr int bits = int(row_of(V).bits), half = 1 << (bits - 1);
+  if constexpr (bits == 8) return static_cast<const int8_t*>(values)[i];
+  const int code = static_cast<const uint8_t*>(values)[i * bits >> 3] >> (i * bits & 7) & (2 * half - 1);
+  return code - half + (code >> (bits - 1));
+}
+static inline float level_of(uint8_t byte) {  // of a group: 2^(byte / 16 - 15) * (1 + byte % 16 / 16)
   const uint32_t bits = (uint32_t(byte) << 19) + ((127 - 15) << 23);
   float f;
   std::memcpy(&f, &bits, 4);
@@ -113,11 +128,13 @@ struct Activations {
 
 struct Kernels {
   const char* name;
-  int64_t stream_tokens[kTypes];  // by type; up to here: decode and multiply in registers
-  int64_t tile_tokens;  // up to here: decode a tile once, multiply every token by it; past it the library's GEMM
+  int64_t bf16_tokens;     // up to here, of bfloat16 values: decode and multiply in registers
+  int64_t integer_tokens;  // the same of integers
+  int64_t tile_tokens;     // up to here: decode a tile once, multiply every token by it; past it the library's GEMM
   bool bf16_gemm;  // the library's bfloat16 GEMM is fast on this instruction set; otherwise its float32 one is used
   int64_t digit_bytes;  // of a digit of activations in fixed point
   bool skips_zeros;     // stream does not multiply weights that are zero, so that NaN and infinity would get lost
+  int64_t stream_tokens(ValueType type) const { return row_of(type).scaled ? integer_tokens : bf16_tokens; }
   // out_TS [tokens, 16] = x_TI W_SI^T for one strip, without the rows' scales, float32. Returns false if masks and
   // values disagree.
   bool (*stream)(const Packed&, const Activations&, int64_t strip, float* out_TS);

@@ -27,10 +27,10 @@ inline void visit_word(uint64_t m, Cursor& cursor, int64_t count, Visit visit) {
 // The value at `at`, in `row` of a strip and the `word` of that row.
 template <ValueType V>
 inline float load(const Packed& p, int64_t strip, int64_t word, int64_t row, int64_t at) {
-  if constexpr (V == ValueType::kBFloat16) return to_float(static_cast<const bf16*>(p.values)[at]);
-  if constexpr (V == ValueType::kInt8) return float(static_cast<const int8_t*>(p.values)[at]);
-  if constexpr (V == ValueType::kInt4)
-    return float(number4(static_cast<const uint8_t*>(p.values), at)) * level_of(p.groups_of(strip, word / kBlock)[row]);
+  if constexpr (!row_of(V).scaled) return to_float(static_cast<const bf16*>(p.values)[at]);
+  const float value = float(number<V>(p.values, at));
+  if constexpr (row_of(V).grouped) return value * level_of(p.groups_of(strip, word / kBlock)[row]);
+  return value;
 }
 
 template <ValueType V>
@@ -57,25 +57,20 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
     visit_word(mask_word(p.mask_of(strip, w), 2 * kColumns), cursor, p.count, [&](int bit, int64_t at) {
       const int64_t row = bit / kColumns, column = bit % kColumns;
       bf16& out = tile[((i * kPairs + column / 2) * kStrip + row) * 2 + column % 2];
-      if constexpr (V == ValueType::kBFloat16)
-        out = static_cast<const bf16*>(p.values)[at];
-      else
+      if constexpr (row_of(V).scaled)
         out = to_bf16(load<V>(p, strip, w, row, at));
+      else
+        out = static_cast<const bf16*>(p.values)[at];
     });
   }
 }
 
-constexpr decltype(Kernels::stream) kStream[kTypes] = {stream_as<ValueType::kBFloat16>, stream_as<ValueType::kInt8>,
-                                                       stream_as<ValueType::kInt4>};
-constexpr decltype(Kernels::decode) kDecode[kTypes] = {decode_as<ValueType::kBFloat16>, decode_as<ValueType::kInt8>,
-                                                       decode_as<ValueType::kInt4>};
-
 bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  return kStream[int64_t(p.type)](p, in, strip, out);
+  return with_type<ValueType::kBFloat16>(p.type, [&](auto type) { return stream_as<type>(p, in, strip, out); });
 }
 
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  kDecode[int64_t(p.type)](p, cursor, strip, first, pairs, tile);
+  with_type<ValueType::kBFloat16>(p.type, [&](auto type) { decode_as<type>(p, cursor, strip, first, pairs, tile); });
 }
 
 void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate,
@@ -107,8 +102,8 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", {2, 2, 2}, 16,      false, 1,    true,  stream,
-                                   decode,     multiply,  nullptr, round, gate, attend};
+  static constexpr Kernels kernels{"portable", 2,      2,        16,      false, 1,    true,
+                                   stream,     decode, multiply, nullptr, round, gate, attend};
   return kernels;
 }
 

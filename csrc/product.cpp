@@ -223,7 +223,7 @@ bool multiply(const Part* parts, int64_t n_parts, const Kernels& k, const bf16* 
               const Parallel& parallel) {
   Job job{parts, n_parts, k, parallel};
   const int64_t columns = job.columns();
-  if (tokens > k.stream_tokens[int64_t(parts->p.type)]) {
+  if (tokens > k.stream_tokens(parts->p.type)) {
     job.by_tiles(x, tokens);
     return job.ok;
   }

@@ -15,7 +15,7 @@ using Parallel = std::function<void(int64_t begin, int64_t end, int64_t grain, c
 
 // Whether `multiply` is the fast way for so many tokens; past that, a dense panel and a GEMM (ops.cpp) are.
 inline bool multiplies(const Kernels& k, ValueType type, int64_t tokens) {
-  return tokens <= k.tile_tokens || tokens <= k.stream_tokens[int64_t(type)];
+  return tokens <= k.tile_tokens || tokens <= k.stream_tokens(type);
 }
 
 // A weight, and where its product goes.

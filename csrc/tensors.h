@@ -54,7 +54,9 @@ inline int64_t cpu_kernels() {  // bit k set: kernel k runs here
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr ScalarType kStored[kTypes] = {ScalarType::BFloat16, ScalarType::Char, ScalarType::Byte};
+constexpr ScalarType stored_as(const TypeRow& row) {
+  return row.bits == 16 ? ScalarType::BFloat16 : row.bits == 8 ? ScalarType::Char : ScalarType::Byte;
+}
 
 // The memory of `t`, once it is what the format says.
 template <typename T>
@@ -73,7 +75,7 @@ inline Packed view(const Tensor& mask, const Tensor& values, const Tensor& offse
                    const std::optional<Tensor>& groups, int64_t rows, int64_t columns, int64_t type) {
   STD_TORCH_CHECK(type >= 0 && type < kTypes, "losa::sparse_linear: no type of values has the number ", type);
   const TypeRow& row = kTypeRows[type];
-  STD_TORCH_CHECK(values.scalar_type() == kStored[type],
+  STD_TORCH_CHECK(values.scalar_type() == stored_as(row),
                   "losa::sparse_linear: values of another dtype than their type has");
   STD_TORCH_CHECK(values.is_cpu() && values.is_contiguous(),
                   "losa::sparse_linear: packed tensors must be contiguous, on the CPU");
@@ -85,7 +87,7 @@ inline Packed view(const Tensor& mask, const Tensor& values, const Tensor& offse
   p.scale = checked<float>(scale, row.scaled, ScalarType::Float, rows, "a scale per row");
   p.groups = checked<uint8_t>(groups, row.grouped, ScalarType::Byte, strips * divide_up(columns, kGroup) * kStrip,
                               "scales of groups");
-  p.count = row.bits == 4 ? 2 * values.numel() : values.numel();
+  p.count = row.shared() * values.numel();
   for (int64_t s = 0; s <= strips; ++s)
     STD_TORCH_CHECK(p.offsets[s] >= 0 && p.offsets[s] <= p.count, "losa::sparse_linear: offset ", p.offsets[s],
                     " outside the ", p.count, " values");

@@ -214,10 +214,12 @@ def packed_by_hand(W_OI: torch.Tensor, values: str) -> tuple[list[int], list[flo
     return mask, stored, offsets
 
 
-def int4_by_hand(nibbles: list[int], count: int) -> list[int]:
-    """The numbers -8 to 8 without 0 of two codes a byte, the first one low, as docs/packed-format.md words it."""
-    codes = [code for byte in nibbles for code in (byte % 16, byte // 16)]
-    return [code - 8 if code < 8 else code - 7 for code in codes[:count]]
+def codes_by_hand(stored: list[int], bits: int, count: int) -> list[int]:
+    """The numbers without 0 of several codes a byte, the first one lowest, as docs/packed-format.md words it: -8 to 8 of four
+    bits."""
+    codes = [byte // 2**place % 2**bits for byte in stored for place in range(0, 8, bits)]
+    half = 2 ** (bits - 1)
+    return [code - half if code < half else code - half + 1 for code in codes[:count]]
 
 
 def input_salience(weight: Tensor, gram: Tensor, rotation: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from losa.pruning.grid import FORMATS, Grid, choose, snap
 from losa.runtime.format import pack, unpack
 from losa.runtime.values import TYPES
 
-PACKABLE = ("int8", "int4")
+PACKABLE = [name for name, made in FORMATS.items() if made.sparse]
 
 
 def grid_of(weight, name):

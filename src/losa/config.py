@@ -194,7 +194,8 @@ class LosaConfig:
         if pattern.structured:
             fits = abs(self.sparsity - pattern.sparsity) < 1e-9
             require(fits, "sparsity", self.sparsity, f"{pattern.sparsity:g}, which pattern {self.pattern} implies")
-        require(self.values is None or self.values in FORMATS, "values", self.values, "int8 or int4")
+        packed = " or ".join(name for name, made in FORMATS.items() if made.sparse)
+        require(self.values is None or self.values in FORMATS, "values", self.values, packed)
         require(self.rates in RULES, "rates", self.rates, "one of " + ", ".join(RULES))
         if self.rate_band is None:
             self.rate_band = 0.0 if pattern.structured else RULES[self.rates].band(self.sparsity)

@@ -19,7 +19,7 @@ bool streams(std::mt19937& random, ValueType type, int64_t tokens, int64_t words
   for (uint8_t& byte : groups) byte = uint8_t(0xe0 + random() % 32);
   int64_t offsets[2] = {0, 0};
   for (uint8_t byte : mask) offsets[1] += __builtin_popcount(byte);
-  std::vector<uint8_t> values(size_t(offsets[1]), 0);  // more than int4 needs
+  std::vector<uint8_t> values(size_t(offsets[1]), 0);  // more than codes need
   for (uint8_t& byte : values) byte = uint8_t(random());
   const std::vector<float> scale(kStrip, 1.0f), unit(size_t(tokens), 1.0f);
   const Packed p{type, kStrip, columns, words, mask.data(), values.data(), offsets[1], offsets, scale.data(), row_of(type).grouped ? groups.data() : nullptr};
@@ -46,7 +46,7 @@ int main() {
   const auto fill = [&](std::vector<bf16>& numbers) {
     for (bf16& v : numbers) v = to_bf16(normal(random));
   };
-  for (const ValueType type : {ValueType::kInt8, ValueType::kInt4})
+  for (auto type = ValueType::kInt8; int64_t(type) < kTypes; type = ValueType(int64_t(type) + 1))
     for (const int64_t tokens : {5, 8, 15, 16})
       for (const int64_t words : {1, 15, 16, 17, 63, 64, 65, 200})
         for (const int64_t digits : {2, 3})

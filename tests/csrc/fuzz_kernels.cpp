@@ -165,7 +165,7 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
     for (int64_t flips = pick(0, 4); flips > 0; --flips) mask.as<uint8_t>()[pick(0, strips * words * bytes - 1)] = uint8_t(pick(0, 255));
     for (int64_t& o : offsets) o = pick(0, 1) ? pick(0, count) : std::min(o, count);
   }
-  if (type == ValueType::kInt4) count += count % 2;  // as the operator counts them
+  count += -count & (row_of(type).shared() - 1);  // as the operator counts them
   const int64_t stored = count * row_of(type).bits / 8, blocks = Inputs::blocks(words * group);
   const Exact values(size_t(stored), guarded), groups(size_t(strips * blocks * kStrip), guarded);
   for (int64_t i = 0; i < stored; ++i) values.as<uint8_t>()[i] = uint8_t(pick(0, 255));
@@ -178,7 +178,7 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
   for (const Kernels* k : kernels) {
     round_sums(round, *k);
     attend_to_cache(round, *k, guarded);
-    const Inputs inputs(*k, pick(1, k->stream_tokens[int64_t(type)]), words, group, pick(2, 3) + 1 - k->digit_bytes, guarded);
+    const Inputs inputs(*k, pick(1, k->stream_tokens(type)), words, group, pick(2, 3) + 1 - k->digit_bytes, guarded);
     const size_t sums = size_t(inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
       const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);

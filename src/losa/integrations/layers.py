@@ -116,9 +116,9 @@ class PackedBefore(_Packs):
             raise ValueError(
                 f"{found}, and {self.kind.name} values share scales by {group}: pack int8 values, or use fewer processes"
             )
-        merged = {"weight": torch.empty(rows, own, dtype=torch.int8 if self.kind.scaled else torch.bfloat16, device="meta")}
+        merged = {"weight": torch.empty(rows, own, dtype=torch.int8 if self.kind.rounds else torch.bfloat16, device="meta")}
         stored = {"weight": self.kind.stored, "weight_mask": torch.uint8, "weight_offsets": torch.int64}
-        if self.kind.scaled:
+        if self.kind.rounds:
             merged["weight_scale"] = torch.empty(rows, dtype=torch.float32, device="meta")
             stored["weight_scale"] = torch.float32
         if group:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from losa.bits import pack_bits, unpack_bits
-from losa.runtime.int4 import levels, quantize_groups, to_nibbles, to_numbers
+from losa.runtime.integers import levels, quantize, to_codes, to_numbers
 from losa.runtime.values import BFLOAT16, ValueType
 
 STRIP = 16  # rows of a strip
@@ -73,18 +73,6 @@ def _by_words(W_OI: torch.Tensor, group: int) -> torch.Tensor:
     return padded.view(strips, STRIP, words, group).transpose(1, 2).reshape(strips, words, STRIP * group)
 
 
-def quantize(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to int8 with one float32 scale per row: W ~ scale * q, q in [-127, 127], scale = max |row| / 127. A row whose weights
-    are whole multiples of a power of two, no larger than 127 of it, keeps them exactly: that is then its scale."""
-    W = W_OI.float()
-    largest = W.abs().amax(1) if W.shape[1] else W.new_zeros(W.shape[0])
-    mantissa_O, exponent_O = torch.frexp(largest / 127)
-    power_O = torch.ldexp(torch.ones_like(largest), exponent_O - (mantissa_O == 0.5).int())  # the smallest that reaches
-    exact_O = ((W / power_O[:, None]).frac() == 0).all(1)
-    scale_O = torch.where(exact_O, power_O, largest / 127).where(largest > 0, 1.0)
-    return (W / scale_O[:, None]).round().to(torch.int8), scale_O
-
-
 def pack(W_OI: torch.Tensor, values: ValueType = BFLOAT16) -> PackedWeight:
     """Pack a bfloat16 weight; with bfloat16 values nothing is lost (but the sign of a negative zero, which losa never writes).
 
@@ -97,13 +85,11 @@ def pack(W_OI: torch.Tensor, values: ValueType = BFLOAT16) -> PackedWeight:
     """
     if W_OI.dtype != torch.bfloat16 or W_OI.dim() != 2:
         raise ValueError(f"pack takes a 2-dimensional bfloat16 weight, found {W_OI.dtype} of shape {tuple(W_OI.shape)}")
-    if values.rounds and not torch.isfinite(W_OI).all():
+    if values.largest is None:
+        return compress(W_OI, None, None, values)
+    if not torch.isfinite(W_OI).all():
         raise ValueError(f"a weight to be rounded to {values.name} holds NaN or infinity")
-    if values.group:
-        return compress(*quantize_groups(W_OI, values.group), values)
-    if values.scaled:
-        return compress(*quantize(W_OI), None, values)
-    return compress(W_OI, None, None, values)
+    return compress(*quantize(W_OI, values.largest, values.group), values)
 
 
 def compress(q_OI: torch.Tensor, scale_O: torch.Tensor | None, groups_OG: torch.Tensor | None, values: ValueType) -> PackedWeight:
@@ -121,8 +107,8 @@ def compress(q_OI: torch.Tensor, scale_O: torch.Tensor | None, groups_OG: torch.
     rows, columns = q_OI.shape
     mask = pack_bits(keep).view(mask_shape(rows, columns, values))
     stored = words[keep]
-    if values.bits == 4:
-        stored = to_nibbles(stored)
+    if values.bits < 8:
+        stored = to_codes(stored, values.bits)
     groups_SGR = None if groups_OG is None else _by_words(groups_OG, 1).contiguous()
     return PackedWeight(mask, stored, offsets, scale_O, groups_SGR, rows, columns, values)
 
@@ -132,7 +118,7 @@ def expand(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor | None, tor
     packed weight, all three can be cut into rows and columns (columns by whole groups) and put together."""
     kind, strips = packed.type, packed.mask.shape[0]
     keep = unpack_bits(packed.mask.flatten(), (strips, packed.mask.shape[1] // (2 * kind.columns), STRIP * kind.columns))
-    stored = to_numbers(packed.values, packed.stored) if kind.bits == 4 else packed.values
+    stored = to_numbers(packed.values, kind.bits, packed.stored) if kind.bits < 8 else packed.values
     words = torch.zeros(keep.shape, dtype=stored.dtype, device=keep.device)
     words[keep] = stored
     q = words.view(strips, -1, STRIP, kind.columns).transpose(1, 2).reshape(strips * STRIP, -1)
@@ -159,7 +145,7 @@ def _expected(packed: PackedWeight) -> dict[str, tuple[torch.dtype, tuple[int, .
         "mask": (torch.uint8, shape),
         "offsets": (torch.int64, (shape[0] + 1,)),
     }
-    if packed.type.scaled:
+    if packed.type.rounds:
         found["scale"] = (torch.float32, (packed.rows,))
     groups = groups_shape(packed.rows, packed.columns, packed.type)
     if groups:

@@ -38,7 +38,7 @@ class SparseLinear(nn.Module):
         self.weight = _frozen(torch.empty(values.elements(count), dtype=values.stored))
         self.weight_mask = _frozen(torch.empty(strips, width, dtype=torch.uint8))
         self.weight_offsets = _frozen(torch.empty(strips + 1, dtype=torch.int64))
-        scale = _frozen(torch.empty(out_features, dtype=torch.float32)) if values.scaled else None
+        scale = _frozen(torch.empty(out_features, dtype=torch.float32)) if values.rounds else None
         self.register_parameter("weight_scale", scale)
         shape = groups_shape(out_features, in_features, values)
         self.register_parameter("weight_groups", _frozen(torch.empty(shape, dtype=torch.uint8)) if shape else None)

@@ -46,10 +46,11 @@ def _popcount(word):
 def _take(values, at, byte, position: tl.constexpr, BITS: tl.constexpr):
     """The value of one bit of each byte, 0 where it is not set, and where the next one is."""
     stored = (byte & (1 << position)) != 0
-    if BITS == 4:  # two codes a byte, of the numbers -8 to 8 without 0
-        both = tl.load(values + (at >> 1), mask=stored, other=0).to(tl.int32)
-        code = (both >> ((at & 1) * 4)) & 15
-        value = tl.where(stored, code - 8 + (code >> 3), 0).to(tl.int8)
+    if BITS < 8:  # codes that share a byte, of numbers without a zero (`losa.runtime.integers`)
+        shift: tl.constexpr = 3 - BITS // 2  # a byte has 8 / BITS = 2^shift of them
+        byte_of = tl.load(values + (at >> shift), mask=stored, other=0).to(tl.int32)
+        code = (byte_of >> ((at & ((1 << shift) - 1)) * BITS)) & ((1 << BITS) - 1)
+        value = tl.where(stored, code - (1 << (BITS - 1)) + (code >> (BITS - 1)), 0).to(tl.int8)
     else:
         value = tl.load(values + at, mask=stored, other=0)
     return value, at + stored.to(tl.int32)
@@ -59,14 +60,15 @@ def _take(values, at, byte, position: tl.constexpr, BITS: tl.constexpr):
 def _begin(values, offsets, strip, BITS: tl.constexpr):
     """Where the values of a strip begin: a pointer, and how many values that is too early."""
     first = tl.load(offsets + strip)
-    if BITS == 4:
-        return values + (first >> 1), (first & 1).to(tl.int32)
+    if BITS < 8:
+        shift: tl.constexpr = 3 - BITS // 2
+        return values + (first >> shift), (first & ((1 << shift) - 1)).to(tl.int32)
     return values + first, 0
 
 
 @triton.jit
 def _scaled(W_COI, groups, strip, first, chunks, C: tl.constexpr):
-    """Chunks in float32, times the scales of their 64 columns (`losa.runtime.int4.levels`), where the type has any."""
+    """Chunks in float32, times the scales of their 64 columns (`losa.runtime.integers.levels`), where the type has any."""
     W_COI = W_COI.to(tl.float32)
     if groups is not None:
         chunk = first + tl.arange(0, C)[:, None]

@@ -1,7 +1,7 @@
 """What the stored values of a packed weight may be: one row of a table, which every other file reads.
 
 A type is what the files hold, how many bits one value takes, how many columns a word of the mask covers, and what scales the
-values. `csrc/kernels.h` has the same rows under the same numbers, and a reader for each in every instruction set.
+values. `csrc/kernels.h` has the same rows under the same numbers. A further type: docs/extending.md.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class ValueType:
         stored: dtype of the tensor of values; several small values share one of its elements, lowest bits first.
         bits: of one value.
         columns: of a word of the mask: 16 rows x `columns`, a bit each.
-        scaled: whether rows have a float32 scale.
+        largest: magnitude of integers, of which each row has a float32 scale; None: weights are stored as they are.
         group: columns of a row that share an 8-bit scale beside the row's; None: only the row's.
     """
 
@@ -28,13 +28,13 @@ class ValueType:
     stored: torch.dtype
     bits: int
     columns: int
-    scaled: bool
+    largest: int | None
     group: int | None
 
     @property
     def rounds(self) -> bool:
         """Whether packing changes weights."""
-        return self.scaled
+        return self.largest is not None
 
     def elements(self, count: int) -> int:
         """Elements of the tensor that stores `count` values."""
@@ -45,8 +45,8 @@ class ValueType:
         return 1 / 8 + density * self.bits / 8 + (1 / self.group if self.group else 0)
 
 
-BFLOAT16 = ValueType("bfloat16", 0, torch.bfloat16, bits=16, columns=2, scaled=False, group=None)
-INT8 = ValueType("int8", 1, torch.int8, bits=8, columns=4, scaled=True, group=None)
-INT4 = ValueType("int4", 2, torch.uint8, bits=4, columns=4, scaled=True, group=64)
+BFLOAT16 = ValueType("bfloat16", 0, torch.bfloat16, bits=16, columns=2, largest=None, group=None)
+INT8 = ValueType("int8", 1, torch.int8, bits=8, columns=4, largest=127, group=None)
+INT4 = ValueType("int4", 2, torch.uint8, bits=4, columns=4, largest=8, group=64)
 TYPES = {made.name: made for made in (BFLOAT16, INT8, INT4)}
 HEADS = tuple(name for name, made in TYPES.items() if made.rounds)  # for a layer that has no zeros
