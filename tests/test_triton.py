@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from test_packed import damaged, exact, sparse
+from packing import damaged, exact, sparse
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.adapter.function import adapter_gradients, effective_weight
