@@ -1,10 +1,12 @@
-"""Rounding to integers: little more error than the best scales of all leave."""
+"""Rounding to integers: little more error than the best scales of all leave. Codes of any number of bits."""
 
 import pytest
 import torch
 from packing import exact, sparse
+from references import codes_by_hand
 
 from losa.runtime.format import pack, unpack
+from losa.runtime.integers import to_codes, to_numbers
 from losa.runtime.values import INT4
 
 
@@ -28,3 +30,13 @@ def test_int4_scales_leave_hardly_more_error_than_the_best_of_all(density):
     assert (error.sum(1) <= 1.2 * best.sum(1)).all()
     assert torch.equal(unpack(packed).double(), found)  # a bfloat16 holds every one of these weights exactly
     assert ((found != 0) <= (W != 0)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_are_the_numbers_again(bits):
+    half = 2 ** (bits - 1)
+    q = torch.tensor([number for number in range(-half, half + 1) if number] * 5 + [half], dtype=torch.int8)
+    codes = to_codes(q, bits)
+    assert codes.numel() == -(-q.numel() * bits // 8)
+    assert codes_by_hand(codes.tolist(), bits, q.numel()) == q.tolist()
+    assert torch.equal(to_numbers(codes, bits, q.numel()), q)
