@@ -6,15 +6,17 @@
 // word's activations, and every byte of a word has sums of its own; the columns of a row are added up once a strip. A
 // byte costs a population count, two loads, a shuffle and, for each token, a multiply-add: 7 cycles for a word of 32
 // weights on Zen 4. Integers: avx2_integer.cpp.
-#include "block.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "avx2.h"
 LOSA_TARGET_BEGIN(LOSA_AVX2)
+#include "block.h"
+#include "feed.h"
 
 namespace losa {
 namespace {
@@ -129,19 +131,14 @@ inline void add_columns(const Sums<T>& sums, float* out) {
 
 template <int T>
 bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  const uint8_t* mask = p.mask + strip * p.words * kBytes;
-  const auto* values = static_cast<const bf16*>(p.values);
   Sums<T> sums;
-  Reader<false> fast{values + p.offsets[strip], values + p.count};
-  int64_t i = 0;
-  for (; i + kBlock <= p.words && fast.end - fast.v >= kBlock * kWordBits16; i += kBlock) {
-    ask_for(mask + i * kBytes + 1024);
-    words<T>(fast, mask + i * kBytes, i, kBlock, in, sums);
-  }
-  Reader<true> safe{fast.v, fast.end};
-  words<T>(safe, mask + i * kBytes, i, p.words - i, in, sums);
+  const Cursor end = by_blocks<Reader>(p, {p.offsets[strip], true}, p.words, [&](auto& reader, int64_t i, int64_t n) {
+    const uint8_t* mask = p.mask_of(strip, i);
+    ask_for(mask + 1024);
+    words<T>(reader, mask, i, n, in, sums);
+  });
   add_columns<T>(sums, out);
-  return safe.ok && safe.v == values + p.offsets[strip + 1];
+  return end.ok && end.value == p.offsets[strip + 1];
 }
 
 constexpr decltype(Kernels::stream) kStream[4] = {stream_as<1>, stream_as<2>, stream_as<3>, stream_as<4>};
@@ -173,15 +170,9 @@ inline void decode_words(Reader<kSafe>& reader, const uint8_t* mask, int64_t n, 
 
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
   if (p.type != ValueType::kBFloat16) return avx2_decode_integers(p, cursor, strip, first, pairs, tile);
-  const auto* values = static_cast<const bf16*>(p.values);
-  const uint8_t* mask = p.mask_of(strip, first);
-  Reader<false> fast{values + cursor.value, values + p.count};
-  int64_t i = 0;
-  for (; i + kBlock <= pairs && fast.end - fast.v >= kBlock * kWordBits16; i += kBlock)
-    decode_words(fast, mask + i * kBytes, kBlock, tile + i * kWordBits16);
-  Reader<true> safe{fast.v, fast.end};
-  decode_words(safe, mask + i * kBytes, pairs - i, tile + i * kWordBits16);
-  cursor = {safe.v - values, cursor.ok && safe.ok};
+  cursor = by_blocks<Reader>(p, cursor, pairs, [&](auto& reader, int64_t i, int64_t n) {
+    decode_words(reader, p.mask_of(strip, first + i), n, tile + i * kWordBits16);
+  });
 }
 
 // N tokens by the 16 rows of one strip: 2 N sums in registers, every weight register used N times, every broadcast
@@ -222,26 +213,18 @@ constexpr Multiply kMultiply[kTokens] = {multiply_strip<1>, multiply_strip<2>, m
 void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens, bool accumulate,
               float* sum) {
   constexpr int64_t kRow = 2 * kTilePairs;
-  alignas(32) float floats[kTokens * kRow];  // x of a block of tokens
+  alignas(32) float wide[kTokens * kRow];  // x of a block of tokens
   const int64_t blocks = (tokens + kTokens - 1) / kTokens;
   for (int64_t b = 0; b < blocks; ++b) {  // even blocks: 8 tokens are 4 + 4
     const int64_t from = tokens * b / blocks, n = tokens * (b + 1) / blocks - from;
-    for (int64_t i = 0; i < n * kRow; i += 8)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(floats + i),
-                         _mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(x + from * kRow + i)), 16));
-    kMultiply[n - 1](tile_0, pairs, floats, accumulate, sum + from * 32);
-    kMultiply[n - 1](tile_1, pairs, floats, accumulate, sum + from * 32 + kStrip);
+    for (int64_t i = 0; i < n * kRow; i += 8) _mm256_store_ps(wide + i, floats(x + from * kRow + i));
+    kMultiply[n - 1](tile_0, pairs, wide, accumulate, sum + from * 32);
+    kMultiply[n - 1](tile_1, pairs, wide, accumulate, sum + from * 32 + kStrip);
   }
 }
 
 void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   for (int r = 0; r < kStrip; ++r) y[r] = to_bf16(sum[r] * scale[r] + shift[r]);
-}
-
-void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
-
-inline __m256 floats(const bf16* v) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(v)), 16));
 }
 
 // Scores of four tokens: q [width] float32 times their keys.
@@ -266,7 +249,7 @@ inline void mean_of(const float* weights, const bf16* values, int64_t n, int64_t
   }
   alignas(32) float sums[8 * N];
   for (int i = 0; i < N; ++i) _mm256_store_ps(sums + 8 * i, a[i]);
-  for (int i = 0; i < 8 * N; ++i) out[i] = narrow_float(sums[i] / total);
+  for (int i = 0; i < 8 * N; ++i) out[i] = to_bf16(sums[i] / total);
 }
 
 // As attend_block, whose sums of one token after the other go through memory; more than twice as fast.
@@ -288,7 +271,7 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
   for (int64_t t = 0; t < n; ++t) scores[t] = exponential(scores[t] - largest);
   float total = 0;
   for (int64_t t = 0; t < n; ++t) total += scores[t];
-  for (int64_t t = 0; t < n; ++t) scores[t] = widen_bf16(narrow_float(scores[t]));  // as torch rounds them
+  for (int64_t t = 0; t < n; ++t) scores[t] = to_float(to_bf16(scores[t]));  // as torch rounds them
   int64_t i = 0;
   for (; i + 64 <= width; i += 64) mean_of<8>(scores, values + i, n, width, total, out + i);
   for (; i < width; i += 8) mean_of<1>(scores, values + i, n, width, total, out + i);
@@ -300,8 +283,8 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 // weights besides.
 const Kernels& avx2_kernels() {
   constexpr int64_t kFew = kAvx2IntegerTokens;
-  static constexpr Kernels kernels{"avx2", 4,      kFew,     1 << 30,     false, 2,    false,
-                                   stream, decode, multiply, avx2_digits, round, gate, attend};
+  static constexpr Kernels kernels{"avx2", 4,      kFew,     1 << 30,     false, 2,          false,
+                                   stream, decode, multiply, avx2_digits, round, gate_block, attend};
   return kernels;
 }
 

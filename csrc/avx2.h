@@ -35,6 +35,10 @@ inline T load(const void* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+// Eight bfloat16 as float32.
+inline __m256 floats(const bf16* v) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(v)), 16));
+}
 inline void ask_for(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

@@ -51,7 +51,7 @@ inline int64_t before(uint64_t mask, int q) { return __builtin_popcountll(_bzhi_
 // Reads codes for Feed, in order; up to 15 bytes and 31 numbers too many.
 struct Unpack {
   inline void operator()(Bits<4>, const uint8_t* codes, int64_t n, int8_t* out) const {
-    const __m128i table = load128(kNumbers4), low = _mm_set1_epi8(15);
+    const __m128i table = load128(kNumbers<4>.of), low = _mm_set1_epi8(15);
     for (int64_t i = 0; i < n; i += 16) {
       const __m128i both = load128(codes + i);
       const __m128i first = _mm_shuffle_epi8(table, _mm_and_si128(both, low));
@@ -209,10 +209,7 @@ void avx2_digits(const bf16* x, int64_t columns, float steps, int64_t digits, in
     std::memcpy(block, x + from, size_t(std::min(kGroup, columns - from)) * sizeof(bf16));
     for (int64_t i = 0; i < kGroup; i += 16) {
       __m256i q[2];
-      for (int h = 0; h < 2; ++h) {
-        const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(block + i + 8 * h)), 16);
-        q[h] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(bits), times));
-      }
+      for (int h = 0; h < 2; ++h) q[h] = _mm256_cvtps_epi32(_mm256_mul_ps(floats(block + i + 8 * h), times));
       for (int64_t d = 0; d < digits; ++d) {
         __m256i digit[2] = {q[0], q[1]};
         if (d + 1 < digits)

@@ -5,12 +5,14 @@
 // Cost of a word of 32 bfloat16 weights and one token: mask load, population count, value load, expand, broadcast, dot
 // product, about 4 cycles, while memory delivers the word's 23 bytes (70 % zeros) in 4 to 8. Integers:
 // avx512_integer.cpp.
-#include "block.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <cmath>
+
 #include "avx512.h"
 LOSA_TARGET_BEGIN(LOSA_AVX512)
+#include "block.h"
 
 namespace losa {
 namespace {
@@ -62,7 +64,7 @@ inline void words16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t first,
     reader.ahead();
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const __m512i w = reader.next(mask + 4 * (first + i + j));
+      const __m512i w = reader.next(mask + 4 * (i + j));
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
         __m512& a = sums.a[t][j % Sums16<T>::kChains];
@@ -73,7 +75,7 @@ inline void words16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t first,
   }
   if constexpr (kSafe) {  // the last words of a strip; a block is a multiple of four
     for (; i < n; ++i) {
-      const __m512i w = reader.next(mask + 4 * (first + i));
+      const __m512i w = reader.next(mask + 4 * i);
       for (int t = 0; t < T; ++t)
         sums.a[t][0] = _mm512_dpbf16_ps(sums.a[t][0], (__m512bh)w,
                                         (__m512bh)_mm512_set1_epi32(int(pair_of(in.pairs, (first + i) * T + t))));
@@ -83,26 +85,20 @@ inline void words16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t first,
 
 template <int T>
 bool stream16(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  const uint8_t* mask = p.mask + strip * p.words * 4;
-  const bf16* values = static_cast<const bf16*>(p.values);
-  const bf16* end = values + p.count;
   Sums16<T> sums;
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < Sums16<T>::kChains; ++c) sums.a[t][c] = _mm512_setzero_ps();
-  Reader16<false> fast{values + p.offsets[strip], end};
-  int64_t i = 0;
-  for (; i + kBlock <= p.words && end - fast.v >= kBlock * kWordBits16; i += kBlock) {
-    _mm_prefetch(reinterpret_cast<const char*>(mask + 4 * i) + 1024, _MM_HINT_T0);
-    words16<T>(fast, mask, i, kBlock, in, sums);
-  }
-  Reader16<true> safe{fast.v, end};
-  words16<T>(safe, mask, i, p.words - i, in, sums);
+  const Cursor end = by_blocks<Reader16>(p, {p.offsets[strip], true}, p.words, [&](auto& reader, int64_t i, int64_t n) {
+    const uint8_t* mask = p.mask_of(strip, i);
+    _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024, _MM_HINT_T0);
+    words16<T>(reader, mask, i, n, in, sums);
+  });
   for (int t = 0; t < T; ++t) {
     __m512 a = sums.a[t][0];
     for (int c = 1; c < Sums16<T>::kChains; ++c) a = _mm512_add_ps(a, sums.a[t][c]);
     _mm512_storeu_ps(out + t * kStrip, a);
   }
-  return safe.ok && safe.v == values + p.offsets[strip + 1];
+  return end.ok && end.value == p.offsets[strip + 1];
 }
 
 using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
@@ -127,15 +123,9 @@ inline void decode16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t n, bf
 
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
   if (p.type != ValueType::kBFloat16) return decode_integers(p, cursor, strip, first, pairs, tile);
-  const bf16* values = static_cast<const bf16*>(p.values);
-  const uint8_t* mask = p.mask + (strip * p.words + first) * 4;
-  Reader16<false> fast{values + cursor.value, values + p.count};
-  int64_t i = 0;
-  for (; i + kBlock <= pairs && fast.end - fast.v >= kBlock * kWordBits16; i += kBlock)
-    decode16(fast, mask + 4 * i, kBlock, tile + i * kWordBits16);
-  Reader16<true> safe{fast.v, fast.end};
-  decode16(safe, mask + 4 * i, pairs - i, tile + i * kWordBits16);
-  cursor = {safe.v - values, cursor.ok && safe.ok};
+  cursor = by_blocks<Reader16>(p, cursor, pairs, [&](auto& reader, int64_t i, int64_t n) {
+    decode16(reader, p.mask_of(strip, first + i), n, tile + i * kWordBits16);
+  });
 }
 
 // N tokens by 32 rows: 2 N sums in registers, every weight register used N times, every broadcast twice.
@@ -184,18 +174,11 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
-
-void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
-            float* sums, bf16* out) {
-  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
-}
-
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", 16,     kIntegerTokens, 1 << 30,        true,  1,    false,
-                                   stream,   decode, multiply,       integer_digits, round, gate, attend};
+  static constexpr Kernels kernels{"avx512", 16,     kIntegerTokens, 1 << 30,        true,  1,          false,
+                                   stream,   decode, multiply,       integer_digits, round, gate_block, attend_block};
   return kernels;
 }
 

@@ -17,8 +17,8 @@ namespace {
 struct Unpack {
   __m512i flip;
   inline void operator()(Bits<4>, const uint8_t* codes, int64_t n, int8_t* out) const {
-    const __m512i table =
-        _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNumbers4))), flip);
+    const __m512i table = _mm512_xor_si512(
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNumbers<4>.of))), flip);
     for (int64_t i = 0; i < n; i += 32) {
       const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
       const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));

@@ -1,5 +1,5 @@
-// The words of a strip of integers, some at a time, their values as int8: what comes next in memory where that will do,
-// else a copy. Bounds are checked once for all of those words.
+// The words of a strip, some at a time, with bounds checked once for all of those words: `by_blocks` for bfloat16
+// values, `Feed` for integers, which come as int8: what is next in memory where that will do, else a copy.
 //
 // Include it after LOSA_TARGET_BEGIN, so that it is compiled for that instruction set: without its population counts
 // this takes longer than all the rest. Everything here has internal linkage, so that no other file gets that copy.
@@ -12,8 +12,20 @@ namespace {
 
 constexpr int64_t kFeed = 64;  // words at a time, at most: 256 columns, as in a tile
 template <int64_t N>
-using Bits = std::integral_constant<int64_t, N>;                                            // what `unpack` is found by
-constexpr int8_t kNumbers4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8};  // of codes of four bits
+using Bits = std::integral_constant<int64_t, N>;  // what `unpack` is found by
+
+// Visits words of bfloat16 values by blocks, visit(reader, first, n): with Reader<false>, which looks at no bounds, as
+// long as every word of a block may be full, and with Reader<true> what is left.
+template <template <bool> class Reader, typename Visit>
+inline Cursor by_blocks(const Packed& p, Cursor cursor, int64_t words, Visit visit) {
+  const auto* values = static_cast<const bf16*>(p.values);
+  Reader<false> fast{values + cursor.value, values + p.count};
+  int64_t i = 0;
+  for (; i + kBlock <= words && fast.end - fast.v >= kBlock * kWordBits16; i += kBlock) visit(fast, i, kBlock);
+  Reader<true> safe{fast.v, fast.end};
+  visit(safe, i, words - i);
+  return {safe.v - values, cursor.ok && safe.ok};
+}
 
 class Feed {
  public:

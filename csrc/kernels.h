@@ -62,14 +62,26 @@ auto with_type(ValueType type, F f) {
   return f(std::integral_constant<ValueType, kFirst>());
 }
 
-// The integer at `i`. Those of fewer than eight bits are codes without a zero, the first one of a byte lowest: of four
-// bits -8 ... -1, 1 ... 8 (src/losa/runtime/integers.py).
+// Integers of fewer than eight bits are codes without a zero, the first one of a byte lowest: of four bits -8 ... -1,
+// 1 ... 8 (src/losa/runtime/integers.py).
+template <int64_t kBits>
+struct Numbers {
+  alignas(16) int8_t of[1 << kBits];
+  constexpr Numbers() : of() {
+    constexpr int half = 1 << (kBits - 1);
+    for (int code = 0; code < 2 * half; ++code) of[code] = int8_t(code < half ? code - half : code - half + 1);
+  }
+};
+template <int64_t kBits>
+constexpr Numbers<kBits> kNumbers;
 template <ValueType V>
-static inline int number(const void* values, int64_t i) {
-  constexpr int bits = int(row_of(V).bits), half = 1 << (bits - 1);
-  if constexpr (bits == 8) return static_cast<const int8_t*>(values)[i];
-  const int code = static_cast<const uint8_t*>(values)[i * bits >> 3] >> (i * bits & 7) & (2 * half - 1);
-  return code - half + (code >> (bits - 1));
+static inline int8_t number(const void* values, uint64_t i) {  // the integer at `i`
+  constexpr uint64_t bits = row_of(V).bits, shared = row_of(V).shared();
+  if constexpr (bits == 8)
+    return static_cast<const int8_t*>(values)[i];
+  else
+    return kNumbers<bits>.of[static_cast<const uint8_t*>(values)[i / shared] >> (bits * (i % shared)) &
+                             ((1 << bits) - 1)];
 }
 static inline float level_of(uint8_t byte) {  // of a group: 2^(byte / 16 - 15) * (1 + byte % 16 / 16)
   const uint32_t bits = (uint32_t(byte) << 19) + ((127 - 15) << 23);

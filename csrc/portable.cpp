@@ -1,5 +1,6 @@
 // Plain C++ for every machine: the same walk over masks and values, one weight at a time. A compiler turns the inner
 // loops over the 16 rows into whatever vectors the baseline has (SSE2, NEON).
+#include <cmath>
 #include <cstring>
 
 #include "block.h"
@@ -27,10 +28,12 @@ inline void visit_word(uint64_t m, Cursor& cursor, int64_t count, Visit visit) {
 // The value at `at`, in `row` of a strip and the `word` of that row.
 template <ValueType V>
 inline float load(const Packed& p, int64_t strip, int64_t word, int64_t row, int64_t at) {
-  if constexpr (!row_of(V).scaled) return to_float(static_cast<const bf16*>(p.values)[at]);
-  const float value = float(number<V>(p.values, at));
-  if constexpr (row_of(V).grouped) return value * level_of(p.groups_of(strip, word / kBlock)[row]);
-  return value;
+  if constexpr (!row_of(V).scaled)
+    return to_float(static_cast<const bf16*>(p.values)[at]);
+  else if constexpr (!row_of(V).grouped)
+    return float(number<V>(p.values, at));
+  else
+    return float(number<V>(p.values, at)) * level_of(p.groups_of(strip, word / kBlock)[row]);
 }
 
 template <ValueType V>
@@ -92,18 +95,11 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   for (int r = 0; r < kStrip; ++r) y[r] = to_bf16(sum[r] * scale[r] + shift[r]);
 }
 
-void gate(const bf16* gate, const bf16* up, int64_t n, bf16* out) { gate_block(gate, up, n, out); }
-
-void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
-            float* sums, bf16* out) {
-  attend_block(q, keys, values, n, width, scaling, scores, sums, out);
-}
-
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", 2,      2,        16,      false, 1,    true,
-                                   stream,     decode, multiply, nullptr, round, gate, attend};
+  static constexpr Kernels kernels{"portable", 2,      2,        16,      false, 1,          true,
+                                   stream,     decode, multiply, nullptr, round, gate_block, attend_block};
   return kernels;
 }
 

@@ -2,7 +2,8 @@
 // set.
 //
 // Only those functions: a file-wide -mavx512f would also compile the inline functions of every header for it, and the
-// linker may keep that copy for callers on older machines. Include every header before LOSA_TARGET_BEGIN.
+// linker may keep that copy for callers on older machines. Include every header before LOSA_TARGET_BEGIN, but feed.h
+// and block.h after it: no other file sees what those have.
 #pragma once
 
 #define LOSA_PRAGMA(x) _Pragma(#x)

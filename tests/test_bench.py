@@ -4,11 +4,12 @@ import pytest
 
 from losa.runtime import dispatch
 from losa.runtime.bench import compare
+from losa.runtime.values import TYPES
 
 
 def test_bench_compares_in_one_process(llama):
     for directory, names in (
-        (llama / "sparse", ["dense", "sparse bfloat16", "sparse int4", "sparse int8"]),
+        (llama / "sparse", ["dense", *sorted(f"sparse {values}" for values in TYPES)]),
         (llama / "int4", ["dense", "sparse int4"]),
     ):
         result = compare(directory, prompt=4, new=3, rounds=1)

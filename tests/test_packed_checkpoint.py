@@ -26,6 +26,7 @@ from losa.models import find_decoder
 from losa.runtime.bench import weight_bytes
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
+from losa.runtime.values import HEADS
 
 IDS = torch.arange(1, 41).view(2, 20)
 
@@ -129,7 +130,7 @@ def test_which_head_is_packed_when_nobody_says(llama):
         assert SparseConfig(values, layers={"x": 1}).head == "keep"  # a header that does not speak of it
         assert SparseConfig(values, head="keep").head == "keep"
     assert "head" not in SparseConfig().to_dict()
-    with pytest.raises(ValueError, match="values of the head are 'bfloat16', expected one of int8, int4, keep"):
+    with pytest.raises(ValueError, match=f"values of the head are 'bfloat16', expected one of {', '.join(HEADS)}, keep"):
         SparseConfig(head="bfloat16")
     model, _ = losa.load(llama / "int4")
     assert model.lm_head.values.name == "int8"

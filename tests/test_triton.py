@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from test_packed import damaged, exact, sparse
+from packing import damaged, exact, sparse
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from losa.adapter.function import adapter_gradients, effective_weight
@@ -370,7 +370,7 @@ def test_bench_on_a_gpu(tmp_path):
     LlamaForCausalLM(LlamaConfig(**TOY, max_position_embeddings=64)).bfloat16().save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
     rows = compare(tmp_path, prompt=4, new=8, rounds=1, device="cuda")["rows"]
-    assert [row["name"] for row in rows] == ["dense", "sparse bfloat16", "sparse int4", "sparse int8"]
+    assert [row["name"] for row in rows] == ["dense", *sorted(f"sparse {values}" for values in TYPES)]
     assert all(row["tokens_per_second"] > 0 and row["resident_bytes"] > 0 for row in rows)
 
 
