@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests side by side; 
 
 import gc
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def make_tiny_model(family: str, **sizes: Any) -> PreTrainedModel:
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: accelerate collects garbage before every training, half a second of looking at modules."""
+    import_module("matplotlib.backends.backend_svg")  # the only large one that runs import later, when they draw their report
     gc.collect()
     gc.freeze()
 
@@ -83,6 +85,25 @@ def shared() -> Callable[[str], Path]:
         return SHARED / name
 
     return path
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their figures, which are a fifth of a toy run; `test_report.py` and whole runs elsewhere draw them."""
+    monkeypatch.setattr("losa.report.page.plots", lambda record: [])
+
+
+@pytest.fixture
+def unsimulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that only count: what is counted does not depend on what is simulated, which takes seconds."""
+    for stage in ("training", "calibration", "evaluation"):
+        monkeypatch.setattr(f"losa.planning.plan.simulate_{stage}", lambda *_: 0)
+
+
+@pytest.fixture
+def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that measure for moments; `test_plan.py` says what is measured."""
+    monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)  # seconds
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +140,7 @@ def done(tmp_path_factory):
     """A finished toy run, which no test may change: its folder, its model, what a callback saw on the way (`helpers.Look`)."""
     from helpers import Look, set_up, toy_run
 
-    folder = set_up(tmp_path_factory.mktemp("run"))
+    folder = set_up(tmp_path_factory.mktemp("run"), talks=True)
     look = Look(folder / "sparse")
     model = toy_run(folder, callbacks=(look,))
     return folder, model, look

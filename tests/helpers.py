@@ -29,10 +29,11 @@ def toy_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> PreTrainedMod
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def save_toy(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **sizes: Any) -> Path:
-    """A checkpoint directory with tokenizer and generation configuration."""
+def save_toy(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", talks: bool = True, **sizes: Any) -> Path:
+    """A checkpoint directory with tokenizer and generation configuration. One that does not talk ends with its first letter."""
     model = toy_model(dtype, **sizes)
-    model.generation_config = GenerationConfig(eos_token_id=63, do_sample=True, temperature=0.25)
+    ends = 63 if talks else list(range(1, 64))
+    model.generation_config = GenerationConfig(eos_token_id=ends, do_sample=True, temperature=0.25)
     model.save_pretrained(folder, max_shard_size=shard)
     toy_tokenizer().save_pretrained(folder)
     return folder
@@ -149,7 +150,7 @@ def toy_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "calibration": {"sequences": 8, "rmi_sequences": 6, "length": 32},
         "train": {"weights": "adapters", "data": str(folder / "text.txt")}
-        | {"tokens": 6400, "length": 32, "lr": 0.01, "last_share": 0.6},
+        | {"tokens": 3840, "length": 32, "lr": 0.01, "last_share": 0.6},
         "eval": {"length": 32, "windows": 16},
     }
     for key, value in changes.items():
@@ -161,10 +162,11 @@ def toy_config(folder: Path, **changes: Any) -> LosaConfig:
     return LosaConfig.from_dict(toy_values(folder, **changes))
 
 
-def set_up(folder: Path, **model: Any) -> Path:
-    """A folder with everything a toy run reads."""
+def set_up(folder: Path, talks: bool = False, **model: Any) -> Path:
+    """A folder with everything a toy run reads. Its model does not talk unless asked to: three samples of forty tokens are a
+    fifth of a toy run."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_toy(folder / "model", **model)
+    save_toy(folder / "model", talks=talks, **model)
     save_text(folder / "text.txt")
     return folder
 

@@ -1,7 +1,7 @@
 """Processes of their own, for what only they can show: a SIGKILL, an exit status, a model opened without losa.
 
-They are forked from a server that has imported torch and transformers, but not losa, so each starts at once. This module is
-imported there, so it must not import losa either.
+They are forked from a server that has imported torch, transformers and all else that a run imports, but not losa, so each starts
+at once. This module is imported there, so it must not import losa either.
 """
 
 import gc
@@ -17,6 +17,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 PRELOADED = ["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "typer"]
+PRELOADED += ["pydantic", "rich.table", "rich.markdown", "matplotlib.backends.backend_svg"]  # what typer and reports import late
 _context.set_forkserver_preload(PRELOADED)
 
 

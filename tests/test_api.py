@@ -27,6 +27,8 @@ from losa.config import LosaConfig
 from losa.models import load
 from losa.system.output import read_record
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_opens_with_transformers_alone(done, tmp_path):
     folder, model, _ = done

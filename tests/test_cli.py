@@ -26,7 +26,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = set_up(tmp_path_factory.mktemp("cli"))
+    folder = set_up(tmp_path_factory.mktemp("cli"), talks=True)
     toy_run(folder, steps=1)
     toy_run(folder, steps=1, output=str(folder / "two-four"), pattern="2:4", sparsity=None)
     return folder
@@ -172,9 +172,8 @@ def test_eval_table_names_the_window(folder, monkeypatch, capsys):
 
 
 @pytest.fixture
-def weightless(folder, tmp_path, monkeypatch) -> Path:
-    """The toy's directory with nothing in it but `config.json`; what is probed is probed for moments."""
-    monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)
+def weightless(folder, tmp_path, quick_probe) -> Path:
+    """The toy's directory with nothing in it but `config.json`."""
     (tmp_path / "model").mkdir()
     shutil.copy(folder / "model" / "config.json", tmp_path / "model")
     return tmp_path / "model"
@@ -197,7 +196,7 @@ def test_plan_needs_no_weights(weightless, folder, monkeypatch, capsys):
     assert "it fits" in out
 
 
-def test_plan_that_does_not_fit_exits_with_one(weightless, monkeypatch, capsys):
+def test_plan_that_does_not_fit_exits_with_one(weightless, unsimulated, monkeypatch, capsys):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20, total=1 << 30))
     code, out, _ = losa_main(monkeypatch, capsys, "plan", weightless, "--device", "cpu")
     assert code == 1
@@ -220,7 +219,7 @@ def test_plan_of_an_absurd_batch_allocates_nothing_and_does_not_fit(weightless, 
     assert "it does not fit" in out
 
 
-def test_plan_checks_the_disk_of_the_output(weightless, tmp_path, monkeypatch, capsys):
+def test_plan_checks_the_disk_of_the_output(weightless, unsimulated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     arguments = ["plan", weightless, "--device", "cpu", "-o", tmp_path / "not" / "there" / "yet", "--json"]
     code, out, _ = losa_main(monkeypatch, capsys, *arguments)

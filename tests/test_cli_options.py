@@ -60,14 +60,14 @@ def test_layers_of_a_request(tmp_path):
     assert (config.train.samples, config.eval.windows, config.rates) == (10_000, 16, "uniform")  # one-shot, on top of the preset
 
 
-def test_a_run_is_rehearsed(folder, tmp_path, monkeypatch, capsys):
+def test_a_run_is_rehearsed(folder, unsimulated, quick_probe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("losa.models.load", lambda config: pytest.fail("loaded"))
     (tmp_path / "c.yaml").write_text(toy_config(folder, steps=1).to_yaml())
     arguments = ["run", folder / "model", "-o", tmp_path / "out", "-c", tmp_path / "c.yaml", "--dry-run"]
     code, out, err = losa_main(monkeypatch, capsys, *arguments)
     assert code == 0, err
     assert "sparsity: 0.6" in out
-    assert "200 rows of 32 tokens" in out
+    assert "120 rows of 32 tokens" in out
     assert not (tmp_path / "out").exists()
     code, out, err = losa_main(monkeypatch, capsys, "plan", *arguments[1:])
     assert code == 0, err

@@ -82,7 +82,7 @@ def test_tables_hold_every_row(made):
     assert ET.parse(output / "comparison-by-time.svg").getroot().tag.endswith("svg")
     assert not (output / "comparison-by-sparsity.svg").exists()  # one sparsity is no curve
     text = (output / "comparison.md").read_text()
-    for part in ("trained on 6,400 tokens", "seed 0", "16 windows of 32 tokens", "text.txt", "model"):
+    for part in ("trained on 3,840 tokens", "seed 0", "16 windows of 32 tokens", "text.txt", "model"):
         assert part in text
 
 

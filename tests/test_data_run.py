@@ -22,6 +22,8 @@ from losa.loss import IGNORED
 from losa.models import load
 from losa.training import collate
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 TEMPLATE = (
     "{% for message in messages %}{{ '[' + message['role'][0] | upper + ']' + message['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}[A]{% endif %}"

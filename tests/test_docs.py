@@ -73,9 +73,8 @@ def commands() -> list[str]:
     return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.startswith("losa ")))
 
 
-def test_every_losa_command_of_the_pages_runs(toy_home, paper_tasks, monkeypatch):
+def test_every_losa_command_of_the_pages_runs(toy_home, paper_tasks, quick_probe, monkeypatch):
     monkeypatch.setattr(bench.bandwidth, "__defaults__", (1 << 20, 1))  # test_bench.py reads as much as it says
-    monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)  # seconds; test_plan.py says what that is
     for name in ("check_installed", "serve"):  # ends at once; test_serving.py has it answer
         monkeypatch.setattr(f"losa.serving.start.{name}", lambda *_: None)
     (toy_home / "configs").symlink_to(ROOT / "configs")
@@ -219,7 +218,7 @@ COMPARISONS = [*sorted((ROOT / "configs" / "experiments").glob("*.yaml")), ROOT 
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_every_experiment_loads_and_its_first_row_runs(path, toy_home):
+def test_every_experiment_loads_and_its_first_row_runs(path, toy_home, paper_tasks):
     text = (
         path.read_text("utf-8")
         .replace("data/bench", "tasks")

@@ -14,18 +14,18 @@ from losa.pruning import PRUNERS, Pattern
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ASSETS = Path(losa.__file__).parent / "demo_assets"
-SHORT = {f"{part}.length": 128 for part in ("calibration", "train", "eval")} | {"calibration.sequences": 8}
+SHORT = {f"{part}.length": 128 for part in ("calibration", "train", "eval")} | {"calibration.sequences": 8, "eval.windows": 2}
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a script of the folder as `python examples/NAME` would, in this process, with little calibration; returns what it
-    printed."""
+    """Runs a script of the folder as `python examples/NAME` would, in this process, with little calibration, and by Wanda where
+    it names no pruner; returns what it printed."""
     load = losa.LosaConfig.load
 
     def short(*where: object, overrides: dict[str, object], **more: object) -> losa.LosaConfig:
-        return load(*where, overrides=SHORT | overrides, **more)
+        return load(*where, overrides={"pruner": "wanda"} | overrides | SHORT, **more)
 
     monkeypatch.setattr(losa.LosaConfig, "load", short)
 
@@ -87,6 +87,7 @@ def test_the_notebook_runs(text):
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell.get("outputs") for cell in notebook["cells"]), "clear the outputs before committing"
     names, short = {}, {"TOKENS = 200_000": "TOKENS = 2_048", '"eval.windows": 32': '"eval.windows": 2, "pruner": "wanda"'}
+    short['"calibration.sequences": 32'] = str(SHORT).strip("{}")
     short |= {f'str(assets / "{name}.txt")': repr(str(text)) for name in ("train", "held")}
     for cell in cells:
         for long, cut in short.items():

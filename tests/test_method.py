@@ -13,6 +13,8 @@ from helpers import (
     toy_run,
 )
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_sparsity_is_what_was_asked(done):
     folder, _, _ = done

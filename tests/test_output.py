@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import file_bytes, record_of, set_up, tensors, toy_config, toy_run
 from processes import call, losa
+from test_cli import losa_main
 
 from losa.api import prune
 from losa.config import LosaConfig
@@ -19,6 +20,8 @@ from losa.models import load
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.system import output as outputs
 from losa.system.output import LIST, check_free, claim, commit, fresh, listed
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_where_only_the_output_can_be_written_to_the_lock_is_inside(tmp_path, mo
         pass
 
 
-def test_every_command_claims_its_output(folder, tmp_path, holder):
+def test_every_command_claims_its_output(folder, tmp_path, holder, monkeypatch, capsys):
     """One sentence and exit status 2, before anything is read; in Python too."""
     output = tmp_path / "out"
     shutil.copytree(folder / "packed", output)
@@ -137,8 +140,9 @@ def test_every_command_claims_its_output(folder, tmp_path, holder):
         ["demo", "-o", str(output)],
         ["report", str(output)],
     ):
-        assert call(tmp_path / "log", losa, arguments) == 2, arguments
-        lines = [line for line in (tmp_path / "log").read_text().splitlines() if "Loading" not in line]
+        code, out, err = losa_main(monkeypatch, capsys, *arguments)
+        assert code == 2, arguments
+        lines = [line for line in (out + err).splitlines() if "Loading" not in line]
         assert len(lines) == 1, lines
         assert f"another losa command writes to {output}" in lines[0]
     config = toy_config(folder, output=str(output))

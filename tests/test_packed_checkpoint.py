@@ -6,8 +6,6 @@ import pickle
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from copy import deepcopy
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from conftest import FAMILIES, make_tiny_model
 from helpers import tensors
 from packing import LAYER, change_header, change_tensors, make_sparse, same
+from processes import call, open_without_losa
 from transformers import AutoModelForCausalLM, pipeline
 
 import losa
@@ -177,13 +176,14 @@ def test_float32_weights_are_rounded_once(tmp_path):
     assert losa.load(tmp_path / "packed")[0].dtype == torch.bfloat16
 
 
-def test_plain_transformers_fails_loudly(llama):
+def test_plain_transformers_fails_loudly(llama, tmp_path):
     """Without losa, a packed directory must never open as a model with random weights."""
-    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(llama / 'packed')!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "size" in done.stderr
-    assert "mismatch" in done.stderr
+    torch.save(IDS, tmp_path / "ids.pt")
+    arguments = [str(path) for path in (llama / "packed", tmp_path / "ids.pt", tmp_path / "logits.pt")]
+    assert call(tmp_path / "log", open_without_losa, *arguments) != 0
+    log = (tmp_path / "log").read_text()
+    assert "size" in log
+    assert "mismatch" in log
 
 
 def test_the_model_card_says_how_it_opens(tmp_path):

@@ -82,13 +82,6 @@ def test_the_meter_forgets_what_is_gone():
 
 
 @pytest.fixture
-def unsimulated(monkeypatch):
-    """What is counted does not depend on what is simulated, which takes seconds."""
-    for stage in ("training", "calibration", "evaluation"):
-        monkeypatch.setattr(f"losa.planning.plan.simulate_{stage}", lambda *_: 0)
-
-
-@pytest.fixture
 def model(tmp_path):
     return str(save_toy(tmp_path / "model", torch.bfloat16, **SIZES))
 
@@ -172,11 +165,6 @@ def test_reconstruction_costs_memory_and_time(model):
     assert with_it.stages["pruning"] == without.stages["pruning"]  # it is a walk of its own
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -189,7 +177,7 @@ def quick(monkeypatch):
         {"pruner": "magnitude", "pattern": "2:4", "eval": {"windows": 7}},
     ],
 )
-def test_a_probe_times_every_stage(model, quick, unsimulated, changes):
+def test_a_probe_times_every_stage(model, quick_probe, unsimulated, changes):
     state = torch.random.get_rng_state()
     made = plan(LosaConfig.from_dict({"model": model, "device": "cpu", "train": {"tokens": 10_000}, **changes}))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -210,7 +198,7 @@ def test_a_probe_times_every_stage(model, quick, unsimulated, changes):
     assert all(stage in text for stage in made.stages)
 
 
-def test_more_work_takes_longer(model, quick, unsimulated):
+def test_more_work_takes_longer(model, quick_probe, unsimulated):
     values = {"model": model, "device": "cpu", "train": {"tokens": 20_000}, "eval": {"windows": 64}, "pruner": "sparsegpt"}
     small = plan(LosaConfig.from_dict(values))
     large = plan(LosaConfig.from_dict(values | {"train": {"tokens": 800_000}, "eval": {"windows": 2560}, "steps": 50}))

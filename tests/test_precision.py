@@ -13,6 +13,8 @@ from losa.models import precision
 from losa.models.precision import cast_, computing, computing_dtype, tensors_of
 from losa.planning.plan import plan
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 CPU = torch.device("cpu")
 
 
@@ -102,7 +104,7 @@ def test_a_run_is_not_resumed_in_another_precision(tmp_path, monkeypatch):
         toy_run(folder, steps=2, resume=True)
 
 
-def test_a_plan_counts_what_is_computed_in(tmp_path, monkeypatch):
+def test_a_plan_counts_what_is_computed_in(tmp_path, unsimulated, quick_probe, monkeypatch):
     folder = set_up(tmp_path, dtype=torch.bfloat16)
     found = {}
     for fast in (True, False):

@@ -168,7 +168,7 @@ def pages() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = set_up(tmp_path_factory.mktemp("report"))
+    folder = set_up(tmp_path_factory.mktemp("report"), talks=True)
     toy_run(folder, steps=2)
     return folder
 
@@ -350,6 +350,7 @@ def test_the_command_makes_the_same_configuration(monkeypatch, kind, overrides):
     assert seen == [config]
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("kind", "last", "pattern", "says"),
     [

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from losa.models import load
 from losa.session.result import verify_zeros
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_result_is_sharded_like_the_source(tmp_path):
     folder = set_up(tmp_path, shard="40KB")

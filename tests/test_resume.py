@@ -19,6 +19,8 @@ from losa.session.origin import origin
 from losa.session.stages import latest_stage
 from losa.system.environment import versions
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 VARIANTS = {
     "wanda": {},
     "sparsegpt": {"pruner": "sparsegpt"},  # base weights change

@@ -16,6 +16,8 @@ from losa.pruning.rounding import round_to
 from losa.pruning.sparsegpt import DAMPING
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def problem(rows=12, columns=160, tokens=600, density=0.5):
     torch.manual_seed(0)

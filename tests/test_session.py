@@ -17,6 +17,8 @@ from losa.api import prune, run
 from losa.models import load
 from losa.session.samples import answer, opening
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_each_stage_replaces_the_one_before(done):
     folder, _, look = done

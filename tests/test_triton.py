@@ -37,13 +37,16 @@ SHAPES = [(1, 1), (16, 64), (17, 33), (3, 130), (40, 270)]
 
 
 @pytest.fixture(autouse=True)
-def _bfloat16_in_the_interpreter(monkeypatch):
-    """The interpreter keeps bfloat16 as bit patterns, which it multiplies as integers in `tl.dot` and cuts off in casts."""
+def _interpreter(monkeypatch):
+    """The interpreter keeps bfloat16 as bit patterns, which it multiplies as integers in `tl.dot` and cuts off in casts. And it
+    computes whether integers overflow, in 40 % of its time, to forget it unless it debugs."""
     if DEVICE == "cuda":
         return
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle, interpreter_builder
+
+    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions(sanitize_overflow=False))
 
     create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 

@@ -13,6 +13,8 @@ from losa.models import find_decoder
 from losa.planning.work import evaluation_windows, remaining, stage_flops
 from losa.session import Session
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 WORK = {
     "baseline": 100.0,
     "importance": 10.0,

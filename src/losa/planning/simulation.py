@@ -88,10 +88,11 @@ def _simulate(build: Callable[[], PreTrainedModel], config: LosaConfig, work: Ca
 
     def peak(count: int) -> int:
         with FakeTensorMode(), torch.device("cpu"):
-            model = attach(build(), config.adapter.max_rank, config.adapter.scale, whole=config.train.whole)
+            model = build()
             decoder = find_decoder(model)
             parent, _, leaf = decoder.name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, decoder.blocks[:count])
+            attach(model, config.adapter.max_rank, config.adapter.scale, whole=config.train.whole)
             with _Meter() as meter, _one_chunk():
                 work(model)
             return int(meter.peak)
