@@ -186,7 +186,8 @@ Tensor decode_plan(const std::vector<Tensor>& tensors, const std::vector<int64_t
   STD_TORCH_CHECK(blocks > 0 && int64_t(tensors.size()) == blocks * kPerBlock + 1, "losa::decode_plan: expected ",
                   kPerBlock, " tensors for each block and a norm, found ", tensors.size());
   Tensor bytes = torch::stable::new_empty(tensors.back(), {Plan::bytes(blocks)}, ScalarType::Byte);
-  Plan* plan = new (bytes.mutable_data_ptr()) Plan{Plan::kMark, blocks, s, vector_of(tensors.back(), s.hidden, "a norm")};
+  Plan* plan =
+      new (bytes.mutable_data_ptr()) Plan{Plan::kMark, blocks, s, vector_of(tensors.back(), s.hidden, "a norm")};
   STD_TORCH_CHECK(plan->last, "losa::decode_plan: no last norm");
   Block* block = reinterpret_cast<Block*>(plan + 1);
   for (const Tensor* from = tensors.data(); from + 1 < tensors.data() + tensors.size(); from += kPerBlock, ++block) {

@@ -180,8 +180,7 @@ struct Job {
   // x by blocks of columns, [blocks, tokens, 2 * kTilePairs], zeros past the last column: rows of a block are
   // neighbours in memory. Rows 2^n bytes apart would fall on the same few cache sets.
   void by_tiles(const bf16* x, int64_t tokens) {
-    const int64_t width = 2 * kTilePairs, blocks = divide_up(columns(), width),
-                  chunks = divide_up(tokens, kTileTokens);
+    const int64_t width = 2 * kTilePairs, blocks = divide_up(columns(), width), chunks = divide_up(tokens, kTileTokens);
     const std::unique_ptr<bf16[]> blocked(new bf16[size_t(blocks * width * divide_up(tokens, chunks))]);
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t from = tokens * c / chunks, n = tokens * (c + 1) / chunks - from;

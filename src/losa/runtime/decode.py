@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 class _Laid:
-    """What `losa::decode_plan` made of tensors: their addresses, in a tensor of bytes. A copy, in this process or another, lays out
-    its own tensors anew.
+    """What `losa::decode_plan` made of tensors: their addresses, in a tensor of bytes. A copy, in this process or another, begins
+    with none.
 
     Attributes:
         values: addresses of the layers' values: whoever moves a layer moves these.
@@ -101,7 +101,8 @@ class _Plan:
         query, key = attention.q_proj, attention.k_proj
         shape = [query.in_features, query.out_features // width, key.out_features // width, width, first.mlp.up_proj.out_features]
         numbers = (values.pop().number, dispatch.COMPILED.index(kernel))
-        return cls([*tensors, final.weight], weights, places, list(blocks), shape, final.variance_epsilon, attention.scaling, *numbers)
+        held = ([*tensors, final.weight], weights, places, list(blocks))
+        return cls(*held, shape, final.variance_epsilon, attention.scaling, *numbers)
 
     def laid_out(self) -> Tensor:
         """The plan of `losa::decode_plan`; made anew where layers were moved."""
