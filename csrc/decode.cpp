@@ -7,8 +7,8 @@
 // `position`, and 0..position are attended to.
 //
 // A plan is a tensor of bytes that holds addresses: it is of use in this process only, and while whoever made it holds
-// the tensors it was made of. A step that took those instead, a thousand and more, would spend an eighth of its time on
-// their handles.
+// the tensors it was made of. A step that took those instead, a thousand and more, would spend up to an eighth of its
+// time on their handles.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
