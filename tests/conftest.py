@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's interpreter runs its kernels on the CPU; before it is imported
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -104,6 +104,33 @@ def unsimulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans that measure for moments; `test_plan.py` says what is measured."""
     monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)  # seconds
+
+
+@pytest.fixture(scope="session")
+def _tried() -> set[str]:
+    """Configurations of models whose forward has been tried."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def _tried_once(_tried: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's forward is tried once for each configuration, where it passes: on tensors without data that takes 50 ms, and the
+    same tiny models are opened a thousand times."""
+    from losa.models import opening
+
+    trial = opening._try_forward
+
+    def once(config: PreTrainedConfig) -> None:
+        try:
+            key = type(config).__name__ + config.to_json_string(use_diff=False)
+        except (TypeError, ValueError, RecursionError):  # one that was damaged on purpose
+            return trial(config)
+        if key not in _tried:
+            trial(config)
+            _tried.add(key)
+        return None
+
+    monkeypatch.setattr(opening, "_try_forward", once)
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def weightless(folder, tmp_path, quick_probe) -> Path:
     return tmp_path / "model"
 
 
-def test_plan_needs_no_weights(weightless, folder, monkeypatch, capsys):
+def test_plan_needs_no_weights(weightless, folder, unsimulated, monkeypatch, capsys):
     arguments = ["plan", weightless, "--device", "cpu", "--set", "train.tokens=1000"]
     code, out, err = losa_main(monkeypatch, capsys, *arguments, "--json")
     assert code == 0, err
