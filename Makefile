@@ -45,7 +45,7 @@ docs: docs-setup
 # The wheel and the source distribution, in dist/; the latter is installed in an environment of its own and tried there.
 dist: $(STAMP)
 	rm -rf dist build/smoke
-	$(PY) -c "import build" 2>/dev/null || $(PY) -m pip install --quiet build "setuptools>=77"
+	$(PY) -c "import build.__main__" 2>/dev/null || $(PY) -m pip install --quiet build "setuptools>=77"
 	$(PY) -m build --no-isolation --outdir dist
 	$(PYTHON) -m venv build/smoke
 	build/smoke/bin/pip install --quiet "$(TORCH)"
