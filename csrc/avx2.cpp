@@ -16,7 +16,6 @@
 #include "avx2.h"
 LOSA_TARGET_BEGIN(LOSA_AVX2)
 #include "block.h"
-#include "feed.h"
 
 namespace losa {
 namespace {
@@ -282,9 +281,8 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 // Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted
 // weights besides.
 const Kernels& avx2_kernels() {
-  constexpr int64_t kFew = kAvx2IntegerTokens;
-  static constexpr Kernels kernels{"avx2", 4,      kFew,     1 << 30,     false, 2,          false,
-                                   stream, decode, multiply, avx2_digits, round, gate_block, attend};
+  static constexpr Kernels kernels{"avx2", 4,      kAvx2IntegerTokens, 1 << 30,     false, 2,          false,
+                                   stream, decode, multiply,           avx2_digits, round, gate_block, attend};
   return kernels;
 }
 

@@ -22,6 +22,7 @@ void avx2_digits(const bf16* x, int64_t columns, float steps, int64_t digits, in
 }  // namespace losa
 
 LOSA_TARGET_BEGIN(LOSA_AVX2)
+#include "feed.h"
 namespace losa {
 namespace {
 

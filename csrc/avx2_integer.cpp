@@ -13,7 +13,6 @@
 
 #include "avx2.h"
 LOSA_TARGET_BEGIN(LOSA_AVX2)
-#include "feed.h"
 
 namespace losa {
 namespace {

@@ -46,7 +46,8 @@ struct Layer {
 const bf16* vector_of(const Tensor& t, int64_t n, const char* what) {
   if (t.numel() == 0 && n > 0) return nullptr;
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::BFloat16 && t.numel() == n,
-                  "losa::decode: expected ", n, " bfloat16 numbers on the CPU for ", what, ", found ", t.numel());
+                  "losa::decode_plan and decode_step: expected ", n, " bfloat16 numbers on the CPU for ", what,
+                  ", found ", t.numel());
   return static_cast<const bf16*>(t.const_data_ptr());
 }
 
@@ -70,6 +71,7 @@ struct Plan {
   Shape s;
   const bf16* last;  // the final norm
   const Block* block(int64_t b) const { return reinterpret_cast<const Block*>(this + 1) + b; }
+  Block* block(int64_t b) { return reinterpret_cast<Block*>(this + 1) + b; }
   static int64_t bytes(int64_t blocks) { return int64_t(sizeof(Plan)) + blocks * int64_t(sizeof(Block)); }
 };
 static_assert(std::is_trivially_copyable_v<Plan> && std::is_trivially_copyable_v<Block> &&
@@ -189,9 +191,9 @@ Tensor decode_plan(const std::vector<Tensor>& tensors, const std::vector<int64_t
   Plan* plan =
       new (bytes.mutable_data_ptr()) Plan{Plan::kMark, blocks, s, vector_of(tensors.back(), s.hidden, "a norm")};
   STD_TORCH_CHECK(plan->last, "losa::decode_plan: no last norm");
-  Block* block = reinterpret_cast<Block*>(plan + 1);
-  for (const Tensor* from = tensors.data(); from + 1 < tensors.data() + tensors.size(); from += kPerBlock, ++block) {
-    new (block) Block{};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Tensor* from = &tensors[size_t(b * kPerBlock)];
+    Block* block = new (plan->block(b)) Block{};
     for (int64_t i = 0; i < kNorms; ++i)
       block->norms[i] = vector_of(from[i], i < kQueryNorm ? s.hidden : s.width, "a norm");
     STD_TORCH_CHECK(block->norms[kInputNorm] && block->norms[kMlpNorm], "losa::decode_plan: a block without its norms");

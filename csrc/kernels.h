@@ -97,7 +97,7 @@ struct Packed {
   int64_t columns;
   int64_t words;        // mask words of a strip
   const uint8_t* mask;  // [strips, words * 2 * columns of a word] bytes, little endian
-  const void* values;   // [count] bf16, int8_t, or nibbles, two in a byte, the first one low
+  const void* values;   // [count] bf16, int8_t, or codes, the first one of a byte lowest
   int64_t count;
   const int64_t* offsets;  // [strips + 1] first value of each strip
   const float* scale;      // [rows], null where the type has none

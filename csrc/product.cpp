@@ -241,7 +241,6 @@ bool multiply(const Part* parts, int64_t n_parts, const Kernels& k, const bf16* 
     job.by(others.empty() ? kExact : road, x, tokens);
     return job.ok;
   }
-  bool ok = true;
   for (const auto* some : {&exact, &others}) {
     std::vector<bf16> x_some(some->size() * size_t(columns));
     for (size_t i = 0; i < some->size(); ++i)
@@ -250,14 +249,14 @@ bool multiply(const Part* parts, int64_t n_parts, const Kernels& k, const bf16* 
       const size_t rows = size_t(part->p.rows);
       std::vector<bf16> y_some(some->size() * rows);
       const Part of_some{part->p, part->bias, y_some.data()};
-      Job one{&of_some, 1, k, parallel};
-      one.by(some == &exact ? kExact : road, x_some.data(), int64_t(some->size()));
-      ok = ok && one.ok;
+      job.parts = &of_some;
+      job.n_parts = 1;
+      job.by(some == &exact ? kExact : road, x_some.data(), int64_t(some->size()));
       for (size_t i = 0; i < some->size(); ++i)
         std::memcpy(part->y + (*some)[i] * part->p.rows, &y_some[i * rows], rows * sizeof(bf16));
     }
   }
-  return ok;
+  return job.ok;
 }
 
 template <typename T>

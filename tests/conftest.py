@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests side by side; 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -106,31 +106,27 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("losa.planning.probe.BUDGET", 0.02)  # seconds
 
 
-@pytest.fixture(scope="session")
-def _tried() -> set[str]:
-    """Configurations of models whose forward has been tried."""
-    return set()
-
-
-@pytest.fixture(autouse=True)
-def _tried_once(_tried: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _tried_once() -> Iterator[None]:
     """A model's forward is tried once for each configuration, where it passes: on tensors without data that takes 50 ms, and the
     same tiny models are opened a thousand times."""
     from losa.models import opening
 
-    trial = opening._try_forward
+    trial, tried = opening._try_forward, set[str]()
 
     def once(config: PreTrainedConfig) -> None:
         try:
             key = type(config).__name__ + config.to_json_string(use_diff=False)
         except (TypeError, ValueError, RecursionError):  # one that was damaged on purpose
             return trial(config)
-        if key not in _tried:
+        if key not in tried:
             trial(config)
-            _tried.add(key)
+            tried.add(key)
         return None
 
-    monkeypatch.setattr(opening, "_try_forward", once)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "_try_forward", once)
+        yield
 
 
 @pytest.fixture(autouse=True)

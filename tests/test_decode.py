@@ -1,6 +1,7 @@
 """The compiled decoding step: the same tokens and cache as transformers', for the models it is for, and nothing else."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from losa.models import find_decoder
 from losa.runtime import dispatch
 from losa.runtime.cache import RoomyLayer
 from losa.runtime.decode import DecodeStep
+from losa.runtime.values import TYPES
 
 pytestmark = pytest.mark.skipif(len(dispatch.available()) == 1, reason="the CPU kernels were not built")
 
@@ -61,7 +63,7 @@ def decode(model, ids, compiled=True):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("values", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("values", list(TYPES))
 def test_logits_and_cache_err_at_most_twice_as_much_as_transformers(family, values, tmp_path, token_ids):
     packed, exact = make(tmp_path, family, values)
     ids = token_ids(1, 40)
@@ -76,7 +78,7 @@ def test_logits_and_cache_err_at_most_twice_as_much_as_transformers(family, valu
 @pytest.mark.parametrize("kernel", dispatch.available()[1:])
 def test_every_instruction_set_computes_it(kernel, tmp_path, token_ids, monkeypatch):
     monkeypatch.setenv("LOSA_KERNELS", kernel)
-    for values in ("bfloat16", "int8", "int4"):
+    for values in TYPES:
         packed, exact = make(tmp_path, values=values, head_dim=24, intermediate_size=41)
         ids = token_ids(1, 24)
         want, ours, theirs = exact(ids).logits[:, 4:], decode(packed, ids)[0], decode(packed, ids, compiled=False)[0]
@@ -212,6 +214,9 @@ def test_layers_that_were_moved_are_looked_at_again(tmp_path, token_ids):
             layer.weight.zero_()
     ours = decode(other, token_ids(1, 8))[0]
     assert torch.equal(decode(packed, token_ids(1, 8))[0], want) and not torch.equal(ours, want)
+    del packed, plan, first
+    gc.collect()
+    assert torch.equal(decode(other, token_ids(1, 8))[0], ours)
 
 
 def test_the_operators_refuse_what_does_not_fit(tmp_path, token_ids):

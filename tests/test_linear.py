@@ -7,10 +7,8 @@ from losa.runtime import dispatch
 from losa.runtime.format import linear, pack
 from losa.runtime.linear import SparseLinear
 
-COMPILED = [name for name in dispatch.available() if name != dispatch.REFERENCE]
 
-
-@pytest.mark.skipif(not COMPILED, reason="no compiled kernels in this installation")
+@pytest.mark.skipif(len(dispatch.available()) == 1, reason="no compiled kernels in this installation")
 def test_torch_compile_sees_one_operator():
     layer = SparseLinear.from_linear(torch.nn.Linear(24, 40, bias=False, dtype=torch.bfloat16))
     x = torch.randn(3, 24).bfloat16()

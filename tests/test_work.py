@@ -4,7 +4,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from helpers import save_text, save_toy, toy_model, toy_run
+from helpers import set_up, toy_model, toy_run
 
 from losa.api import run
 from losa.config import LosaConfig
@@ -83,8 +83,7 @@ def test_windows_that_nobody_counted_are_those_of_wikitext():
 
 @pytest.mark.parametrize("weights", ["all", "adapters"])
 def test_a_run_says_how_far_it_is(tmp_path, caplog, weights):
-    save_toy(tmp_path / "model")
-    save_text(tmp_path / "text.txt")
+    set_up(tmp_path)
     with caplog.at_level(logging.INFO, "losa.session.session"):
         toy_run(tmp_path, steps=1, reconstruct={"epochs": 1}, train={"weights": weights})
     lines = [record.getMessage() for record in caplog.records if " done (phase " in record.getMessage()]

@@ -11,6 +11,7 @@ ways, and where these differ, the model keeps its own.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,12 +40,12 @@ class _Laid:
     with none.
 
     Attributes:
-        values: addresses of the layers' values: whoever moves a layer moves these.
+        values: addresses of the layers' values and the norms' weights: whoever moves a layer moves these.
         held: the tensors' memory, which therefore stays where it is.
     """
 
-    def __init__(self) -> None:
-        self.plan, self.values, self.held = torch.empty(0, dtype=torch.uint8), list[int](), list[Tensor]()
+    def __init__(self, plan: Tensor | None = None, values: Sequence[int] = (), held: Sequence[Tensor] = ()) -> None:
+        self.plan, self.values, self.held = plan, values, held
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Laid, ()
@@ -52,10 +53,10 @@ class _Laid:
 
 @dataclass
 class _Plan:
-    """What `losa::decode_step` takes besides the token and the cache."""
+    """What `losa::decode_plan` and `losa::decode_step` take besides the token and the cache."""
 
     tensors: list[Tensor]
-    weights: list[Tensor]  # those of them that hold values
+    weights: list[Tensor]  # those of them that hold values, and the norms
     places: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where the modules are that the tensors are of
     blocks: list[nn.Module]
     shape: list[int]
@@ -82,12 +83,12 @@ class _Plan:
                     tensors.append(empty)
                     continue
                 places.append((modules, leaf, module))
+                weights.append(module.weight)
                 if name in NORMS:
                     norms.append(module)
                     tensors.append(module.weight)
                 else:
                     parts = [module._parameters[part] for part in PARTS]
-                    weights.append(module.weight)
                     tensors += [empty if part is None else part for part in parts]
         first = blocks[0]
         attention, width = first.self_attn, first.self_attn.head_dim
@@ -101,16 +102,16 @@ class _Plan:
         query, key = attention.q_proj, attention.k_proj
         shape = [query.in_features, query.out_features // width, key.out_features // width, width, first.mlp.up_proj.out_features]
         numbers = (values.pop().number, dispatch.COMPILED.index(kernel))
-        held = ([*tensors, final.weight], weights, places, list(blocks))
+        held = ([*tensors, final.weight], [*weights, final.weight], places, list(blocks))
         return cls(*held, shape, final.variance_epsilon, attention.scaling, *numbers)
 
     def laid_out(self) -> Tensor:
         """The plan of `losa::decode_plan`; made anew where layers were moved."""
         values = [weight.data_ptr() for weight in self.weights]
-        if values != self.laid.values:
-            self.laid = _Laid()
-            self.laid.values, self.laid.held = values, [tensor.detach() for tensor in self.tensors]
-            self.laid.plan = torch.ops.losa.decode_plan(self.laid.held, self.shape, self.values)
+        if self.laid.plan is None or values != self.laid.values:
+            held = [tensor.detach() for tensor in self.tensors]
+            self.laid = _Laid(torch.ops.losa.decode_plan(held, self.shape, self.values), values, held)
+        assert self.laid.plan is not None
         return self.laid.plan
 
     def holds(self) -> bool:
