@@ -8,7 +8,7 @@ This module is imported while transformers is: at its top it needs nothing that 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -64,6 +64,7 @@ class SparseQuantizer(HfQuantizer):
     """Opens packed checkpoints, and packs dense ones while they are opened."""
 
     quantization_config: SparseConfig
+    files: Sequence[str] = ()  # of the checkpoint
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """bfloat16, whatever was asked: the packed layers compute in nothing else."""
@@ -72,9 +73,9 @@ class SparseQuantizer(HfQuantizer):
         return torch.bfloat16
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: Any = None, **_: Any) -> None:
+        self.files = checkpoint_files or []
         if self.pre_quantized:
-            layers = swap_in(model, self.quantization_config)
-            check_files(checkpoint_files or [], layers)
+            check_files(self.files, swap_in(model, self.quantization_config))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         from losa.runtime import decode
@@ -91,7 +92,7 @@ class SparseQuantizer(HfQuantizer):
                 layer.prepare()
         else:
             self.quantization_config.layers = pack_model(model, self.quantization_config)
-        move_to_huge_pages(model)
+        move_to_huge_pages(model, files=self.files)
         decode.attach(model)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":

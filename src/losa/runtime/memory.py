@@ -1,18 +1,23 @@
-"""Where the weights of a model that runs on the CPU live: one anonymous region, in huge pages.
+"""Where the weights of a model that runs on the CPU live: in huge pages what every token reads, in the file what is looked up.
 
 `from_pretrained` leaves weights in the mapped file, 4 KiB a page. A layer that streams every weight once per token then spends
 much of its time on address translation. In 2 MiB pages (transparent huge pages, Linux) both dense and packed layers are faster.
+Of an embedding a token reads one row: in the file, the rows that were read are all that takes memory.
 """
 
 import ctypes
 import gc
 import mmap
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from losa.system.doors import read_tensors
 
 HUGE = 2 << 20  # bytes of a huge page on x86-64; aarch64 with 4 KiB base pages too
 
@@ -64,22 +69,40 @@ class HugePages:
 
 
 @torch.no_grad()
-def move_to_huge_pages(model: nn.Module, pages: HugePages | None = None) -> None:
+def move_to_huge_pages(model: nn.Module, pages: HugePages | None = None, files: Iterable[str | Path] = ()) -> None:
     """Moves the parameters of a model on the CPU into huge pages, one at a time; tied parameters stay tied.
 
     Does nothing for a model that is not wholly on the CPU.
 
     Args:
         pages: where to; None: a region as large as the model.
+        files: the safetensors files that the model was opened from: embeddings that no other layer shares stay in there.
     """
     parameters = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.numel()}
     if any(parameter.device.type != "cpu" for parameter in parameters.values()):
         return
+    for table in _leave_in_files(model, files):
+        parameters.pop(table)
     pages = pages or HugePages(sum(-(-parameter.nbytes // 64) * 64 for parameter in parameters.values()))
     homes = {address: pages.copy(parameter) for address, parameter in parameters.items()}
     for parameter in model.parameters():
-        if parameter.numel():
-            parameter.data = homes[parameter.data_ptr()]
+        parameter.data = homes.get(parameter.data_ptr(), parameter.data)
+
+
+def _leave_in_files(model: nn.Module, files: Iterable[str | Path]) -> list[int]:
+    """Maps the weights of embeddings anew, each by itself: the mapping that they come with counts what was read of all others.
+    Returns the addresses at which they were."""
+    layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    others = {parameter.data_ptr() for layer in layers for parameter in layer.parameters(recurse=False)}
+    embeddings = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    tables = {name: module.weight for name, module in embeddings.items() if module.weight.data_ptr() not in others}
+    left = []
+    for file in files:
+        for name, found in read_tensors(Path(file), lambda name, shape: name in tables and shape == list(tables[name].shape)):
+            if found.dtype == tables[name].dtype:
+                left.append(tables[name].data_ptr())
+                tables[name].data = found
+    return left
 
 
 def resident_bytes() -> int:
