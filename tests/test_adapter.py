@@ -341,6 +341,19 @@ def test_a_solution_leaves_the_adapter():
     assert torch.equal(layer.lora_A, before[0]) and torch.equal(layer.lora_B, before[1])
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_weights_settle_at_is_the_effective_weight_to_the_bit(dtype, whole):
+    layer = MaskedLinear(nn.Linear(I, O, dtype=dtype), 8, SCALE, torch.Generator(), whole=whole)
+    layer.set_solution(torch.rand(O, I) < 0.5)
+    for parameter in layer.trained.values():
+        nn.init.normal_(parameter)
+    weight = torch.randn(O, I).bfloat16().to(layer.exact).where(layer.keep_OI, 0)
+    layer.settle(weight)
+    assert torch.equal(bits(layer.merged()), bits(weight))
+    assert torch.equal(bits(layer.effective()), bits(weight.to(dtype)))
+
+
 def test_a_revival_is_refused_and_changes_nothing():
     layer = masked()
     before = layer.keep_OI.clone()

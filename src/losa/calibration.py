@@ -301,10 +301,8 @@ def rounding_visit(format: Format) -> Visit:
             weights, masks = [layer.merged() for layer in group], [layer.keep_OI for layer in group]
             with _naming(stop.index, names):
                 rounded = round_to(weights, masks, G_II, format)
-            for layer, W_OI, keep_OI, (rounded_OI, grid) in zip(group, weights, masks, rounded, strict=True):
-                trained_on = layer.delta_OI is not None  # in float32; a base in bfloat16 is what it is rounded to
-                layer.set_solution(keep_OI, grid.inside(W_OI, rounded_OI) if trained_on else rounded_OI)
-                layer.set_grid(grid)
+            for layer, found in zip(group, rounded, strict=True):
+                layer.settle(found.weight_OI)
 
     return visit
 

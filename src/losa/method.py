@@ -7,8 +7,8 @@ for t = 1..T:
     prune the merged weights, block by block                    calibration.prune_blocks -> reconstruction errors
     adapter ranks by reconstruction error                       allocation.allocate_ranks
     reconstruct each block, in the last step                    reconstruction.reconstruction_visit
-    round what is left to a grid, if values are int8 or int4    calibration.rounding_visit
     train adapters, or all weights, under the mask              training.train
+round what is left to a grid, if values are int8 or int4        calibration.rounding_visit
 merge; save; re-open; verify every zero                         session.Session.finish
 
 Every step is two phases of a session, which a killed run resumes between. `api.run` takes a session through them.
@@ -36,17 +36,15 @@ from losa.training import train
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
     """The steps 1..T of `run`, as phases: pieces that are done whole, and resumed after."""
     phases = []
-    rounded = [Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0})] if config.values else []
     for step, trained in enumerate(config.train.shares(config.steps), 1):
         alike = dict.fromkeys(("importance", "pruning"), 1 / config.steps)
         phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step), alike))
         if step == config.steps and config.reconstruct.epochs:
             phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0}))
-        if step == config.steps and config.train.whole:
-            phases += rounded
         phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step), {"training": trained}))
-    # Adapters do not see the grid: what they were merged to is rounded.
-    return phases if config.train.whole else phases + rounded
+    if config.values:
+        phases.append(Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0}))
+    return phases
 
 
 def sparsify(session: Session, step: int) -> None:
@@ -124,9 +122,11 @@ def reconstruct(session: Session) -> None:
 
 
 def put_on_grid(session: Session) -> None:
-    """Rounds the surviving weights to `config.values`; a training after it has them rounded in every forward."""
+    """Rounds the surviving weights to `config.values`."""
     config = session.config
     assert config.values is not None
+    if session.kind == "run":
+        session.measure("unrounded")
     with session.timed("rounding"):
         walk_blocks(
             session.model,
@@ -136,8 +136,6 @@ def put_on_grid(session: Session) -> None:
             dense_sequences=0,
             device=session.device,
         )
-    if session.kind == "run" and config.train.whole:
-        session.measure("rounded")
 
 
 def adapt(session: Session, step: int) -> None:

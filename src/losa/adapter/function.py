@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from losa.bits import byte_table, unpack_bytes
-from losa.pruning.grid import Grid
 
 # float32 bytes of a panel: the fastest of 0.5 to 4 MiB on a CPU (docs/LOG.md); on a GPU large enough that launches do not count.
 PANEL_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -62,7 +61,6 @@ def effective_weight(
     B_OR: Tensor,
     scale: float,
     dtype: torch.dtype | None = None,
-    grid: Grid | None = None,
 ) -> Tensor:
     """`M * (W + s B A)`, summed in the dtype of the adapters, cast once; +0 (bitwise) wherever the mask is False.
 
@@ -71,32 +69,26 @@ def effective_weight(
     Args:
         bits: the keep-mask, packed by `losa.bits`.
         dtype: of the result; that of `W` when None.
-        grid: where the sum is rounded to, before it is cast; nowhere when None.
     """
     result_OI = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype)
-    if grid is None and _in_one_kernel(W_OI, A_RI):
+    if _in_one_kernel(W_OI, A_RI):
         from losa.adapter.triton import build
 
         return build(W_OI, bits, A_RI, B_OR, scale, result_OI)
     table = byte_table(W_OI.device)
     for rows in panels(W_OI.shape, W_OI.device):
         sum_PI = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
-        result_OI[rows] = sum_PI if grid is None else grid.snap(sum_PI, rows)
+        result_OI[rows] = sum_PI
         mask_(result_OI[rows], bits, rows, table)
     return result_OI
 
 
 @torch.no_grad()
-def effective_whole(
-    W_OI: Tensor, bits: Tensor, D_OI: Tensor, dtype: torch.dtype | None = None, grid: Grid | None = None
-) -> Tensor:
+def effective_whole(W_OI: Tensor, bits: Tensor, D_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`M * (W + D)`, the same for a layer whose weights are all trained: summed in the dtype of `D`, cast once, +0 outside."""
     result_OI, table = torch.empty_like(W_OI, dtype=dtype or W_OI.dtype), byte_table(W_OI.device)
     for rows in panels(W_OI.shape, W_OI.device):
-        if grid is None:
-            torch.add(W_OI[rows], D_OI[rows], out=result_OI[rows])
-        else:
-            result_OI[rows] = grid.snap(W_OI[rows] + D_OI[rows], rows)
+        torch.add(W_OI[rows], D_OI[rows], out=result_OI[rows])
         mask_(result_OI[rows], bits, rows, table)
     return result_OI
 
@@ -167,9 +159,6 @@ class MaskedLowRankLinear(torch.autograd.Function):
 class MaskedWholeLinear(torch.autograd.Function):
     """`y = x W_eff^T + b` with `W_eff = M * (W + D)`: full fine-tuning under the mask. Gradients go to `x` and `D`.
 
-    With a grid, `W_eff = M * round(W + D)`, and the gradient goes to `D` as if nothing had been rounded: the straight-through
-    estimator (https://arxiv.org/abs/1308.3432).
-
     `D` has a float32 value, a gradient and two moments for every weight, so one more copy of `W_eff`, kept until the backward
     pass, is little; it spares building it twice.
     """
@@ -184,9 +173,8 @@ class MaskedWholeLinear(torch.autograd.Function):
         D_OI: Tensor,
         W_eff_OI: Tensor | None = None,
         score_OI: Tensor | None = None,
-        grid: Grid | None = None,
     ) -> Tensor:
-        W_eff_OI = effective_whole(W_OI, bits, D_OI, grid=grid) if W_eff_OI is None else W_eff_OI
+        W_eff_OI = effective_whole(W_OI, bits, D_OI) if W_eff_OI is None else W_eff_OI
         ctx.save_for_backward(x, bits, W_eff_OI)
         ctx.dtype, ctx.score_OI = D_OI.dtype, score_OI
         return torch.nn.functional.linear(x, W_eff_OI, bias_O)
@@ -203,4 +191,4 @@ class MaskedWholeLinear(torch.autograd.Function):
             for rows in panels(G_OI.shape, G_OI.device):
                 mask_(G_OI[rows], bits, rows, table)
             dD_OI = G_OI.to(ctx.dtype)
-        return dx, None, None, None, dD_OI, None, None, None
+        return dx, None, None, None, dD_OI, None, None

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from losa.adapter.function import MaskedLowRankLinear, MaskedWholeLinear, effective_weight, effective_whole
 from losa.bits import pack_bits, unpack_bits
 from losa.models import check_supported, find_decoder
-from losa.pruning.grid import Format, Grid
 from losa.system import distributed
 
 
@@ -35,7 +34,8 @@ class MaskedLinear(nn.Linear):
         keep_bits: the mask, a bit a weight (`bits.pack_bits`); a byte a weight would be half of a bfloat16 model. Changed only
             by `set_solution`, `restore` and `reset`; `keep_OI` is the same as bool.
         lora_A, lora_B: float32 (float64 over a float64 base), `(max_rank, I)` and `(O, max_rank)`.
-        delta_OI: float32 `D`, or None where the adapter is what is trained. The base then never changes.
+        delta_OI: float32 `D`, or None where the adapter is what is trained. The base then changes only when
+            weights `settle`.
         rank: active rank; rows of `lora_A` at and above it do nothing.
         scale: `alpha / r`, the same at every rank.
         dense_OI: the original weight, on the host, kept from the moment the base first differs from it.
@@ -43,13 +43,10 @@ class MaskedLinear(nn.Linear):
         keep_effective: whether backward finds the effective weight saved; set under activation checkpointing only.
         score_OI: float32 movement score of each weight (`pruning/movement.py`), or None; summed by every backward pass while
             `scored` is True, as `collect_scores` sets it.
-        format, step_OG, low_OG: what `grid` is made of; None, and no grid, until `set_grid`.
         reused_OI: the effective weight, while `reuse_effective_weights` lasts and no update has outdated it.
     """
 
     keep_bits: Tensor
-    step_OG: Tensor | None  # buffers, so that they are where the layer is
-    low_OG: Tensor | None
     lora_A: nn.Parameter  # None, as lora_B, where all weights are trained
     lora_B: nn.Parameter
     delta_OI: nn.Parameter | None
@@ -65,9 +62,6 @@ class MaskedLinear(nn.Linear):
         device = self.weight.device
         dtype = self.exact = torch.promote_types(self.weight.dtype, torch.float32)
         self.register_buffer("keep_bits", pack_bits(torch.ones_like(self.weight, dtype=torch.bool)), persistent=False)
-        for name in ("step_OG", "low_OG"):
-            self.register_buffer(name, None, persistent=False)
-        self.format: Format | None = None
         delta_OI = lora_A = lora_B = None
         if whole:
             delta_OI = nn.Parameter(torch.zeros_like(self.weight, dtype=dtype))
@@ -100,13 +94,6 @@ class MaskedLinear(nn.Linear):
         names = ("lora_A", "lora_B") if self.delta_OI is None else ("delta_OI",)
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def grid(self) -> Grid | None:
-        """The values that the effective weight is rounded to; None: any."""
-        if self.format is None or self.step_OG is None or self.low_OG is None:
-            return None
-        return Grid(self.format, self.step_OG, self.low_OG)
-
     def merged(self) -> Tensor:
         """The merged weight before it is cast, `(O, I)`: what solvers work on, so that no base weight is rounded on the way."""
         return self.effective(self.exact)
@@ -114,8 +101,8 @@ class MaskedLinear(nn.Linear):
     def effective(self, dtype: torch.dtype | None = None) -> Tensor:
         """The merged weight, `(O, I)` in the base dtype, bitwise zero outside the mask."""
         if self.delta_OI is not None:
-            return effective_whole(self.weight, self.keep_bits, self.delta_OI, dtype, self.grid)
-        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale, dtype, self.grid)
+            return effective_whole(self.weight, self.keep_bits, self.delta_OI, dtype)
+        return effective_weight(self.weight, self.keep_bits, *self.factors, self.scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any leading shape, `(..., I) -> (..., O)`."""
@@ -129,10 +116,9 @@ class MaskedLinear(nn.Linear):
             score_OI = self.score_OI if self.scored else None
             y: Tensor
             if self.delta_OI is not None:
-                trained = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI, self.grid)
+                trained = (self.keep_bits, self.delta_OI, self.reused_OI, score_OI)
                 y = MaskedWholeLinear.apply(x, self.weight, self.bias, *trained)  # type: ignore[no-untyped-call]
                 return y
-            assert self.grid is None, "adapters are rounded after their training"
             adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
             y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)  # type: ignore[no-untyped-call]
             return y
@@ -157,10 +143,10 @@ class MaskedLinear(nn.Linear):
             self._set_base(torch.addmm(weight_OI.to(A_RI.dtype), B_OR, A_RI, alpha=-self.scale))
 
     @torch.no_grad()
-    def set_grid(self, grid: Grid) -> None:
-        """Has the effective weight rounded to a grid from now on."""
-        device = self.weight.device
-        self.format, self.step_OG, self.low_OG = grid.format, grid.step_OG.to(device), grid.low_OG.to(device)
+    def settle(self, weight_OI: Tensor) -> None:
+        """Takes the merged weights as they stay, to the last bit: all of them in the base, and nothing in what was trained."""
+        self._set_base(weight_OI)
+        self._forget_training()
 
     @torch.no_grad()
     def set_rank(self, rank: int) -> None:
@@ -199,6 +185,9 @@ class MaskedLinear(nn.Linear):
             self.weight.copy_(self.dense_OI)
             self.dense_OI = None
         self.keep_bits.copy_(keep_bits)
+        self._forget_training()
+
+    def _forget_training(self) -> None:
         (self.lora_B if self.delta_OI is None else self.delta_OI).zero_()
 
 

@@ -14,8 +14,8 @@ from losa.evaluation.zeroshot import task_names
 from losa.session import check_request
 from losa.system.yaml_tree import build, current_names, merge, nested, read_config, require
 
-TRAINED = ("losa", "lora", "round and train")  # makers that train
-FULL = ("dense", "round", "round and train")  # no zeros, so one row whatever the target
+TRAINED = ("losa", "lora", "train and round")  # makers that train
+FULL = ("dense", "round", "train and round")  # no zeros, so one row whatever the target
 
 ONE_SHOT: dict[str, Any] = {"steps": 1, "rate_band": 0.0, "reconstruct": {"epochs": 0}}
 PAPER: dict[str, Any] = {"steps": 5, "rates": "rmi", "reconstruct": {"epochs": 0}, "train": {"weights": "adapters"}}
@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
     # The rivals: no zeros, few bits, by the same solver and calibration (GPTQ), and with the same training.
     **{f"GPTQ {bits}-bit": Method("round", {"values": f"dense{bits}"}) for bits in (8, 4, 3, 2)},
     **{
-        f"GPTQ {bits}-bit + training": Method("round and train", ALL | {"steps": 1, "values": f"dense{bits}"})
+        f"GPTQ {bits}-bit + training": Method("train and round", ALL | {"steps": 1, "values": f"dense{bits}"})
         for bits in (4, 3, 2)
     },
 }

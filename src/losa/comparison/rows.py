@@ -140,11 +140,11 @@ def _lora(session: Session) -> dict[str, Tensor]:
     return masks
 
 
-def _round_and_train(session: Session) -> None:
+def _train_and_round(session: Session) -> None:
     """Of the dense model, so its masks are full. Each half as in a run."""
-    put_on_grid(session)
     session.record["steps"].append({"step": 1})
     adapt(session, 1)
+    put_on_grid(session)
 
 
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
@@ -153,5 +153,5 @@ MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "losa": _losa,
     "lora": _lora,
     "round": put_on_grid,
-    "round and train": _round_and_train,
+    "train and round": _train_and_round,
 }

@@ -17,7 +17,6 @@ from torch import Tensor
 
 # Steps that are tried for a group, as ratios of the one that just reaches its largest weight: a little coarser, down to 0.66.
 TRIED = [2 ** ((4 - below) / 16) for below in range(12)]
-INSIDE = 0.499  # of a step: how far from a value of the grid a weight may be that is rounded to it
 SHRUNK = [1 - 0.05 * number for number in range(11)]  # the same where the smallest value is free: of the whole range
 
 
@@ -61,31 +60,6 @@ FORMATS = {
         *(Format(f"dense{bits}", bits, 2**bits - 1, None, 64, precision=7, side_bits=16, sparse=False) for bits in (8, 4, 3, 2)),
     )
 }
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The grid of one weight: float32 `step` and `low`, `(O, G)`."""
-
-    format: Format
-    step_OG: Tensor
-    low_OG: Tensor
-
-    def snap(self, W_PI: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The nearest values of the grid, in the dtype of `W`; `rows` are those of the weight that `W` has. No negative zeros."""
-        step_PI, low_PI = (self._spread(part[rows], W_PI) for part in (self.step_OG, self.low_OG))
-        return snap(W_PI, step_PI, low_PI, self.format.span)
-
-    def _spread(self, part_PG: Tensor, like_PI: Tensor) -> Tensor:
-        """What is said of each group, said of each of its columns."""
-        columns = like_PI.shape[1]
-        return part_PG.repeat_interleave(self.format.group or columns, 1)[:, :columns].to(like_PI.dtype)
-
-    def inside(self, W_OI: Tensor, rounded_OI: Tensor) -> Tensor:
-        """The values nearest to `W` that `snap` takes to `rounded`, which lies on the grid. Where a training starts: as many
-        weights are then near to another value of the grid as before they were rounded."""
-        reach_OI = self._spread(INSIDE * self.step_OG, W_OI)
-        return rounded_OI + torch.maximum(torch.minimum(W_OI - rounded_OI, reach_OI), -reach_OI)
 
 
 def snap(W: Tensor, step: Tensor, low: Tensor, span: int) -> Tensor:

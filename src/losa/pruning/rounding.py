@@ -12,20 +12,29 @@ Legend: `O` out_features, `I` in_features, `C` columns of one block.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from losa.pruning.grid import Format, Grid, choose, snap
+from losa.pruning.grid import Format, choose, snap
 from losa.pruning.sparsegpt import BLOCK, DAMPING, PRUNER, inverse_factor
 
 NEEDS = PRUNER  # the statistic that this takes and the memory are SparseGPT's: the same pass over the columns
 SWEEPS = 2  # of coordinate descent; more change the error by less than a hundredth (docs/LOG.md)
 
 
+class Rounded(NamedTuple):
+    """A layer on a grid: weights `(O, I)`, and in float32 the step and `low` of each group, `(O, G)`."""
+
+    weight_OI: Tensor
+    step_OG: Tensor
+    low_OG: Tensor
+
+
 def round_to(
     weights: Sequence[Tensor], masks: Sequence[Tensor], G_II: Tensor, format: Format, sweeps: int = SWEEPS
-) -> list[tuple[Tensor, Grid]]:
+) -> list[Rounded]:
     """Rounds the layers that share one input: one factorisation for all of them.
 
     Works in float32, or in float64 when the weights are.
@@ -36,7 +45,7 @@ def round_to(
         G_II: `X^T X` times any number, `(I, I)`.
 
     Returns:
-        For each layer the rounded weight, all of whose values are of the grid, and the grid.
+        For each layer its weights, and on which grid they are.
 
     Raises:
         ValueError: `G` does not factorise.
@@ -53,7 +62,7 @@ def round_to(
     for _ in range(sweeps):
         _descend(new_OI, W_OI, keep_OI, G_II, step_OG, low_OG, format)
     parts = (part.split(heights) for part in (new_OI, step_OG.float(), low_OG.float()))
-    return [(new, Grid(format, step, low)) for new, step, low in zip(*parts, strict=True)]
+    return [Rounded(*found) for found in zip(*parts, strict=True)]
 
 
 def _eliminate(W_OI: Tensor, keep_OI: Tensor, U_II: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,8 @@ from typing import Any
 from losa.config import LosaConfig
 from losa.runtime.values import TYPES
 
-TITLES = {"dense": "dense", "pruned": "pruned only", "reconstructed": "reconstructed", "rounded": "rounded", "losa": "LoSA"}
+TITLES = {"dense": "dense", "pruned": "pruned only", "reconstructed": "reconstructed"}
+TITLES |= {"unrounded": "before rounding", "losa": "LoSA"}
 # Of `losa run` and `losa prune`; every other key is a --set.
 OPTIONS = {
     "output": "--output",

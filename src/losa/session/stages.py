@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from losa.adapter import masked_linears
 from losa.config import LosaConfig
-from losa.pruning.grid import FORMATS, Grid
 from losa.system.output import MANIFEST, PREVIOUS, stages, work_dir
 from losa.system.writing import sync, to_json, writing
 from losa.system.yaml_tree import differences
@@ -97,8 +96,6 @@ def save_stage(
             tensors[f"{key}.weight"] = layer.weight.data
         if layer.score_OI is not None:
             tensors[f"{key}.score"] = layer.score_OI
-        if layer.grid is not None:
-            tensors |= {f"{key}.step": layer.grid.step_OG, f"{key}.low": layer.grid.low_OG}
     manifest = {
         "done": done,
         "config": config.to_dict(),
@@ -219,9 +216,6 @@ def load_stage(manifest: Mapping[str, Any], model: PreTrainedModel) -> None:
         trained = {name: tensors[f"{key}.{name}"] for name in layer.trained}
         layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"), trained)
         layer.score_OI = tensors.get(f"{key}.score")
-        if f"{key}.step" in tensors:
-            format = FORMATS[manifest["config"]["values"]]
-            layer.set_grid(Grid(format, tensors[f"{key}.step"], tensors[f"{key}.low"]))
 
 
 def clear_stages(output: Path) -> None:
