@@ -8,6 +8,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <algorithm>
 #include <cmath>
 
 #include "avx512.h"
@@ -174,11 +175,118 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+// ---- attention of one token --------------------------------------------------------------------------------------
+
+constexpr int64_t kAttended = 16;  // cached tokens at a time: their scores fill a register
+
+inline __mmask32 up_to(int64_t n) { return n >= 32 ? ~0u : _bzhi_u32(~0u, unsigned(n)); }
+
+// Neighbouring quarters of two registers, added.
+inline __m512 across(__m512 one, __m512 other) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(one, other, 0x88), _mm512_shuffle_f32x4(one, other, 0xdd));
+}
+
+// The sums of sixteen registers, in one.
+inline __m512 sums_of(const __m512 (&a)[16]) {
+  __m512 fours[4], halves[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // within 128 bits: four registers' sums side by side
+    __m512d twos[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512 &one = a[4 * i + 2 * j], &other = a[4 * i + 2 * j + 1];
+      twos[j] = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(one, other), _mm512_unpackhi_ps(one, other));
+    }
+    fours[i] =
+        _mm512_add_ps((__m512)_mm512_unpacklo_pd(twos[0], twos[1]), (__m512)_mm512_unpackhi_pd(twos[0], twos[1]));
+  }
+  for (int i = 0; i < 2; ++i) halves[i] = across(fours[2 * i], fours[2 * i + 1]);
+  return across(halves[0], halves[1]);
+}
+
+// scores = scaling q K^T; returns the largest.
+inline float scores_of(const bf16* q, const bf16* keys, int64_t n, int64_t width, float scaling, float* scores) {
+  __m512 largest = _mm512_set1_ps(-INFINITY);
+  for (int64_t t = 0; t < n; t += kAttended) {
+    __m512 a[kAttended];
+    const bf16* key[kAttended];
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kAttended; ++j) {
+      a[j] = _mm512_setzero_ps();
+      key[j] = keys + std::min(t + j, n - 1) * width;
+    }
+    for (int64_t i = 0; i < width; i += 32) {
+      const __mmask32 some = up_to(width - i);
+      const __m512bh query = (__m512bh)_mm512_maskz_loadu_epi16(some, q + i);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kAttended; ++j)
+        a[j] = _mm512_dpbf16_ps(a[j], query, (__m512bh)_mm512_maskz_loadu_epi16(some, key[j] + i));
+    }
+    const __m512 found = _mm512_mul_ps(sums_of(a), _mm512_set1_ps(scaling));
+    _mm512_mask_storeu_ps(scores + t, __mmask16(up_to(n - t)), found);
+    largest = _mm512_max_ps(found, largest);  // not of NaN: the second is taken then
+  }
+  return _mm512_reduce_max_ps(largest);
+}
+
+// Weights of tokens as bfloat16, in place, with a zero behind them; returns their sum before they are rounded.
+inline float round_weights(float* weights, int64_t n) {
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t t = 0; t < n; t += kAttended) {
+    const __m512 some = _mm512_maskz_loadu_ps(__mmask16(up_to(n - t)), weights + t);
+    total = _mm512_add_ps(total, some);
+    const __mmask16 kept = __mmask16(up_to(n + n % 2 - t));
+    _mm256_mask_storeu_epi16(reinterpret_cast<bf16*>(weights) + t, kept, (__m256i)_mm512_cvtneps_pbh(some));
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
+// out = the tokens' weights times 32 N columns of their values, over `total`; of the last 32 only those in `some`.
+// Two tokens at a time: their rows are interleaved, so that a dot product of pairs takes one of each.
+template <int N>
+inline void mean_of(const bf16* weights, const bf16* values, int64_t n, int64_t width, __mmask32 some, float total,
+                    bf16* out) {
+  __m512 a[N][2];
+  for (auto& columns : a) columns[0] = columns[1] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < n; t += 2) {
+    const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(load32(weights + t)));
+    const bf16* row = values + t * width;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const __mmask32 mine = i + 1 < N ? ~0u : some;
+      const __m512i one = _mm512_maskz_loadu_epi16(mine, row + 32 * i);
+      const __m512i other = _mm512_maskz_loadu_epi16(t + 1 < n ? mine : 0, row + width + 32 * i);
+      a[i][0] = _mm512_dpbf16_ps(a[i][0], pair, (__m512bh)_mm512_unpacklo_epi16(one, other));
+      a[i][1] = _mm512_dpbf16_ps(a[i][1], pair, (__m512bh)_mm512_unpackhi_epi16(one, other));
+    }
+  }
+  const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i after = _mm512_add_epi32(order, _mm512_set1_epi32(8));
+  for (int i = 0; i < N; ++i) {
+    const __m512 over = _mm512_set1_ps(total);
+    const __m512 first = _mm512_div_ps(_mm512_permutex2var_ps(a[i][0], order, a[i][1]), over);
+    const __m512 second = _mm512_div_ps(_mm512_permutex2var_ps(a[i][0], after, a[i][1]), over);
+    _mm512_mask_storeu_epi16(out + 32 * i, i + 1 < N ? ~0u : some, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
+}
+
+// As attend_block, with the dot product of pairs for both of its sums.
+void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
+            float*, bf16* out) {
+  const float largest = scores_of(q, keys, n, width, scaling, scores);
+  for (int64_t t = 0; t < n; ++t) scores[t] = exponential(scores[t] - largest);
+  const float total = round_weights(scores, n);
+  const auto* weights = reinterpret_cast<const bf16*>(scores);
+  int64_t i = 0;
+  for (; i + 128 <= width; i += 128) mean_of<4>(weights, values + i, n, width, ~0u, total, out + i);
+  for (; i + 32 < width; i += 64) mean_of<2>(weights, values + i, n, width, up_to(width - i - 32), total, out + i);
+  if (i < width) mean_of<1>(weights, values + i, n, width, up_to(width - i), total, out + i);
+}
+
 }  // namespace
 
 const Kernels& avx512_kernels() {
   static constexpr Kernels kernels{"avx512", 16,     kIntegerTokens, 1 << 30,        true,  1,          false,
-                                   stream,   decode, multiply,       integer_digits, round, gate_block, attend_block};
+                                   stream,   decode, multiply,       integer_digits, round, gate_block, attend};
   return kernels;
 }
 
