@@ -76,7 +76,7 @@ def test_every_option_has_a_help_text(name):
 
 
 def test_the_commands():
-    makes = {"run", "prune", "pack", "unpack"}
+    makes = {"run", "prune", "round", "pack", "unpack"}
     shows = {"compare", "eval", "inspect", "report", "plan", "generate", "chat", "serve", "bench", "push", "doctor", "demo"}
     assert set(COMMANDS) == makes | shows
     assert {option for parameter in COMMANDS["run"].params for option in parameter.opts} >= {

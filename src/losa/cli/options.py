@@ -4,7 +4,7 @@ A verb that is decorated with `requests(...)` has these options on its command l
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,13 +176,13 @@ class Request:
         return LosaConfig.load(str(self.config) if self.config else None, presets or None, given)
 
 
-def requests(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that puts shared options where a verb has its parameter `request`: those named, or all of them."""
-    shown = {name: SHARED[name].annotation for name in (names or SHARED)} | LAYERS
+def requests(*names: str, layers: Sequence[str] = tuple(LAYERS)) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that puts shared options where a verb has its parameter `request`: those named, or all, and `layers`."""
+    shown = {name: SHARED[name].annotation for name in (names or SHARED)} | {name: LAYERS[name] for name in layers}
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         def command(**given: Any) -> None:
-            preset, config, sets = (given.pop(name) for name in LAYERS)
+            preset, config, sets = (given.pop(name, None) for name in LAYERS)
             options = {SHARED[name].key: given.pop(name) for name in shown if name in SHARED}
             request = Request(preset, config, sets or [], {key: value for key, value in options.items() if value is not None})
             verb(request=request, **given)

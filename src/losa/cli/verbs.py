@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from losa.cli.options import AsJson, DryRun, KeepModels, Model, Output, Overwrite, Request, Resume, Trust, requests
+from losa.cli.options import AsJson, DryRun, KeepModels, Model, Output, Overwrite, Request, Resume, requests
 from losa.cli.serving import bench, chat, generate, push, serve
+from losa.cli.storing import pack, round_, unpack
 from losa.cli.terminal import OTHERS, err, heavy, out, quiet, say
 from losa.system.signals import Interrupted, end_quietly, raised
 
@@ -270,63 +271,9 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command()
-def pack(
-    directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.")],
-    packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
-    values: Annotated[
-        str,
-        typer.Option(
-            help="`bfloat16` keeps every weight; `int8` and `int4` round them, with scales of rows or groups, unless "
-            "`--values` of run or prune did so already."
-        ),
-    ] = "bfloat16",
-    head: Annotated[
-        str | None,
-        typer.Option(help="The output head: `int8`, `int4`, or `keep` it dense. By default int8 where values are rounded."),
-    ] = None,
-    trust_remote_code: Trust = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Store a sparse checkpoint small: one bit for every weight, one number for every weight that is not zero.
-
-    At 70 % zeros that is 0.36 of the dense linear layers (0.21 with int8 values, 0.15 with int4). `losa.load`, `losa generate`,
-    `losa eval` and transformers with `losa.SparseConfig` run it packed; `losa unpack` gives the checkpoint back.
-    """
-    from losa.report.content import size
-    from losa.runtime.files import pack_checkpoint
-
-    quiet()
-    done = pack_checkpoint(directory, packed, values, bool(trust_remote_code), head, overwrite)
-    say(
-        f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: "
-        f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense"
-    )
-    if values != "bfloat16":
-        kept = "no weight changed: the checkpoint was on this grid already" if done["lossless"] else "weights were rounded"
-        hint = "" if done["lossless"] else f"; losa run --values {values} has the model make up for that"
-        say(f"{values}: {kept}{hint}")
-    if done["head_bytes"]:
-        say(f"and the output head in {done['head']}: {size(done['head_bytes'])}")
-    say(f"saved and verified: {packed}")
-
-
-@app.command()
-def unpack(
-    packed: Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.")],
-    directory: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
-    trust_remote_code: Trust = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """The dense checkpoint of a packed one, with its zeros; bit for bit what was packed, for bfloat16 values."""
-    from losa.runtime.files import unpack_checkpoint
-
-    quiet()
-    say(f"unpacked {unpack_checkpoint(packed, directory, bool(trust_remote_code), overwrite)} layers: {directory}")
-
-
-for _serving in (generate, chat, serve, bench, push):
-    app.command()(_serving)
+app.command(name="round")(round_)
+for _verb in (pack, unpack, generate, chat, serve, bench, push):
+    app.command()(_verb)
 
 
 @app.command()

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from losa.data.prepare import looks_like_a_path
 from losa.system.output import RECORD, commit, fresh
 from losa.system.writing import to_json, writing
 
 
 def shard_size(source: str) -> str | int:
     """Largest shard of the source checkpoint in bytes, so that the result is sharded alike; 50 GB when it is one file."""
-    if not source:
+    if not source or (looks_like_a_path(source) and not Path(source).exists()):
         return "50GB"
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     if index is None:

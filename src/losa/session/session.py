@@ -96,7 +96,7 @@ class Session:
         there is one, is claimed (`output.claim`).
 
         Args:
-            kind: "run", or "prune" for a session without training.
+            kind: "run"; "prune", without training; or "round", of a model that is sparse already.
             data: the texts (`data.read_run`); read here when None.
             overwrite: replace what an earlier command left in the output.
             documents: what people read about the result, by file name, of its record and its name.
@@ -112,7 +112,8 @@ class Session:
         check_decoder(decoder, config)
         if config.rotate:
             find_value_paths(model)
-        warn_of_zeros(decoder)
+        if kind != "round":
+            warn_of_zeros(decoder)
         if kind == "run":
             check_precision(model, config)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
@@ -185,7 +186,7 @@ class Session:
 
     @property
     def kind(self) -> str:
-        """Either "run", or "prune" for a session without training."""
+        """What `start` was told."""
         kind: str = self.record["kind"]
         return kind
 

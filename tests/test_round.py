@@ -1,0 +1,64 @@
+"""Promised: a result that is rounded later is the one that a run with these values makes, to the bit; other directories are
+refused, and what they hold stays."""
+
+import pytest
+import torch
+from helpers import record_of, set_up, tensors, toy_config, toy_run
+
+from losa import prune
+from losa.commands.round import round_result
+from losa.models import load
+from losa.runtime.files import pack_checkpoint
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = set_up(tmp_path_factory.mktemp("round"))
+    toy_run(folder, steps=1)
+    return folder
+
+
+def test_rounding_later_is_rounding_in_the_run(folder, tmp_path):
+    toy_run(folder, steps=1, output=str(tmp_path / "at-once"), values="int4")
+    made = round_result(folder / "sparse", tmp_path / "later", {"values": "int4"})
+    at_once, later = tensors(tmp_path / "at-once"), tensors(tmp_path / "later")
+    assert at_once.keys() == later.keys()
+    assert all(torch.equal(at_once[name], later[name]) for name in at_once)
+    expected, found = record_of(tmp_path / "at-once"), record_of(tmp_path / "later")
+    assert found == made
+    for part in ("kind", "perplexity", "sparsity", "evaluation", "steps", "text_sha256"):
+        assert found[part] == pytest.approx(expected[part]) if part == "perplexity" else found[part] == expected[part]
+    assert found["config"] == expected["config"] | {"output": str(tmp_path / "later")}
+    assert found["seconds"].keys() == expected["seconds"].keys()
+    assert found["samples"].keys() == expected["samples"].keys()
+    assert "before rounding" in (tmp_path / "later" / "report.html").read_text()
+
+
+def test_what_pruning_left_is_rounded_too(folder, tmp_path):
+    config = toy_config(folder, output=str(tmp_path / "pruned"), steps=1, rates="uniform", pruner="wanda")
+    prune(*load(config), config)
+    found = round_result(tmp_path / "pruned", tmp_path / "int8", {"values": "int8"})
+    assert found["kind"] == "prune" and list(found["perplexity"]) == ["dense", "unrounded", "pruned"]
+    assert pack_checkpoint(tmp_path / "int8", tmp_path / "packed", "int8", head="keep")["lossless"]
+    with pytest.raises(ValueError, match=r"values is 'int8', expected none: .*int8 was rounded by the run"):
+        round_result(tmp_path / "int8", tmp_path / "again", {"values": "int4"})
+
+
+def test_what_cannot_be_rounded_is_refused(folder, tmp_path):
+    before = record_of(folder / "sparse")
+    pack_checkpoint(folder / "sparse", tmp_path / "packed")
+    (tmp_path / "packed" / "losa.json").write_bytes((folder / "sparse" / "losa.json").read_bytes())
+    for directory, changes, error in (
+        (folder / "model", {"values": "int4"}, r"has no losa\.json"),
+        (tmp_path / "packed", {"values": "int4"}, "losa unpack gives"),
+        (folder / "sparse", {}, "values is None, expected int8 or int4"),
+        (folder / "sparse", {"values": "int5"}, "expected int8 or int4"),
+        (folder / "sparse", {"values": "int4", "train.data": "nowhere.txt"}, r"nowhere\.txt"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            round_result(directory, tmp_path / "out", changes)
+    with pytest.raises(ValueError, match="is the model itself"):
+        round_result(folder / "sparse", folder / "sparse", {"values": "int4"}, overwrite=True)
+    assert not (tmp_path / "out").exists() and record_of(folder / "sparse") == before
