@@ -1,4 +1,4 @@
-"""The `losa` command: its verbs (`verbs.py`, `storing.py`, `serving.py`), the options they share, its tables, and the terminal."""
+"""The `losa` command: its verbs (`verbs.py`, `storing.py`, `serving.py`), their options, its tables, and the terminal."""
 
 from losa.cli.verbs import app, main
 
