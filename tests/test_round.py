@@ -1,5 +1,5 @@
-"""Promised: a result that is rounded later is the one that a run with these values makes, to the bit; other directories are
-refused, and what they hold stays."""
+"""Promised: a float32 result that is rounded later is the one that a run with these values makes, to the bit (one of bfloat16 was
+rounded to that in between); other directories are refused, and what they hold stays."""
 
 import pytest
 import torch
