@@ -125,7 +125,7 @@ def put_on_grid(session: Session) -> None:
     """Rounds the surviving weights to `config.values`."""
     config = session.config
     assert config.values is not None
-    if session.kind == "run":
+    if session.kind != "prune":
         session.measure("unrounded")
     with session.timed("rounding"):
         walk_blocks(

@@ -77,8 +77,7 @@ def effective_weight(
         return build(W_OI, bits, A_RI, B_OR, scale, result_OI)
     table = byte_table(W_OI.device)
     for rows in panels(W_OI.shape, W_OI.device):
-        sum_PI = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
-        result_OI[rows] = sum_PI
+        result_OI[rows] = torch.addmm(W_OI[rows].to(A_RI.dtype), B_OR[rows], A_RI, alpha=scale)
         mask_(result_OI[rows], bits, rows, table)
     return result_OI
 

@@ -48,9 +48,7 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
         model, tokenizer = load(config)
         linears = find_decoder(model).linears().items()
         vars(model)["losa_masks"] = {f"{name}.weight": linear.weight != 0 for name, linear in linears}
-        how: dict[str, Any] = {"data": data, "overwrite": overwrite, "documents": documents}
-        session = Session.start(model, tokenizer, config, kind="round", **how)
-        session.measure("unrounded")
+        session = Session.start(model, tokenizer, config, kind="round", data=data, overwrite=overwrite, documents=documents)
         put_on_grid(session)
         session.config = replace(session.config, model=made.model, rotate=made.rotate)
         session.record = _continued(record, session.record, last)

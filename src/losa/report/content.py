@@ -15,8 +15,13 @@ from typing import Any
 from losa.config import LosaConfig
 from losa.runtime.values import TYPES
 
-TITLES = {"dense": "dense", "pruned": "pruned only", "reconstructed": "reconstructed"}
-TITLES |= {"unrounded": "before rounding", "losa": "LoSA"}
+TITLES = {
+    "dense": "dense",
+    "pruned": "pruned only",
+    "reconstructed": "reconstructed",
+    "unrounded": "before rounding",
+    "losa": "LoSA",
+}
 # Of `losa run` and `losa prune`; every other key is a --set.
 OPTIONS = {
     "output": "--output",

@@ -97,7 +97,7 @@ def _leave_in_files(model: nn.Module, files: Iterable[str | Path]) -> list[int]:
     embeddings = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     tables = {name: module.weight for name, module in embeddings.items() if module.weight.data_ptr() not in others}
     left = []
-    for file in files:
+    for file in files if tables else ():
         for name, found in read_tensors(Path(file), lambda name, shape: name in tables and shape == list(tables[name].shape)):
             if found.dtype == tables[name].dtype:
                 left.append(tables[name].data_ptr())
