@@ -16,7 +16,7 @@ namespace losa {
 bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out);
 void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
 void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
-                    int32_t* sums);
+                    int32_t* starts);
 // The next `words` of a strip, at most 64, as as many registers of 64 int8.
 void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes);
 // What a strip's sums of digits add to the outputs, sums [3 digits, 16 tokens, 16 rows] over words from `word` on; and
@@ -56,9 +56,6 @@ inline __m512i opaque(__m512i v) {
 // memory is a fifth slower than a load and an expand (docs/LOG.md).
 inline __m512i expand16(__mmask32 m, __m512i packed) {
   return _mm512_mask_expand_epi16(opaque(_mm512_setzero_si512()), m, opaque(packed));
-}
-inline __m512i expand8(__mmask64 m, __m512i packed) {
-  return _mm512_mask_expand_epi8(opaque(_mm512_setzero_si512()), m, opaque(packed));
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ struct Unpack {
     const __m512i table = _mm512_xor_si512(
         _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNumbers<4>.of))), flip);
     for (int64_t i = 0; i < n; i += 32) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + i + kAhead, _MM_HINT_T0);
       const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
       const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
       _mm512_storeu_si512(out + 2 * i, _mm512_shuffle_epi8(table, apart));
@@ -27,33 +28,24 @@ struct Unpack {
   }
 };
 
-// The next word, expanded, every weight xor `flip`. What shares bytes was flipped when it was unpacked, so zeros are
-// all that is left.
+// The next word, expanded, every weight xor `flip`; and asks for values that come later. What shares bytes was flipped
+// when it was unpacked, and its codes were asked for then.
 template <ValueType V>
 inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
   const uint64_t m = load64(mask);
-  const __m512i packed = opaque(_mm512_loadu_si512(v));
+  __m512i packed = _mm512_loadu_si512(v);
+  if constexpr (row_of(V).bits == 8) {
+    _mm_prefetch(reinterpret_cast<const char*>(v) + kAhead, _MM_HINT_T0);
+    packed = _mm512_xor_si512(opaque(packed), flip);
+  }
   v += __builtin_popcountll(m);
-  if constexpr (row_of(V).bits < 8) return _mm512_mask_expand_epi8(opaque(flip), m, packed);
-  return _mm512_xor_si512(expand8(m, packed), flip);
+  return _mm512_mask_expand_epi8(opaque(flip), m, opaque(packed));
 }
 
-// Asks for the values that come after those of the words at hand, a line or less with every word.
-struct Ahead {
-  const char* next;
-  int64_t step;
-  inline void word() {
-    _mm_prefetch(next, _MM_HINT_T0);
-    next += step;
-  }
-};
-
-template <ValueType V>
-inline Ahead advance(const Packed& p, Feed& feed, const uint8_t* mask, int64_t words, __m512i flip) {
-  for (int64_t b = 0; b < 8 * words; b += 64) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + b, _MM_HINT_T0);
-  const char* values = static_cast<const char*>(p.values) + feed.value * row_of(V).bits / 8;
-  const int64_t n = feed.next<V>(mask, words, Unpack{flip});
-  return {values + kAhead, n * row_of(V).bits / 8 / words + 1};
+// Asks for the masks that come after those of a block.
+inline void masks_ahead(const uint8_t* mask) {
+  _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + 64, _MM_HINT_T0);
 }
 
 // Words between two conversions of integer sums to floats: a group of int4 values, all that was fed of int8.
@@ -77,68 +69,63 @@ inline __m512 levels_of(const Packed& p, int64_t strip, int64_t word) {  // leve
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bytes, 19), _mm512_set1_epi32((127 - 15) << 23)));
 }
 
-// The instruction multiplies unsigned by signed bytes: the weights become w + 128 (one xor), the activations stay
-// signed, and what 128 added, 128 times the sum of the activations' digits, is known before the weight is read: sums
-// begin at its negative.
-template <int D>
-inline __m512i start(const Activations& in, int64_t word, int64_t end, int64_t t, int64_t d) {
-  int32_t sum = 0;
-  for (int64_t block = word / kBlock; block * kBlock < end; ++block)
-    sum += in.byte_sums[(block * D + d) * in.tokens + t];
-  return _mm512_set1_epi32(-128 * sum);
-}
+// The instruction multiplies unsigned by signed bytes: the weights become w + 128, which is w xor -128, the activations
+// stay signed, and what 128 added, 128 times the sum of the activations' digits, is known before the weight is read:
+// sums begin at its negative, Activations::starts.
+inline __m512i unsigned_flip() { return _mm512_set1_epi8(-128); }
 
 // ---- one to four tokens: sums in registers -----------------------------------------------------------------------
 
+// Adds a block of up to 16 words, whose digits are `x`, to the tokens' totals.
+template <ValueType V, int T, int D>
+inline void add_block(const uint8_t* mask, const int8_t*& v, int64_t n, const int8_t* x, const int32_t* starts,
+                      __m512 level, __m512 (&total)[T]) {
+  constexpr int kChains = T == 1 ? 2 : 1;  // enough independent sums to hide the dot product's latency
+  const __m512i flip = unsigned_flip();
+  __m512i a[kChains][T][D];
+  for (int t = 0; t < T; ++t)
+    for (int d = 0; d < D; ++d) {
+      a[0][t][d] = _mm512_set1_epi32(starts[d * T + t]);
+      if constexpr (kChains == 2) a[1][t][d] = _mm512_setzero_si512();
+    }
+  const auto add = [&](int64_t word, int chain) __attribute__((always_inline)) {
+    const __m512i weights = expanded<V>(mask + 8 * word, v, flip);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 3
+      for (int d = 0; d < D; ++d) {
+        const int32_t digits = int32_t(load32(x + (d * T + t) * kGroup + 4 * word));
+        a[chain][t][d] = _mm512_dpbusd_epi32(a[chain][t][d], weights, _mm512_set1_epi32(digits));
+      }
+  };
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) add(i + j, j % kChains);
+  }
+  for (; i < n; ++i) add(i, 0);
+  for (int t = 0; t < T; ++t) {
+    if constexpr (kChains == 2)
+      for (int d = 0; d < D; ++d) a[0][t][d] = _mm512_add_epi32(a[0][t][d], a[1][t][d]);
+    total[t] = drained<V, D>(a[0][t], level, total[t]);
+  }
+}
+
 template <ValueType V, int T, int D>
 bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  constexpr int kChains = T == 1 ? 2 : 1;  // enough independent sums to hide the dot product's latency
-  const __m512i flip = _mm512_set1_epi8(-128);
   Feed feed(p, p.offsets[strip]);
   __m512 total[T];
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
   for (int64_t first = 0; first < p.words; first += kFeed) {
-    const int64_t fed = std::min(kFeed, p.words - first);
-    Ahead ahead = advance<V>(p, feed, p.mask_of(strip, first), fed, flip);
-    const uint8_t* mask = feed.mask;
+    const int64_t end = std::min(p.words, first + kFeed);
+    feed.next<V>(p.mask_of(strip, first), end - first, Unpack{unsigned_flip()});
     const int8_t* v = feed.values;
-    for (int64_t w = first; w < first + fed; w += kDrain<V>) {
-      const int64_t end = std::min(first + fed, w + kDrain<V>);
-      __m512i a[T][kChains][D];
-      for (int t = 0; t < T; ++t)
-        for (int d = 0; d < D; ++d) {
-          a[t][0][d] = start<D>(in, w, end, t, d);
-          if constexpr (kChains == 2) a[t][1][d] = _mm512_setzero_si512();
-        }
-      const auto one = [&](const int8_t* x, int chain) __attribute__((always_inline)) {
-        ahead.word();
-        const __m512i weights = expanded<V>(mask, v, flip);
-        mask += 8;
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 3
-          for (int d = 0; d < D; ++d)
-            a[t][chain][d] =
-                _mm512_dpbusd_epi32(a[t][chain][d], weights, _mm512_set1_epi32(int(load32(x + (d * T + t) * kGroup))));
-      };
-      for (int64_t i = w; i < end; i += kBlock) {
-        const int8_t* x = in.bytes + i / kBlock * D * T * kGroup;
-        const int64_t n = std::min(kBlock, end - i);
-        int64_t j = 0;
-        for (; j + 4 <= n; j += 4) {
-          one(x + 4 * j, 0);
-          one(x + 4 * j + 4, kChains - 1);
-          one(x + 4 * j + 8, 0);
-          one(x + 4 * j + 12, kChains - 1);
-        }
-        for (; j < n; ++j) one(x + 4 * j, 0);
-      }
-      const __m512 level = levels_of<V>(p, strip, w);
-      for (int t = 0; t < T; ++t) {
-        if constexpr (kChains == 2)
-          for (int d = 0; d < D; ++d) a[t][0][d] = _mm512_add_epi32(a[t][0][d], a[t][1][d]);
-        total[t] = drained<V, D>(a[t][0], level, total[t]);
-      }
+    for (int64_t w = first; w < end; w += kBlock) {
+      const uint8_t* mask = feed.mask + 8 * (w - first);
+      const int64_t block = w / kBlock * D * T;
+      masks_ahead(mask);
+      add_block<V, T, D>(mask, v, std::min(kBlock, end - w), in.bytes + block * kGroup, in.starts + block,
+                         levels_of<V>(p, strip, w), total);
     }
   }
   for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(total[t], _mm512_set1_ps(in.unit[t])));
@@ -149,10 +136,10 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
 
 template <ValueType V>
 inline void expand(const Packed& p, Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
-  Ahead ahead = advance<V>(p, feed, from, words, flip);
+  feed.next<V>(from, words, Unpack{flip});
   const int8_t* v = feed.values;
   for (int64_t i = 0; i < words; ++i) {
-    ahead.word();
+    if (i % kBlock == 0) masks_ahead(from + 8 * i);
     _mm512_store_si512(bytes + i * kWordBits8, expanded<V>(feed.mask + 8 * i, v, flip));
   }
 }
@@ -163,16 +150,24 @@ void add_words(const int8_t* bytes, int64_t w, int64_t end, const Activations& i
                float* out) {
   __m512i a[N][D];
   for (int t = 0; t < N; ++t)
-    for (int d = 0; d < D; ++d) a[t][d] = start<D>(in, w, end, t_0 + t, d);
-  for (int64_t i = w; i < end; ++i, bytes += kWordBits8) {
-    const __m512i weights = _mm512_load_si512(bytes);
-    const int8_t* x = in.bytes + (i / kBlock * D * in.tokens + t_0) * kGroup + i % kBlock * 4;
+    for (int d = 0; d < D; ++d) {
+      int32_t start = 0;
+      for (int64_t block = w / kBlock; block * kBlock < end; ++block)
+        start += in.starts[(block * D + d) * in.tokens + t_0 + t];
+      a[t][d] = _mm512_set1_epi32(start);
+    }
+  const int64_t digit = in.tokens * kGroup;
+  for (; w < end; w += kBlock) {
+    const int8_t* x = in.bytes + (w / kBlock * D * in.tokens + t_0) * kGroup;
+    for (const int8_t* last = bytes + std::min(kBlock, end - w) * kWordBits8; bytes < last; bytes += kWordBits8, x += 4) {
+      const __m512i weights = _mm512_load_si512(bytes);
 #pragma GCC unroll 8
-    for (int t = 0; t < N; ++t)
+      for (int t = 0; t < N; ++t)
 #pragma GCC unroll 3
-      for (int d = 0; d < D; ++d)
-        a[t][d] =
-            _mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + (d * in.tokens + t) * kGroup))));
+        for (int d = 0; d < D; ++d)
+          a[t][d] = opaque(
+              _mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + d * digit + t * kGroup)))));
+    }
   }
   for (int t = 0; t < N; ++t)
     _mm512_storeu_ps(out + (t_0 + t) * kStrip, drained<V, D>(a[t], level, _mm512_loadu_ps(out + (t_0 + t) * kStrip)));
@@ -190,7 +185,7 @@ bool stream_many(const Packed& p, const Activations& in, int64_t strip, float* o
   const int64_t parts = (in.tokens + kTokens - 1) / kTokens;
   for (int64_t first = 0; first < p.words; first += kFeed) {
     const int64_t fed = std::min(kFeed, p.words - first);
-    expand<V>(p, feed, p.mask_of(strip, first), fed, bytes, _mm512_set1_epi8(-128));
+    expand<V>(p, feed, p.mask_of(strip, first), fed, bytes, unsigned_flip());
     for (int64_t w = first; w < first + fed; w += kDrain<V>) {
       const __m512 level = levels_of<V>(p, strip, w);
       for (int64_t part = 0; part < parts; ++part) {  // even parts: 10 tokens are 5 + 5
@@ -283,7 +278,7 @@ void times_units(const Activations& in, float* out) {
 }
 
 void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
-                    int32_t* sums) {
+                    int32_t* starts) {
   const float most =
       digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;  // a largest activation may round to a step more
   const __m512 low = _mm512_set1_ps(-most), high = _mm512_set1_ps(most), times = _mm512_set1_ps(steps);
@@ -303,7 +298,8 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
         q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], _mm512_set1_epi32(128)), 8);
       }
       const __m512i digit = _mm512_loadu_si512(bytes + place * kGroup);
-      sums[place] = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digit));
+      const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digit);
+      starts[place] = -128 * _mm512_reduce_add_epi32(sums);
     }
   }
 }

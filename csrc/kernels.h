@@ -132,10 +132,10 @@ struct Activations {
   // Values that are integers, where Kernels::digits is there: the same numbers in fixed point, as `digits` signed
   // integers of Kernels::digit_bytes, lowest first. Of one byte: x = unit * (digit_0 + 256 * (digit_1 + 256 *
   // digit_2)); of two: x = unit * (digit_0 + 32768 * digit_1).
-  int64_t digits;            // for numbers of 15 and of 23 bits: 2 or 3 of one byte, 1 or 2 of two
-  const int8_t* bytes;       // [blocks of 64 columns, digits, tokens, 64 of digit_bytes]
-  const int32_t* byte_sums;  // [blocks, digits, tokens]
-  const float* unit;         // [tokens] value of one fixed-point step
+  int64_t digits;         // for numbers of 15 and of 23 bits: 2 or 3 of one byte, 1 or 2 of two
+  const int8_t* bytes;    // [blocks of 64 columns, digits, tokens, 64 of digit_bytes]
+  const int32_t* starts;  // [blocks, digits, tokens] -128 times the sum of a block's digits, where they are bytes
+  const float* unit;      // [tokens] value of one fixed-point step
 };
 
 struct Kernels {
@@ -156,11 +156,10 @@ struct Kernels {
   // sum_TS [tokens, 32] (+)= x [tokens, 2 * kTilePairs] times two decoded strips. `accumulate` false overwrites.
   void (*multiply)(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens,
                    bool accumulate, float* sum_TS);
-  // One token as `digits` digits of `steps` * x, rounded to nearest, and, of bytes, their sums over every 64 columns:
-  // bytes [blocks, digits, tokens, 64] and sums [blocks, digits, tokens] of Activations, from the token's own places
-  // on. Null: stream takes bfloat16 only.
+  // One token as `digits` digits of `steps` * x, rounded to nearest: bytes [blocks, digits, tokens, 64] and starts
+  // [blocks, digits, tokens] of Activations, from the token's own places on. Null: stream takes bfloat16 only.
   void (*digits)(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
-                 int32_t* sums);
+                 int32_t* starts);
   // y of 16 rows: sum * scale + shift, rounded to nearest, ties to even.
   void (*round)(const float* sum, const float* scale, const float* shift, bf16* y);
   // What else a decoder block computes, for one token: see block.h.

@@ -62,13 +62,13 @@ int64_t token_grain(int64_t columns) { return std::max<int64_t>(1, 8192 / (colum
 struct FixedPoint {
   int64_t digits;
   std::vector<int8_t> bytes;
-  std::vector<int32_t> sums;
+  std::vector<int32_t> starts;
   std::vector<float> unit;
 
   FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int bits, const Parallel& parallel)
       : digits(divide_up(bits, 8 * k.digit_bytes)),
         bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup * k.digit_bytes)),
-        sums(size_t(divide_up(columns, kGroup) * digits * tokens)),
+        starts(size_t(divide_up(columns, kGroup) * digits * tokens)),
         unit(size_t(tokens)) {
     parallel(0, tokens, token_grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -79,7 +79,7 @@ struct FixedPoint {
         exponent = std::max(exponent, -100);         // of zeros: keeps the unit and its inverse normal floats
         unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
         k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens,
-                 bytes.data() + t * kGroup * k.digit_bytes, sums.data() + t);
+                 bytes.data() + t * kGroup * k.digit_bytes, starts.data() + t);
       }
     });
   }
@@ -135,7 +135,7 @@ struct Job {
 
   void by_digits(const bf16* x, int64_t tokens, int bits) {
     const FixedPoint fixed(k, x, tokens, columns(), bits, parallel);
-    stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.sums.data(), fixed.unit.data()});
+    stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.starts.data(), fixed.unit.data()});
   }
 
   void by_pairs(const bf16* x, int64_t tokens) {
