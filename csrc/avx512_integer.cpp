@@ -135,7 +135,7 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
 // ---- up to sixteen: words expanded once, into the L1 cache -------------------------------------------------------
 
 template <ValueType V>
-inline void expand(const Packed& p, Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
+inline void expand(Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
   feed.next<V>(from, words, Unpack{flip});
   const int8_t* v = feed.values;
   for (int64_t i = 0; i < words; ++i) {
@@ -159,14 +159,15 @@ void add_words(const int8_t* bytes, int64_t w, int64_t end, const Activations& i
   const int64_t digit = in.tokens * kGroup;
   for (; w < end; w += kBlock) {
     const int8_t* x = in.bytes + (w / kBlock * D * in.tokens + t_0) * kGroup;
-    for (const int8_t* last = bytes + std::min(kBlock, end - w) * kWordBits8; bytes < last; bytes += kWordBits8, x += 4) {
+    for (const int8_t* last = bytes + std::min(kBlock, end - w) * kWordBits8; bytes < last;
+         bytes += kWordBits8, x += 4) {
       const __m512i weights = _mm512_load_si512(bytes);
 #pragma GCC unroll 8
       for (int t = 0; t < N; ++t)
 #pragma GCC unroll 3
         for (int d = 0; d < D; ++d)
-          a[t][d] = opaque(
-              _mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + d * digit + t * kGroup)))));
+          a[t][d] =
+              opaque(_mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + d * digit + t * kGroup)))));
     }
   }
   for (int t = 0; t < N; ++t)
@@ -185,7 +186,7 @@ bool stream_many(const Packed& p, const Activations& in, int64_t strip, float* o
   const int64_t parts = (in.tokens + kTokens - 1) / kTokens;
   for (int64_t first = 0; first < p.words; first += kFeed) {
     const int64_t fed = std::min(kFeed, p.words - first);
-    expand<V>(p, feed, p.mask_of(strip, first), fed, bytes, unsigned_flip());
+    expand<V>(feed, p.mask_of(strip, first), fed, bytes, unsigned_flip());
     for (int64_t w = first; w < first + fed; w += kDrain<V>) {
       const __m512 level = levels_of<V>(p, strip, w);
       for (int64_t part = 0; part < parts; ++part) {  // even parts: 10 tokens are 5 + 5
@@ -238,7 +239,7 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
   Feed feed(p, cursor.value);
   for (int64_t i = 0; i < pairs / 2; i += kFeed) {
     const int64_t fed = std::min(kFeed, pairs / 2 - i);
-    expand<V>(p, feed, p.mask_of(strip, first / 2 + i), fed, bytes, _mm512_setzero_si512());
+    expand<V>(feed, p.mask_of(strip, first / 2 + i), fed, bytes, _mm512_setzero_si512());
     for (int64_t j = 0; j < fed; j += kBlock) {
       const __m512 level = levels_of<V>(p, strip, first / 2 + i + j);
       const __m512 low = _mm512_permutexvar_ps(low_rows, level);
@@ -307,7 +308,7 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
 void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes) {
   Feed feed(p, cursor.value);
   with_type<ValueType::kInt8>(p.type,
-                              [&](auto type) { expand<type>(p, feed, mask, words, bytes, _mm512_setzero_si512()); });
+                              [&](auto type) { expand<type>(feed, mask, words, bytes, _mm512_setzero_si512()); });
   cursor = {feed.value, cursor.ok && feed.ok};
 }
 

@@ -187,6 +187,20 @@ def test_a_roomy_layer_equals_transformers(token_ids):
     assert torch.equal(layer.update(*states)[0], states[0])
 
 
+@torch.no_grad()
+def test_what_is_asked_once_a_text_is_asked_again_after_another_road(tmp_path, token_ids, monkeypatch):
+    packed, _ = make(tmp_path)
+    ids, asked, heard = token_ids(1, 30), [], []
+    holds = type(step_of(packed).plan).holds
+    monkeypatch.setattr(type(step_of(packed).plan), "holds", lambda plan: asked.append(1) or holds(plan))
+    _, cache = decode(packed, ids[:, :20])
+    assert len(asked) == 1
+    packed.model.layers[0].register_forward_hook(lambda *_: heard.append(1))
+    packed(input_ids=ids[:, 20:25], past_key_values=cache, use_cache=True)
+    packed(input_ids=ids[:, 25:26], past_key_values=cache, use_cache=True)
+    assert len(asked) == len(heard) == 2
+
+
 def test_a_copy_has_a_step_of_its_own(tmp_path, token_ids):
     packed, _ = make(tmp_path)
     other = copy.deepcopy(packed)

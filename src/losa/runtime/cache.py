@@ -15,10 +15,14 @@ class RoomyLayer(DynamicLayer):
     Attributes:
         rooms: keys and values, `[batch, heads, tokens that fit, width]` each.
         length: tokens held; what is behind them is not initialised.
+        fits: tokens up to which it need not grow; 0 while the rooms are what somebody brought.
+        plan: what the compiled step decoded the last token by (`decode.DecodeStep`); None where it came another way.
     """
 
     rooms: list[Tensor]
     length: int
+    fits: int
+    plan: Tensor | None = None
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -47,12 +51,14 @@ class RoomyLayer(DynamicLayer):
         rooms: list[Tensor] = self.__dict__.setdefault("rooms", [torch.empty(0), torch.empty(0)])
         rooms[index] = torch.empty(0) if held is None else held
         self.length = rooms[index].shape[2] if rooms[index].ndim == 4 else 0
+        self.fits = 0
 
     def reserve(self, tokens: int) -> None:
         """Room for so many more."""
         needed = self.length + tokens
-        if needed > self.rooms[0].shape[2] or not self.rooms[0].is_contiguous() or not self.rooms[1].is_contiguous():
+        if needed > self.fits:
             self.rooms = [self._grown(held, needed) for held in self.rooms]
+            self.fits = self.rooms[0].shape[2]
 
     def _grown(self, held: Tensor, needed: int) -> Tensor:
         room = held.new_empty(*held.shape[:2], needed + max(ROOM, needed // 4), held.shape[3])
@@ -61,6 +67,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends, as the Cache API asks."""
+        self.plan = None
         if not self.length:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states

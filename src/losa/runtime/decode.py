@@ -105,14 +105,12 @@ class _Plan:
         held = ([*tensors, final.weight], [*weights, final.weight], places, list(blocks))
         return cls(*held, shape, final.variance_epsilon, attention.scaling, *numbers)
 
-    def laid_out(self) -> Tensor:
-        """The plan of `losa::decode_plan`; made anew where layers were moved."""
+    def lay_out(self) -> None:
+        """Makes `laid`, anew where layers were moved."""
         values = [weight.data_ptr() for weight in self.weights]
         if self.laid.plan is None or values != self.laid.values:
             held = [tensor.detach() for tensor in self.tensors]
             self.laid = _Laid(torch.ops.losa.decode_plan(held, self.shape, self.values), values, held)
-        assert self.laid.plan is not None
-        return self.laid.plan
 
     def holds(self) -> bool:
         """Whether the modules are still those, on the CPU, and nobody listens to the blocks."""
@@ -173,29 +171,42 @@ class DecodeStep:
             return False
         if kwargs.get("inputs_embeds") is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             return False
-        if len(cache.layers) != len(self.plan.blocks) or not self.plan.holds():
-            return False
-        if not all(type(layer) is RoomyLayer or type(layer) is DynamicLayer for layer in cache.layers):
+        if not self._follows(cache) and not self._begins(cache):
             return False
         length = cache.get_seq_length()
         if length == 0 or (places is not None and int(places[0, -1]) != length):
             return False
         return mask is None or (mask.ndim == 2 and mask.shape[1] == length + 1 and bool(mask.all()))
 
+    def _follows(self, cache: DynamicCache) -> bool:
+        """Whether the token before came this way, by the plan that holds now: then it is not asked again whether it does, which
+        would take a twentieth of a small model's step. So a layer that is moved is noticed at the next text."""
+        plan = self.plan.laid.plan
+        return plan is not None and bool(cache.layers) and getattr(cache.layers[0], "plan", None) is plan
+
+    def _begins(self, cache: DynamicCache) -> bool:
+        """Whether a text can go on this way; lays the plan out."""
+        if len(cache.layers) != len(self.plan.blocks) or not self.plan.holds():
+            return False
+        if not all(type(layer) is RoomyLayer or type(layer) is DynamicLayer for layer in cache.layers):
+            return False
+        self.plan.lay_out()
+        return True
+
     def _step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
         """The hidden state `[1, 1, H]` that the head takes; appends to the cache."""
-        length = cache.get_seq_length()
+        length, plan = cache.get_seq_length(), self.plan
         layers: list[RoomyLayer] = []
         for index, layer in enumerate(cache.layers):
             roomy = layer if isinstance(layer, RoomyLayer) else RoomyLayer(layer.keys, layer.values)
             roomy.reserve(1)
             cache.layers[index] = roomy
             layers.append(roomy)
+        layers[0].plan = plan.laid.plan
         x = self.decoder.embed_tokens(ids)
         cosine, sine = self.decoder.rotary_emb(x, position_ids=torch.full((1, 1), length))
-        plan = self.plan
         hidden: Tensor = torch.ops.losa.decode_step(
-            x, plan.laid_out(), [layer.rooms[0] for layer in layers], [layer.rooms[1] for layer in layers], cosine, sine,
+            x, plan.laid.plan, [layer.rooms[0] for layer in layers], [layer.rooms[1] for layer in layers], cosine, sine,
             plan.epsilon, plan.scaling, length, plan.kernel,
         )  # fmt: skip
         for layer in layers:
