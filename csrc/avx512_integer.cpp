@@ -98,12 +98,12 @@ inline void add_block(const uint8_t* mask, const int8_t*& v, int64_t n, const in
         a[chain][t][d] = _mm512_dpbusd_epi32(a[chain][t][d], weights, _mm512_set1_epi32(digits));
       }
   };
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) add(i + j, j % kChains);
+  if (n == kBlock) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlock; ++i) add(i, i % kChains);
+  } else {
+    for (int64_t i = 0; i < n; ++i) add(i, 0);
   }
-  for (; i < n; ++i) add(i, 0);
   for (int t = 0; t < T; ++t) {
     if constexpr (kChains == 2)
       for (int d = 0; d < D; ++d) a[0][t][d] = _mm512_add_epi32(a[0][t][d], a[1][t][d]);
