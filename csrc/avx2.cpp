@@ -143,7 +143,7 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
 constexpr decltype(Kernels::stream) kStream[4] = {stream_as<1>, stream_as<2>, stream_as<3>, stream_as<4>};
 
 bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  if (p.type != ValueType::kBFloat16) return avx2_stream_integers(p, in, strip, out);
+  if (is_integer(p.type)) return avx2_stream_integers(p, in, strip, out);
   return kStream[in.tokens - 1](p, in, strip, out);
 }
 
@@ -168,7 +168,7 @@ inline void decode_words(Reader<kSafe>& reader, const uint8_t* mask, int64_t n, 
 }
 
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  if (p.type != ValueType::kBFloat16) return avx2_decode_integers(p, cursor, strip, first, pairs, tile);
+  if (is_integer(p.type)) return avx2_decode_integers(p, cursor, strip, first, pairs, tile);
   cursor = by_blocks<Reader>(p, cursor, pairs, [&](auto& reader, int64_t i, int64_t n) {
     decode_words(reader, p.mask_of(strip, first + i), n, tile + i * kWordBits16);
   });

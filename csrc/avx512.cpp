@@ -108,8 +108,7 @@ constexpr Stream kStream16[16] = {stream16<1>,  stream16<2>,  stream16<3>,  stre
                                   stream16<13>, stream16<14>, stream16<15>, stream16<16>};
 
 bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  return p.type == ValueType::kBFloat16 ? kStream16[in.tokens - 1](p, in, strip, out)
-                                        : stream_integers(p, in, strip, out);
+  return is_integer(p.type) ? stream_integers(p, in, strip, out) : kStream16[in.tokens - 1](p, in, strip, out);
 }
 
 // ---- more tokens: decode a tile, then multiply -------------------------------------------------------------------
@@ -123,7 +122,7 @@ inline void decode16(Reader16<kSafe>& reader, const uint8_t* mask, int64_t n, bf
 }
 
 void decode(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
-  if (p.type != ValueType::kBFloat16) return decode_integers(p, cursor, strip, first, pairs, tile);
+  if (is_integer(p.type)) return decode_integers(p, cursor, strip, first, pairs, tile);
   cursor = by_blocks<Reader16>(p, cursor, pairs, [&](auto& reader, int64_t i, int64_t n) {
     decode16(reader, p.mask_of(strip, first + i), n, tile + i * kWordBits16);
   });

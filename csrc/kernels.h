@@ -52,6 +52,7 @@ struct TypeRow {
 constexpr TypeRow kTypeRows[] = {{16, 2, false, false}, {8, 4, true, false}, {4, 4, true, true}};
 constexpr int64_t kTypes = std::size(kTypeRows);
 constexpr TypeRow row_of(ValueType type) { return kTypeRows[int64_t(type)]; }
+constexpr bool is_integer(ValueType type) { return row_of(type).scaled; }
 
 // f(the type, as a constant): for what is compiled once for every type from kFirst on.
 template <ValueType kFirst, typename F>
@@ -146,7 +147,7 @@ struct Kernels {
   bool bf16_gemm;  // the library's bfloat16 GEMM is fast on this instruction set; otherwise its float32 one is used
   int64_t digit_bytes;  // of a digit of activations in fixed point
   bool skips_zeros;     // stream does not multiply weights that are zero, so that NaN and infinity would get lost
-  int64_t stream_tokens(ValueType type) const { return row_of(type).scaled ? integer_tokens : bf16_tokens; }
+  int64_t stream_tokens(ValueType type) const { return is_integer(type) ? integer_tokens : bf16_tokens; }
   // out_TS [tokens, 16] = x_TI W_SI^T for one strip, without the rows' scales, float32. Returns false if masks and
   // values disagree.
   bool (*stream)(const Packed&, const Activations&, int64_t strip, float* out_TS);

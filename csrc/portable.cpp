@@ -28,7 +28,7 @@ inline void visit_word(uint64_t m, Cursor& cursor, int64_t count, Visit visit) {
 // The value at `at`, in `row` of a strip and the `word` of that row.
 template <ValueType V>
 inline float load(const Packed& p, int64_t strip, int64_t word, int64_t row, int64_t at) {
-  if constexpr (!row_of(V).scaled)
+  if constexpr (!is_integer(V))
     return to_float(static_cast<const bf16*>(p.values)[at]);
   else if constexpr (!row_of(V).grouped)
     return float(number<V>(p.values, at));
@@ -60,7 +60,7 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
     visit_word(mask_word(p.mask_of(strip, w), 2 * kColumns), cursor, p.count, [&](int bit, int64_t at) {
       const int64_t row = bit / kColumns, column = bit % kColumns;
       bf16& out = tile[((i * kPairs + column / 2) * kStrip + row) * 2 + column % 2];
-      if constexpr (row_of(V).scaled)
+      if constexpr (is_integer(V))
         out = to_bf16(load<V>(p, strip, w, row, at));
       else
         out = static_cast<const bf16*>(p.values)[at];

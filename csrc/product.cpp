@@ -96,7 +96,7 @@ struct Job {
 
   // What all parts have alike.
   int64_t columns() const { return parts->p.columns; }
-  bool integers() const { return k.digits && parts->p.type != ValueType::kBFloat16; }
+  bool integers() const { return k.digits && is_integer(parts->p.type); }
 
   // y of 16 rows from their float32 sums [tokens, sum_stride].
   void store(const Part& part, int64_t strip, int64_t tokens, const float* sums, int64_t sum_stride) const {

@@ -182,6 +182,7 @@ def test_plain_transformers_fails_loudly(llama, tmp_path):
     log = (tmp_path / "log").read_text()
     assert "size" in log
     assert "mismatch" in log
+    assert "Unknown quantization type, got losa" in log
 
 
 def test_the_model_card_says_how_it_opens(tmp_path):

@@ -47,8 +47,3 @@ def test_losa_before_transformers(packed, code):
 
 def test_losa_after_transformers(packed, tmp_path):
     assert processes.call(tmp_path / "log", processes.import_losa_last, packed) == 0, (tmp_path / "log").read_text()
-
-
-def test_without_losa_transformers_names_it(packed, tmp_path):
-    assert processes.call(tmp_path / "log", processes.open_without_losa, packed, "", "") != 0
-    assert "Unknown quantization type, got losa" in (tmp_path / "log").read_text()
