@@ -2,6 +2,9 @@
 // activations: integer sums are exact, and no weight is ever converted to float. int4 values become int8 by a look-up
 // of 16 levels, 64 *stored* values at a time, which at 70 % zeros is a third of the words; their sums are scaled once
 // for each 64 columns.
+//
+// Cost of a word and one token on Zen 4, from the L2 cache: 1.3 ns of int8, 1.55 of int4 (70 %), of which the expand
+// and the two dot products take most; memory delivers its 27 or 19 bytes to one thread in 1.0 or 0.7.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -47,10 +50,6 @@ inline void masks_ahead(const uint8_t* mask) {
   _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024, _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + 64, _MM_HINT_T0);
 }
-
-// Words between two conversions of integer sums to floats: a group of int4 values, all that was fed of int8.
-template <ValueType V>
-constexpr int64_t kDrain = row_of(V).grouped ? kBlock : kFeed;
 
 // Sums of the digits as one float, times the group's scales.
 template <ValueType V, int D>
@@ -143,6 +142,11 @@ inline void expand(Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes
     _mm512_store_si512(bytes + i * kWordBits8, expanded<V>(feed.mask + 8 * i, v, flip));
   }
 }
+
+// Words between two conversions of so many tokens' integer sums to floats: a group of int4 values, all that was fed of
+// int8.
+template <ValueType V>
+constexpr int64_t kDrain = row_of(V).grouped ? kBlock : kFeed;
 
 // N tokens from token t on, by the words [w, end) of which `bytes` are the first.
 template <ValueType V, int N, int D>
