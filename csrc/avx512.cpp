@@ -281,11 +281,42 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
   if (i < width) mean_of<1>(weights, values + i, n, width, up_to(width - i), total, out + i);
 }
 
+// ---- a dense matrix, one token --------------------------------------------------------------------------------------
+
+// One row times x [width], lanes not summed yet: memory is read front to back, and the next row does not wait for this
+// one's chain of sums.
+inline __m512 dot_of(const bf16* x, const bf16* row, int64_t width) {
+  __m512 a = _mm512_setzero_ps(), b = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 64 <= width; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(row + i) + kAhead, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(row + i) + kAhead + 64, _MM_HINT_T0);
+    a = _mm512_dpbf16_ps(a, (__m512bh)_mm512_loadu_si512(x + i), (__m512bh)_mm512_loadu_si512(row + i));
+    b = _mm512_dpbf16_ps(b, (__m512bh)_mm512_loadu_si512(x + i + 32), (__m512bh)_mm512_loadu_si512(row + i + 32));
+  }
+  for (; i < width; i += 32) {
+    const __mmask32 some = up_to(width - i);
+    a = _mm512_dpbf16_ps(a, (__m512bh)_mm512_maskz_loadu_epi16(some, x + i),
+                         (__m512bh)_mm512_maskz_loadu_epi16(some, row + i));
+  }
+  return _mm512_add_ps(a, b);
+}
+
+// As dots_block; for wide rows. Of narrow ones, as a cache has them, scores_of takes sixteen at a time.
+void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scaling, float* found, float*) {
+  for (int64_t t = 0; t < n; t += kStrip) {
+    __m512 a[kStrip] = {};
+    const int64_t some = std::min(kStrip, n - t);
+    for (int64_t j = 0; j < some; ++j) a[j] = dot_of(x, rows + (t + j) * width, width);
+    _mm512_mask_storeu_ps(found + t, __mmask16(up_to(some)), _mm512_mul_ps(sums_of(a), _mm512_set1_ps(scaling)));
+  }
+}
+
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", 16,     kIntegerTokens, 1 << 30,        true,  1,          false,
-                                   stream,   decode, multiply,       integer_digits, round, gate_block, attend};
+  static constexpr Kernels kernels{"avx512", 16,       kIntegerTokens, 1 << 30, true,       1,      false, stream,
+                                   decode,   multiply, integer_digits, round,   gate_block, attend, dots};
   return kernels;
 }
 

@@ -44,24 +44,34 @@ inline void gate_block(const bf16* gate, const bf16* up, int64_t n, bf16* out) {
   }
 }
 
+// dots [n] = scaling times x times each of n rows of `width`, in float32. `wide` has room for `width` floats.
+inline void dots_block(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scaling, float* dots, float*) {
+  for (int64_t t = 0; t < n; ++t) {
+    const bf16* row = rows + t * width;
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes)
+      for (int64_t j = 0; j < kLanes; ++j) lanes[j] += to_float(x[i + j]) * to_float(row[i + j]);
+    float dot = 0;
+    for (; i < width; ++i) dot += to_float(x[i]) * to_float(row[i]);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    dots[t] = (dot + lanes[0]) * scaling;
+  }
+}
+
+inline float largest_of(const float* scores, int64_t n) {
+  float largest = -INFINITY;
+  for (int64_t t = 0; t < n; ++t) largest = scores[t] > largest ? scores[t] : largest;
+  return largest;
+}
+
 // One head: out = softmax(scaling q K^T) V over `n` cached tokens, all sums in float32.
 // `scores` has room for n floats, `sums` for `width`.
 inline void attend_block(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling,
                          float* scores, float* sums, bf16* out) {
-  float largest = -INFINITY;
-  for (int64_t t = 0; t < n; ++t) {
-    const bf16* k = keys + t * width;
-    float lanes[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes)
-      for (int64_t j = 0; j < kLanes; ++j) lanes[j] += to_float(q[i + j]) * to_float(k[i + j]);
-    float score = 0;
-    for (; i < width; ++i) score += to_float(q[i]) * to_float(k[i]);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2)
-      for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-    scores[t] = (score + lanes[0]) * scaling;
-    largest = scores[t] > largest ? scores[t] : largest;
-  }
+  dots_block(q, keys, n, width, scaling, scores, sums);
+  const float largest = largest_of(scores, n);
   for (int64_t t = 0; t < n; ++t) scores[t] = exponential(scores[t] - largest);
   float total = 0;
   for (int64_t t = 0; t < n; ++t) total += scores[t];

@@ -163,10 +163,11 @@ struct Kernels {
                  int32_t* starts);
   // y of 16 rows: sum * scale + shift, rounded to nearest, ties to even.
   void (*round)(const float* sum, const float* scale, const float* shift, bf16* y);
-  // What else a decoder block computes, for one token: see block.h.
+  // What else a decoder computes, for one token: see block.h.
   void (*gate)(const bf16* gate, const bf16* up, int64_t n, bf16* out);
   void (*attend)(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling,
                  float* scores, float* sums, bf16* out);
+  void (*dots)(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scaling, float* dots, float* wide);
 };
 
 const Kernels& portable_kernels();

@@ -13,12 +13,14 @@
 #include <array>
 #include <atomic>
 #include <optional>
+#include <vector>
 
 #include "tensors.h"
 
 namespace losa {
 namespace {
 
+constexpr int64_t kRows = 64;             // of a dense matrix, at a time
 constexpr int64_t kPanelBytes = 2 << 20;  // a panel stays in the L2 cache, or at worst the L3
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -83,6 +85,34 @@ Tensor sparse_linear(const Tensor& x_in, const Tensor& mask, const Tensor& value
   return y;
 }
 
+// One token times a dense matrix that is read once.
+Tensor dense_linear(const Tensor& x_in, const Tensor& weight, int64_t kernel) {
+  const Kernels& k = kernels_of(kernel);
+  STD_TORCH_CHECK(
+      weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == ScalarType::BFloat16 && weight.dim() == 2,
+      "losa::dense_linear: the weight must be a contiguous bfloat16 [rows, columns] tensor on the CPU");
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == ScalarType::BFloat16 && x_in.numel() == columns,
+                  "losa::dense_linear: x must be one token of ", columns, " bfloat16 features on the CPU, found ",
+                  x_in.numel());
+  const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  Tensor y = torch::stable::new_empty(x, {rows});
+  const auto* from = static_cast<const bf16*>(x.const_data_ptr());
+  const auto* w = static_cast<const bf16*>(weight.const_data_ptr());
+  auto* out = static_cast<bf16*>(y.mutable_data_ptr());
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(kRows, 65536 / (columns + 1)),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<float> wide(static_cast<size_t>(columns));
+                                float dots[kRows];
+                                for (int64_t r = begin; r < end; r += kRows) {
+                                  const int64_t n = std::min(kRows, end - r);
+                                  k.dots(from, w + r * columns, n, columns, 1.0f, dots, wide.data());
+                                  std::transform(dots, dots + n, out + r, to_bf16);
+                                }
+                              });
+  return y;
+}
+
 }  // namespace
 }  // namespace losa
 
@@ -91,7 +121,11 @@ STABLE_TORCH_LIBRARY(losa, m) {
       "sparse_linear(Tensor x, Tensor mask, Tensor values, Tensor offsets, Tensor? scale, Tensor? groups, Tensor? "
       "bias, int rows, int columns, "
       "int values_type, int kernel) -> Tensor");
+  m.def("dense_linear(Tensor x, Tensor weight, int kernel) -> Tensor");
   m.def("cpu_kernels() -> int");
 }
-STABLE_TORCH_LIBRARY_IMPL(losa, CPU, m) { m.impl("sparse_linear", TORCH_BOX(&losa::sparse_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(losa, CPU, m) {
+  m.impl("sparse_linear", TORCH_BOX(&losa::sparse_linear));
+  m.impl("dense_linear", TORCH_BOX(&losa::dense_linear));
+}
 STABLE_TORCH_LIBRARY_IMPL(losa, CompositeExplicitAutograd, m) { m.impl("cpu_kernels", TORCH_BOX(&losa::cpu_kernels)); }

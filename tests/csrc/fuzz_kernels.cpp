@@ -125,6 +125,19 @@ void round_sums(int64_t round, const Kernels& k) {
     if (found[r] != expected[r] && !(std::isnan(to_float(found[r])) && std::isnan(to_float(expected[r])))) fail("a rounded sum", k, round);
 }
 
+// Rows of a dense matrix times one token, within their memory.
+void multiply_rows(int64_t round, const Kernels& k, bool guarded) {
+  const int64_t n = pick(1, 40), width = pick(0, 1) ? 8 * pick(1, 40) : pick(1, 100);
+  const Exact x(size_t(width) * sizeof(bf16), guarded), rows(size_t(n * width) * sizeof(bf16), guarded);
+  for (int64_t i = 0; i < width; ++i) x.as<bf16>()[i] = to_bf16(float(pick(-8, 8)));
+  for (int64_t i = 0; i < n * width; ++i) rows.as<bf16>()[i] = to_bf16(float(pick(-8, 8)));  // integers: sums are exact
+  const Exact wide(size_t(width) * sizeof(float), guarded), found(size_t(n) * sizeof(float), guarded), expected(size_t(n) * sizeof(float), guarded);
+  k.dots(x.as<bf16>(), rows.as<bf16>(), n, width, 0.5f, found.as<float>(), wide.as<float>());
+  portable_kernels().dots(x.as<bf16>(), rows.as<bf16>(), n, width, 0.5f, expected.as<float>(), wide.as<float>());
+  for (int64_t i = 0; i < n; ++i)
+    if (found.as<float>()[i] != expected.as<float>()[i]) fail("rows", k, round);
+}
+
 // A head over a cache: as far from the portable one as rounding to bfloat16 goes, and within its memory.
 void attend_to_cache(int64_t round, const Kernels& k, bool guarded) {
   const int64_t n = pick(1, 70), width = pick(0, 1) ? 8 * pick(1, 18) : pick(1, 40);
@@ -178,6 +191,7 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
   for (const Kernels* k : kernels) {
     round_sums(round, *k);
     attend_to_cache(round, *k, guarded);
+    multiply_rows(round, *k, guarded);
     const Inputs inputs(*k, pick(1, k->stream_tokens(type)), words, group, pick(2, 3) + 1 - k->digit_bytes, guarded);
     const size_t sums = size_t(inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
