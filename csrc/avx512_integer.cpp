@@ -115,8 +115,8 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
   Feed feed(p, p.offsets[strip]);
   __m512 total[T];
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-  for (int64_t first = 0; first < p.words; first += kFeed) {
-    const int64_t end = std::min(p.words, first + kFeed);
+  for (int64_t first = 0; first < p.words; first += kFedMost) {
+    const int64_t end = std::min(p.words, first + kFedMost);
     feed.next<V>(p.mask_of(strip, first), end - first, Unpack{unsigned_flip()});
     const int8_t* v = feed.values;
     for (int64_t w = first; w < end; w += kBlock) {

@@ -10,7 +10,8 @@
 namespace losa {
 namespace {
 
-constexpr int64_t kFeed = 64;  // words at a time, at most: 256 columns, as in a tile
+constexpr int64_t kFeed = 64;      // words at a time: 256 columns, as in a tile
+constexpr int64_t kFedMost = 256;  // and at most
 template <int64_t N>
 using Bits = std::integral_constant<int64_t, N>;  // what `unpack` is found by
 
@@ -88,9 +89,9 @@ class Feed {
   }
 
   const Packed& p_;
-  alignas(64) uint8_t masks_[8 * kFeed];
-  alignas(64) int8_t copied_[kWordBits8 * kFeed + 256];
-  uint8_t codes_[kWordBits8 * kFeed / 2 + 128];
+  alignas(64) uint8_t masks_[8 * kFedMost];
+  alignas(64) int8_t copied_[kWordBits8 * kFedMost + 256];
+  uint8_t codes_[kWordBits8 * kFedMost / 2 + 128];
 };
 
 }  // namespace
