@@ -94,7 +94,7 @@ def test_compare_takes_one_target_by_the_names_of_run(folder, tmp_path, monkeypa
         assert losa_main(monkeypatch, capsys, *arguments, *target, "--preset", "quick")[0] == 0
     assert [config.targets for config in seen] == [["0.5"], ["2:4"]]
     assert seen[0].seeds == [3]
-    assert seen[0].rows()[1].config.train.tokens == 300_000
+    assert seen[0].rows()[1].config.train.tokens == 200_000
 
 
 @pytest.mark.parametrize("arguments", [["-h"], *([verb, "-h"] for verb in sorted(COMMANDS))])
