@@ -45,7 +45,7 @@ class Feed {
     int64_t n = 0;
     for (int64_t i = 0; i < words; ++i) n += __builtin_popcountll(word_of(from, i));
     const int64_t left = p_.count - value;
-    if (left < n) return copy<V>(from, words);
+    if (left < n) return copy<V>(from, words, unpack);
     const bool last = left < n + 128;  // others may read further than their own
     mask = from;
     if constexpr (row.bits == 8) {
@@ -69,8 +69,8 @@ class Feed {
     return m;
   }
   // More values than there are: one by one. A word that they do not suffice for counts as empty.
-  template <ValueType V>
-  int64_t copy(const uint8_t* from, int64_t words) {
+  template <ValueType V, typename Unpack>
+  int64_t copy(const uint8_t* from, int64_t words, Unpack unpack) {
     int8_t* out = copied_;
     for (int64_t i = 0; i < words; ++i) {
       uint64_t m = word_of(from, i);
@@ -81,11 +81,24 @@ class Feed {
         n = 0;
       }
       std::memcpy(masks_ + 8 * i, &m, 8);
-      for (int64_t j = 0; j < n; ++j, ++value) *out++ = number<V>(p_.values, uint64_t(value));
+      for (int64_t j = 0; j < n; ++j, ++value) *out++ = one<V>(unpack, value);
     }
     mask = masks_;
     values = copied_;
     return out - copied_;
+  }
+
+  template <ValueType V, typename Unpack>
+  int8_t one(Unpack unpack, int64_t i) {
+    constexpr TypeRow row = row_of(V);
+    if constexpr (row.bits == 8)
+      return static_cast<const int8_t*>(p_.values)[i];
+    else {
+      int8_t some[256];
+      codes_[0] = static_cast<const uint8_t*>(p_.values)[i / row.shared()];
+      unpack(Bits<row.bits>(), codes_, 1, some);
+      return some[i % row.shared()];
+    }
   }
 
   const Packed& p_;
