@@ -277,8 +277,8 @@ void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int6
 }
 
 // As dots_block, of rows that are read front to back.
-void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scaling, float* found, float* wide) {
-  if (width % 8 != 0) return dots_block(x, rows, n, width, scaling, found, wide);
+void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float* found, float* wide) {
+  if (width % 8 != 0) return dots_block(x, rows, n, width, found, wide);
   for (int64_t i = 0; i < width; i += 8) _mm256_storeu_ps(wide + i, floats(x + i));
   for (int64_t t = 0; t < n; ++t) {
     const bf16* row = rows + t * width;
@@ -294,7 +294,7 @@ void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scali
     const __m256 lanes = _mm256_add_ps(_mm256_add_ps(a[0], a[1]), _mm256_add_ps(a[2], a[3]));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    found[t] = scaling * _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    found[t] = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 }
 
@@ -303,8 +303,9 @@ void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scali
 // Tiles for any number of tokens: the library's float32 GEMM multiplies no faster, and wants decoded and converted
 // weights besides.
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", 4,        kAvx2IntegerTokens, 1 << 30, false,      2,      false, stream,
-                                   decode, multiply, avx2_digits,        round,   gate_block, attend, dots};
+  static constexpr Kernels kernels{
+      "avx2",      4,     kAvx2IntegerTokens, 1 << 30,           false, 2, false, stream, decode, multiply,
+      avx2_digits, round, gate_block,         each_head<attend>, dots};
   return kernels;
 }
 

@@ -202,29 +202,34 @@ inline __m512 sums_of(const __m512 (&a)[16]) {
   return across(halves[0], halves[1]);
 }
 
-// scores = scaling q K^T; returns the largest.
-inline float scores_of(const bf16* q, const bf16* keys, int64_t n, int64_t width, float scaling, float* scores) {
-  __m512 largest = _mm512_set1_ps(-INFINITY);
+// scores [G, room] = scaling q K^T, q [G, width], and the largest of each head. Sixteen tokens' keys are multiplied by
+// one head after the other while they are in the L1 cache.
+template <int G>
+inline void scores_of(const bf16* q, const bf16* keys, int64_t n, int64_t width, float scaling, float* scores,
+                      int64_t room, float* most) {
+  __m512 largest[G];
+  for (__m512& some : largest) some = _mm512_set1_ps(-INFINITY);
   for (int64_t t = 0; t < n; t += kAttended) {
-    __m512 a[kAttended];
     const bf16* key[kAttended];
 #pragma GCC unroll 16
-    for (int64_t j = 0; j < kAttended; ++j) {
-      a[j] = _mm512_setzero_ps();
-      key[j] = keys + std::min(t + j, n - 1) * width;
-    }
-    for (int64_t i = 0; i < width; i += 32) {
-      const __mmask32 some = up_to(width - i);
-      const __m512bh query = (__m512bh)_mm512_maskz_loadu_epi16(some, q + i);
+    for (int64_t j = 0; j < kAttended; ++j) key[j] = keys + std::min(t + j, n - 1) * width;
+    for (int g = 0; g < G; ++g) {
+      __m512 a[kAttended];
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < kAttended; ++j)
-        a[j] = _mm512_dpbf16_ps(a[j], query, (__m512bh)_mm512_maskz_loadu_epi16(some, key[j] + i));
+      for (__m512& sum : a) sum = _mm512_setzero_ps();
+      for (int64_t i = 0; i < width; i += 32) {
+        const __mmask32 some = up_to(width - i);
+        const __m512bh query = (__m512bh)_mm512_maskz_loadu_epi16(some, q + g * width + i);
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kAttended; ++j)
+          a[j] = _mm512_dpbf16_ps(a[j], query, (__m512bh)_mm512_maskz_loadu_epi16(some, key[j] + i));
+      }
+      const __m512 found = _mm512_mul_ps(sums_of(a), _mm512_set1_ps(scaling));
+      _mm512_mask_storeu_ps(scores + g * room + t, __mmask16(up_to(n - t)), found);
+      largest[g] = _mm512_max_ps(found, largest[g]);  // not of NaN: the second is taken then
     }
-    const __m512 found = _mm512_mul_ps(sums_of(a), _mm512_set1_ps(scaling));
-    _mm512_mask_storeu_ps(scores + t, __mmask16(up_to(n - t)), found);
-    largest = _mm512_max_ps(found, largest);  // not of NaN: the second is taken then
   }
-  return _mm512_reduce_max_ps(largest);
+  for (int g = 0; g < G; ++g) most[g] = _mm512_reduce_max_ps(largest[g]);
 }
 
 // Weights of tokens as bfloat16, in place, with a zero behind them; returns their sum before they are rounded.
@@ -239,46 +244,76 @@ inline float round_weights(float* weights, int64_t n) {
   return _mm512_reduce_add_ps(total);
 }
 
-// out = the tokens' weights times 32 N columns of their values, over `total`; of the last 32 only those in `some`.
-// Two tokens at a time: their rows are interleaved, so that a dot product of pairs takes one of each.
-template <int N>
-inline void mean_of(const bf16* weights, const bf16* values, int64_t n, int64_t width, __mmask32 some, float total,
-                    bf16* out) {
-  __m512 a[N][2];
-  for (auto& columns : a) columns[0] = columns[1] = _mm512_setzero_ps();
+// out [G, width] = the tokens' weights [G, stride] times 32 N columns of their values, over each head's total; of the
+// last 32 columns only those in `some`. Two tokens at a time: their rows are interleaved, so that a dot product of
+// pairs takes one of each.
+template <int G, int N>
+inline void mean_of(const bf16* weights, int64_t stride, const bf16* values, int64_t n, int64_t width, __mmask32 some,
+                    const float* total, bf16* out) {
+  __m512 a[G][N][2];
+  for (auto& head : a)
+    for (auto& columns : head) columns[0] = columns[1] = _mm512_setzero_ps();
   for (int64_t t = 0; t < n; t += 2) {
-    const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(load32(weights + t)));
-    const bf16* row = values + t * width;
+    __m512bh pair[G];
 #pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) pair[g] = (__m512bh)_mm512_set1_epi32(int(load32(weights + g * stride + t)));
+    const bf16* row = values + t * width;
+#pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
       const __mmask32 mine = i + 1 < N ? ~0u : some;
       const __m512i one = _mm512_maskz_loadu_epi16(mine, row + 32 * i);
       const __m512i other = _mm512_maskz_loadu_epi16(t + 1 < n ? mine : 0, row + width + 32 * i);
-      a[i][0] = _mm512_dpbf16_ps(a[i][0], pair, (__m512bh)_mm512_unpacklo_epi16(one, other));
-      a[i][1] = _mm512_dpbf16_ps(a[i][1], pair, (__m512bh)_mm512_unpackhi_epi16(one, other));
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, other);
+      const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(one, other);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        a[g][i][0] = _mm512_dpbf16_ps(a[g][i][0], pair[g], low);
+        a[g][i][1] = _mm512_dpbf16_ps(a[g][i][1], pair[g], high);
+      }
     }
   }
   const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i after = _mm512_add_epi32(order, _mm512_set1_epi32(8));
-  for (int i = 0; i < N; ++i) {
-    const __m512 over = _mm512_set1_ps(total);
-    const __m512 first = _mm512_div_ps(_mm512_permutex2var_ps(a[i][0], order, a[i][1]), over);
-    const __m512 second = _mm512_div_ps(_mm512_permutex2var_ps(a[i][0], after, a[i][1]), over);
-    _mm512_mask_storeu_epi16(out + 32 * i, i + 1 < N ? ~0u : some, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-  }
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < N; ++i) {
+      const __m512 over = _mm512_set1_ps(total[g]);
+      const __m512 first = _mm512_div_ps(_mm512_permutex2var_ps(a[g][i][0], order, a[g][i][1]), over);
+      const __m512 second = _mm512_div_ps(_mm512_permutex2var_ps(a[g][i][0], after, a[g][i][1]), over);
+      _mm512_mask_storeu_epi16(out + g * width + 32 * i, i + 1 < N ? ~0u : some,
+                               (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
 }
 
-// As attend_block, with the dot product of pairs for both of its sums.
-void attend(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling, float* scores,
-            float*, bf16* out) {
-  const float largest = scores_of(q, keys, n, width, scaling, scores);
-  for (int64_t t = 0; t < n; ++t) scores[t] = exponential(scores[t] - largest);
-  const float total = round_weights(scores, n);
+// G heads as attend_block computes one, with the dot product of pairs for both of its sums.
+template <int G>
+void attend_together(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling,
+                     float* scores, bf16* out) {
+  const int64_t room = score_room(n);
+  float largest[G], total[G];
+  scores_of<G>(q, keys, n, width, scaling, scores, room, largest);
+  for (int g = 0; g < G; ++g) {
+    float* mine = scores + g * room;
+    for (int64_t t = 0; t < n; ++t) mine[t] = exponential(mine[t] - largest[g]);
+    total[g] = round_weights(mine, n);
+  }
   const auto* weights = reinterpret_cast<const bf16*>(scores);
   int64_t i = 0;
-  for (; i + 128 <= width; i += 128) mean_of<4>(weights, values + i, n, width, ~0u, total, out + i);
-  for (; i + 32 < width; i += 64) mean_of<2>(weights, values + i, n, width, up_to(width - i - 32), total, out + i);
-  if (i < width) mean_of<1>(weights, values + i, n, width, up_to(width - i), total, out + i);
+  for (; i + 32 < width; i += 64)
+    mean_of<G, 2>(weights, 2 * room, values + i, n, width, up_to(width - i - 32), total, out + i);
+  if (i < width) mean_of<G, 1>(weights, 2 * room, values + i, n, width, up_to(width - i), total, out + i);
+}
+
+// As each_head, but heads read the cache together: it comes from memory, and takes longer than to multiply.
+void attend(const bf16* q, int64_t heads, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling,
+            float* scores, float*, bf16* out) {
+  constexpr int64_t kMost = 4;
+  static constexpr decltype(&attend_together<1>) kTogether[kMost] = {attend_together<1>, attend_together<2>,
+                                                                     attend_together<3>, attend_together<4>};
+  const int64_t parts = (heads + kMost - 1) / kMost;
+  for (int64_t part = 0; part < parts; ++part) {  // even parts: 6 heads are 3 + 3
+    const int64_t from = heads * part / parts, some = heads * (part + 1) / parts - from;
+    kTogether[size_t(some - 1)](q + from * width, keys, values, n, width, scaling, scores, out + from * width);
+  }
 }
 
 // ---- a dense matrix, one token --------------------------------------------------------------------------------------
@@ -303,12 +338,12 @@ inline __m512 dot_of(const bf16* x, const bf16* row, int64_t width) {
 }
 
 // As dots_block; for wide rows. Of narrow ones, as a cache has them, scores_of takes sixteen at a time.
-void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scaling, float* found, float*) {
+void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float* found, float*) {
   for (int64_t t = 0; t < n; t += kStrip) {
     __m512 a[kStrip] = {};
     const int64_t some = std::min(kStrip, n - t);
     for (int64_t j = 0; j < some; ++j) a[j] = dot_of(x, rows + (t + j) * width, width);
-    _mm512_mask_storeu_ps(found + t, __mmask16(up_to(some)), _mm512_mul_ps(sums_of(a), _mm512_set1_ps(scaling)));
+    _mm512_mask_storeu_ps(found + t, __mmask16(up_to(some)), sums_of(a));
   }
 }
 

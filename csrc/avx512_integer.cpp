@@ -47,8 +47,8 @@ inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
 
 // Asks for the masks that come after those of a block.
 inline void masks_ahead(const uint8_t* mask) {
-  _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024 + 64, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304 + 64, _MM_HINT_T0);
 }
 
 // Sums of the digits as one float, times the group's scales.

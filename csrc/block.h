@@ -44,8 +44,8 @@ inline void gate_block(const bf16* gate, const bf16* up, int64_t n, bf16* out) {
   }
 }
 
-// dots [n] = scaling times x times each of n rows of `width`, in float32. `wide` has room for `width` floats.
-inline void dots_block(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scaling, float* dots, float*) {
+// dots [n] = x times each of n rows of `width`, in float32. `wide` has room for `width` floats.
+inline void dots_block(const bf16* x, const bf16* rows, int64_t n, int64_t width, float* dots, float*) {
   for (int64_t t = 0; t < n; ++t) {
     const bf16* row = rows + t * width;
     float lanes[kLanes] = {};
@@ -56,7 +56,7 @@ inline void dots_block(const bf16* x, const bf16* rows, int64_t n, int64_t width
     for (; i < width; ++i) dot += to_float(x[i]) * to_float(row[i]);
     for (int64_t half = kLanes / 2; half > 0; half /= 2)
       for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-    dots[t] = (dot + lanes[0]) * scaling;
+    dots[t] = dot + lanes[0];
   }
 }
 
@@ -70,7 +70,8 @@ inline float largest_of(const float* scores, int64_t n) {
 // `scores` has room for n floats, `sums` for `width`.
 inline void attend_block(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling,
                          float* scores, float* sums, bf16* out) {
-  dots_block(q, keys, n, width, scaling, scores, sums);
+  dots_block(q, keys, n, width, scores, sums);
+  for (int64_t t = 0; t < n; ++t) scores[t] *= scaling;
   const float largest = largest_of(scores, n);
   for (int64_t t = 0; t < n; ++t) scores[t] = exponential(scores[t] - largest);
   float total = 0;
@@ -82,6 +83,15 @@ inline void attend_block(const bf16* q, const bf16* keys, const bf16* values, in
     for (int64_t i = 0; i < width; ++i) sums[i] += p * to_float(v[i]);
   }
   for (int64_t i = 0; i < width; ++i) out[i] = to_bf16(sums[i] / total);
+}
+
+// Heads that share a head of the cache, q and out [heads, width], one after the other. `scores` has room for
+// heads * score_room(n) floats.
+template <auto kHead>
+void each_head(const bf16* q, int64_t heads, const bf16* keys, const bf16* values, int64_t n, int64_t width,
+               float scaling, float* scores, float* sums, bf16* out) {
+  for (int64_t h = 0; h < heads; ++h)
+    kHead(q + h * width, keys, values, n, width, scaling, scores, sums, out + h * width);
 }
 
 }  // namespace

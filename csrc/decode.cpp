@@ -151,11 +151,13 @@ struct Step {
     const int64_t tokens = position + 1, shared = s.heads / s.kv_heads;
     torch::stable::parallel_for(
         0, s.heads, std::max<int64_t>(1, 32768 / (tokens * s.width)), [&](int64_t begin, int64_t end) {
-          std::vector<float> scores(size_t(tokens + s.width));
-          for (int64_t h = begin; h < end; ++h) {
+          std::vector<float> scores(size_t(shared * score_room(tokens) + s.width));
+          float* sums = scores.data() + shared * score_room(tokens);
+          for (int64_t h = begin, next; h < end; h = next) {
+            next = std::min(end, (h / shared + 1) * shared);
             const int64_t from = h / shared * capacity * s.width;
-            k.attend(&b.query[size_t(h * s.width)], keys + from, values + from, tokens, s.width, scaling, scores.data(),
-                     scores.data() + tokens, &b.attended[size_t(h * s.width)]);
+            k.attend(&b.query[size_t(h * s.width)], next - h, keys + from, values + from, tokens, s.width, scaling,
+                     scores.data(), sums, &b.attended[size_t(h * s.width)]);
           }
         });
   }

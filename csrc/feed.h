@@ -11,7 +11,7 @@ namespace losa {
 namespace {
 
 constexpr int64_t kFeed = 64;      // words at a time: 256 columns, as in a tile
-constexpr int64_t kFedMost = 256;  // and at most
+constexpr int64_t kFedMost = 128;  // and at most
 template <int64_t N>
 using Bits = std::integral_constant<int64_t, N>;  // what `unpack` is found by
 

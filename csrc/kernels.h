@@ -27,6 +27,8 @@ constexpr int64_t kGroup = 64;        // columns of a row that share a scale of 
 
 using bf16 = uint16_t;  // bfloat16 by its bits
 
+constexpr int64_t score_room(int64_t tokens) { return (tokens + 15) / 16 * 16; }  // floats, of a head in attention
+
 static inline float to_float(bf16 v) {
   const uint32_t bits = uint32_t(v) << 16;
   float f;
@@ -165,9 +167,9 @@ struct Kernels {
   void (*round)(const float* sum, const float* scale, const float* shift, bf16* y);
   // What else a decoder computes, for one token: see block.h.
   void (*gate)(const bf16* gate, const bf16* up, int64_t n, bf16* out);
-  void (*attend)(const bf16* q, const bf16* keys, const bf16* values, int64_t n, int64_t width, float scaling,
-                 float* scores, float* sums, bf16* out);
-  void (*dots)(const bf16* x, const bf16* rows, int64_t n, int64_t width, float scaling, float* dots, float* wide);
+  void (*attend)(const bf16* q, int64_t heads, const bf16* keys, const bf16* values, int64_t n, int64_t width,
+                 float scaling, float* scores, float* sums, bf16* out);
+  void (*dots)(const bf16* x, const bf16* rows, int64_t n, int64_t width, float* dots, float* wide);
 };
 
 const Kernels& portable_kernels();

@@ -106,7 +106,7 @@ Tensor dense_linear(const Tensor& x_in, const Tensor& weight, int64_t kernel) {
                                 float dots[kRows];
                                 for (int64_t r = begin; r < end; r += kRows) {
                                   const int64_t n = std::min(kRows, end - r);
-                                  k.dots(from, w + r * columns, n, columns, 1.0f, dots, wide.data());
+                                  k.dots(from, w + r * columns, n, columns, dots, wide.data());
                                   std::transform(dots, dots + n, out + r, to_bf16);
                                 }
                               });
