@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import median
 
 PROMPT, NEW, LONG = 32, 64, 512
+A8 = "-a8"  # behind a type of values: activations are rounded to int8, as llama.cpp rounds them
 GGUF = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")
 NAMES = {  # transformers' name of a layer -> llama.cpp's
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -182,7 +183,9 @@ def prepare(args: argparse.Namespace) -> dict[str, list[Path | str]]:
             packed = folder / f"{sparsity}-{values}"
             if not packed.exists():
                 zeros(dense, folder / "sparse", float(sparsity))
-                pack_checkpoint(folder / "sparse", packed, values, head="keep" if values == "bfloat16" else args.head)
+                kind, rounded = values.removesuffix(A8), "int8" if values.endswith(A8) else "bfloat16"
+                head = "keep" if kind == "bfloat16" else args.head
+                pack_checkpoint(folder / "sparse", packed, kind, head=head, activations=rounded)
                 shutil.rmtree(folder / "sparse")
             engines[f"losa {float(sparsity):.0%} {values}"] = ["bfloat16", packed]
     return engines

@@ -185,6 +185,16 @@ const Kernels& amx_kernels() {
   return kernels;
 }
 
+const Kernels& amx_a8_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = amx_kernels();
+    k.name = "amx-a8";
+    k.bytes = avx512_a8_kernels().bytes;
+    return k;
+  }();
+  return kernels;
+}
+
 bool amx_permitted() {
   static const bool permitted = [] {
 #if defined(__linux__)

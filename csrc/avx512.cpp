@@ -355,6 +355,16 @@ const Kernels& avx512_kernels() {
   return kernels;
 }
 
+const Kernels& avx512_a8_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = avx512_kernels();
+    k.name = "avx512-a8";
+    k.bytes = integer_bytes;
+    return k;
+  }();
+  return kernels;
+}
+
 }  // namespace losa
 LOSA_TARGET_END
 #endif

@@ -78,7 +78,7 @@ inline __m512i unsigned_flip() { return _mm512_set1_epi8(-128); }
 // Adds a block of up to 16 words, whose digits are `x`, to the tokens' totals.
 template <ValueType V, int T, int D>
 inline void add_block(const uint8_t* mask, const int8_t*& v, int64_t n, const int8_t* x, const int32_t* starts,
-                      __m512 level, __m512 (&total)[T]) {
+                      const float* scales, __m512 level, __m512 (&total)[T]) {
   constexpr int kChains = T == 1 ? 2 : 1;  // enough independent sums to hide the dot product's latency
   const __m512i flip = unsigned_flip();
   __m512i a[kChains][T][D];
@@ -106,7 +106,12 @@ inline void add_block(const uint8_t* mask, const int8_t*& v, int64_t n, const in
   for (int t = 0; t < T; ++t) {
     if constexpr (kChains == 2)
       for (int d = 0; d < D; ++d) a[0][t][d] = _mm512_add_epi32(a[0][t][d], a[1][t][d]);
-    total[t] = drained<V, D>(a[0][t], level, total[t]);
+    if constexpr (D == 1) {
+      const __m512 scale = _mm512_set1_ps(scales[t]);
+      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[0][t][0]), row_of(V).grouped ? level * scale : scale, total[t]);
+    } else {
+      total[t] = drained<V, D>(a[0][t], level, total[t]);
+    }
   }
 }
 
@@ -124,7 +129,7 @@ bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* ou
       const int64_t block = w / kBlock * D * T;
       masks_ahead(mask);
       add_block<V, T, D>(mask, v, std::min(kBlock, end - w), in.bytes + block * kGroup, in.starts + block,
-                         levels_of<V>(p, strip, w), total);
+                         D == 1 ? in.scales + block : nullptr, levels_of<V>(p, strip, w), total);
     }
   }
   for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(total[t], _mm512_set1_ps(in.unit[t])));
@@ -213,12 +218,24 @@ void add_sums_as(const Packed& p, const Activations& in, int64_t strip, int64_t 
   }
 }
 
+using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
+
+template <ValueType V>
+bool stream_bytes(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  static constexpr Stream kFew[3] = {stream_few<V, 1, 1>, stream_few<V, 2, 1>, stream_few<V, 3, 1>};
+  return kFew[in.tokens - 1](p, in, strip, out);
+}
+
 template <ValueType V, int D>
 bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
   static constexpr Stream kFew[4] = {stream_few<V, 1, D>, stream_few<V, 2, D>, stream_few<V, 3, D>,
                                      stream_few<V, 4, D>};
   return in.tokens <= 4 ? kFew[in.tokens - 1](p, in, strip, out) : stream_many<V, D>(p, in, strip, out);
+}
+
+// What sums over a block begin with: -128 times the sum of its digits.
+inline int32_t start_of(__m512i digits) {
+  return -128 * _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digits));
 }
 
 // ---- tiles of bfloat16 -------------------------------------------------------------------------------------------
@@ -263,8 +280,10 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
 }  // namespace
 
 bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  return with_type<ValueType::kInt8>(
-      p.type, [&](auto type) { return (in.digits == 2 ? stream_as<type, 2> : stream_as<type, 3>)(p, in, strip, out); });
+  return with_type<ValueType::kInt8>(p.type, [&](auto type) {
+    static constexpr Stream kBy[3] = {stream_bytes<type>, stream_as<type, 2>, stream_as<type, 3>};
+    return kBy[in.digits - 1](p, in, strip, out);
+  });
 }
 
 void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile) {
@@ -302,10 +321,27 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
                          _mm512_cvtepi32_epi8(q[i]));  // the low bytes
         q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], _mm512_set1_epi32(128)), 8);
       }
-      const __m512i digit = _mm512_loadu_si512(bytes + place * kGroup);
-      const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digit);
-      starts[place] = -128 * _mm512_reduce_add_epi32(sums);
+      starts[place] = start_of(_mm512_loadu_si512(bytes + place * kGroup));
     }
+  }
+}
+
+void integer_bytes(const bf16* x, int64_t columns, int64_t tokens, int8_t* bytes, int32_t* starts, float* scales) {
+  for (int64_t b = 0; b * kGroup < columns; ++b) {
+    __m512 f[4], largest = _mm512_set1_ps(0x1p-100f);  // of zeros: keeps the scale and its inverse normal floats
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t from = b * kGroup + 16 * i, left = std::max<int64_t>(0, std::min<int64_t>(16, columns - from));
+      const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << left) - 1), x + (left > 0 ? from : 0));
+      f[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(f[i]));
+    }
+    const float most = _mm512_reduce_max_ps(largest);
+    const int64_t place = b * tokens;
+    for (int64_t i = 0; i < 4; ++i)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i),
+                       _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(f[i], _mm512_set1_ps(127 / most)))));
+    scales[place] = most / 127;
+    starts[place] = start_of(_mm512_loadu_si512(bytes + place * kGroup));
   }
 }
 

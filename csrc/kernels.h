@@ -139,6 +139,8 @@ struct Activations {
   const int8_t* bytes;    // [blocks of 64 columns, digits, tokens, 64 of digit_bytes]
   const int32_t* starts;  // [blocks, digits, tokens] -128 times the sum of a block's digits, where they are bytes
   const float* unit;      // [tokens] value of one fixed-point step
+  // Or as one byte, rounded, with a scale for 64 columns: digits is 1, x = scale * byte, unit is 1.
+  const float* scales;  // [blocks, tokens]
 };
 
 struct Kernels {
@@ -170,6 +172,10 @@ struct Kernels {
   void (*attend)(const bf16* q, int64_t heads, const bf16* keys, const bf16* values, int64_t n, int64_t width,
                  float scaling, float* scores, float* sums, bf16* out);
   void (*dots)(const bf16* x, const bf16* rows, int64_t n, int64_t width, float* dots, float* wide);
+  // One token's activations as bytes with scales, to the places of Activations as `digits` does. Null: activations are
+  // not rounded to bytes.
+  void (*bytes)(const bf16* x, int64_t columns, int64_t tokens, int8_t* bytes, int32_t* starts,
+                float* scales) = nullptr;
 };
 
 const Kernels& portable_kernels();
@@ -177,6 +183,8 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& amx_kernels();
+const Kernels& avx512_a8_kernels();  // these two round activations of few tokens to bytes
+const Kernels& amx_a8_kernels();
 bool amx_permitted();  // asks the kernel for the tile state, once per process
 #endif
 

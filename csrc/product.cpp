@@ -17,11 +17,13 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 enum Road : int64_t {
   kExact = 0,    // bfloat16, multiplied with every weight, zeros too
   kPairs = 1,    // bfloat16, multiplied while the weight streams by
+  kByte = 7,     // bits of bytes, each 64 columns' with a scale of their own
   kNarrow = 15,  // bits of fixed-point numbers
   kWide = 23,
 };
 
-constexpr int64_t kJudged = 16;  // activations that are judged by their largest
+constexpr int64_t kByteTokens = 3;  // that come as bytes where the kernels make them; more are multiplied exactly
+constexpr int64_t kJudged = 16;     // activations that are judged by their largest
 
 // How many bits leave errors that bfloat16 outputs do not show, for any rows: none if outliers tower above all
 // others. Rows that do not meet an outlier have outputs of the size of the other activations, so what counts is the
@@ -63,15 +65,20 @@ struct FixedPoint {
   int64_t digits;
   std::vector<int8_t> bytes;
   std::vector<int32_t> starts;
-  std::vector<float> unit;
+  std::vector<float> unit, scales;
 
   FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int bits, const Parallel& parallel)
       : digits(divide_up(bits, 8 * k.digit_bytes)),
         bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup * k.digit_bytes)),
         starts(size_t(divide_up(columns, kGroup) * digits * tokens)),
-        unit(size_t(tokens)) {
+        unit(size_t(tokens), 1.0f),
+        scales(bits == kByte ? starts.size() : 0) {
     parallel(0, tokens, token_grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
+        if (bits == kByte) {
+          k.bytes(x + t * columns, columns, tokens, bytes.data() + t * kGroup, starts.data() + t, scales.data() + t);
+          continue;
+        }
         int16_t top = 0;
         for (int64_t i = 0; i < columns; ++i) top = std::max(top, int16_t(x[t * columns + i] & 0x7fff));
         int exponent = 0;
@@ -135,12 +142,13 @@ struct Job {
 
   void by_digits(const bf16* x, int64_t tokens, int bits) {
     const FixedPoint fixed(k, x, tokens, columns(), bits, parallel);
-    stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.starts.data(), fixed.unit.data()});
+    stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.starts.data(), fixed.unit.data(),
+            fixed.scales.data()});
   }
 
   void by_pairs(const bf16* x, int64_t tokens) {
     const int64_t pairs = parts->p.padded_pairs();
-    if (tokens == 1 && columns() == 2 * pairs) return stream({tokens, x, 0, nullptr, nullptr, nullptr});
+    if (tokens == 1 && columns() == 2 * pairs) return stream({tokens, x, 0, nullptr, nullptr, nullptr, nullptr});
     std::vector<bf16> interleaved(size_t(2 * pairs * tokens), 0);
     parallel(0, divide_up(columns(), 2), std::max<int64_t>(1, 8192 / tokens), [&](int64_t begin, int64_t end) {
       for (int64_t t = 0; t < tokens; ++t) {
@@ -151,7 +159,7 @@ struct Job {
           interleaved[size_t((columns() / 2 * tokens + t) * 2)] = row[columns() - 1];  // an odd last column
       }
     });
-    stream({tokens, interleaved.data(), 0, nullptr, nullptr, nullptr});
+    stream({tokens, interleaved.data(), 0, nullptr, nullptr, nullptr, nullptr});
   }
 
   // `x` is by blocks of columns: [blocks, tokens, 2 * kTilePairs], see by_tiles.
@@ -237,6 +245,7 @@ bool multiply(const Part* parts, int64_t n_parts, const Kernels& k, const bf16* 
     (found == kExact ? exact : others).push_back(t);
     road = std::max(road, found);
   }
+  if (road == kNarrow && k.bytes && tokens <= kByteTokens) road = kByte;
   if (exact.empty() || others.empty()) {
     job.by(others.empty() ? kExact : road, x, tokens);
     return job.ok;

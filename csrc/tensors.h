@@ -16,7 +16,7 @@ namespace losa {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum Kernel : int64_t { kPortable, kAvx2, kAvx512, kAmx };
+enum Kernel : int64_t { kPortable, kAvx2, kAvx512, kAmx, kAvx512A8, kAmxA8 };
 
 inline bool runs_here(int64_t kernel) {
   if (kernel == kPortable) return true;
@@ -29,19 +29,21 @@ inline bool runs_here(int64_t kernel) {
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
                       __builtin_cpu_supports("avx512vpopcntdq") && runs_here(kAvx2);
-  if (kernel == kAvx512) return avx512;
-  if (kernel == kAmx) return avx512 && amx_permitted();
+  if (kernel == kAvx512 || kernel == kAvx512A8) return avx512;
+  if (kernel == kAmx || kernel == kAmxA8) return avx512 && amx_permitted();
 #endif
   return false;
 }
 
 inline const Kernels& kernels_of(int64_t kernel) {
   STD_TORCH_CHECK(runs_here(kernel), "losa::sparse_linear: this CPU does not run kernel ", kernel,
-                  " (0 portable, 1 avx2, 2 avx512, 3 amx); see losa::cpu_kernels");
+                  " (0 portable, 1 avx2, 2 avx512, 3 amx, 4 avx512-a8, 5 amx-a8); see losa::cpu_kernels");
 #if defined(__x86_64__)
   if (kernel == kAvx2) return avx2_kernels();
   if (kernel == kAvx512) return avx512_kernels();
   if (kernel == kAmx) return amx_kernels();
+  if (kernel == kAvx512A8) return avx512_a8_kernels();
+  if (kernel == kAmxA8) return amx_a8_kernels();
 #endif
   return portable_kernels();
 }

@@ -17,6 +17,7 @@ TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 65, 130]
 VALUES = list(TYPES.values())
 RUNNABLE = dispatch.available()
 COMPILED = [name for name in RUNNABLE if name != dispatch.REFERENCE]
+ROUNDING = {dispatch.ROUNDING[name]: name for name in COMPILED if name in dispatch.ROUNDING}
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -131,8 +132,47 @@ def test_activations_that_tower_above_the_rest_cost_no_row_its_precision(name, v
             assert ours[token, rows].max() <= 2 * max(torchs[token, rows].max(), rounding), (ratio, tokens, token)
 
 
+def in_bytes(x_TI):
+    """Activations rounded to 8 bits with a scale for 64 columns, in float32 as the kernels do it."""
+    columns = x_TI.shape[1]
+    blocks = torch.nn.functional.pad(x_TI.float(), (0, -columns % 64)).view(len(x_TI), -1, 64)
+    most = blocks.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    return ((blocks * (127 / most)).round().double() * (most / 127).double()).flatten(1)[:, :columns]
+
+
+@pytest.mark.parametrize("values", [kind for kind in VALUES if kind.rounds])
+@pytest.mark.parametrize("name", ROUNDING)
+def test_activations_may_be_rounded_to_bytes(name, values):
+    """Of few tokens; they lose what that rounding loses, and no more than any kernel may besides."""
+    generator = torch.Generator().manual_seed(5)
+    for shape, density, tokens in itertools.product([(64, 576), (100, 130), (33, 1000)], DENSITIES, (1, 2, 3)):
+        packed = pack(sparse(*shape, density), values)
+        x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
+        W, rounded = exact(packed), in_bytes(x)
+        want = rounded @ W.T
+        ours = (dispatch.linear(x, packed, None, name).double() - want).abs().max()
+        torchs = (torch.nn.functional.linear(rounded.bfloat16(), unpack(packed)).double() - want).abs().max()
+        assert ours <= 2 * max(torchs, want.abs().max() * 2**-9), (shape, density, tokens)
+
+
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ROUNDING)
+def test_activations_that_rounding_would_spoil_are_not_rounded(name, values):
+    """Those of many tokens, those that tower above the rest, those that are no numbers, those of values that are not rounded."""
+    packed = pack(sparse(40, 640, 0.3), values)
+    x = torch.randn(4, 640).bfloat16()
+    cases = [x] if values.rounds else [x, x[:1]]
+    for large in (1e4, float("inf"), float("nan")):
+        one = x[:1].clone()
+        one[0, 7] = large
+        cases.append(one)
+    for case in cases:
+        want = dispatch.linear(case, packed, None, ROUNDING[name])
+        assert torch.equal(dispatch.linear(case, packed, None, name).nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("name", [*COMPILED, *ROUNDING])
 def test_opcheck(name, values):
     packed = pack(sparse(40, 24, 0.4), values)
     bias = torch.randn(40).bfloat16()
@@ -148,7 +188,9 @@ def test_the_number_of_threads_changes_nothing(values):
     packed = pack(sparse(700, 600, 0.3), values)
     threads = torch.get_num_threads()
     try:
-        for name, tokens in itertools.product(COMPILED, (1, 4, 12, 16)):  # past 16 the portable kernels use torch's own product
+        for name, tokens in itertools.product(
+            [*COMPILED, *ROUNDING], (1, 4, 12, 16)
+        ):  # past 16 the portable kernels use torch's own product
             x = torch.randn(tokens, 600).bfloat16()
             torch.set_num_threads(1)
             one = dispatch.linear(x, packed, None, name)
@@ -160,7 +202,7 @@ def test_the_number_of_threads_changes_nothing(values):
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [*COMPILED, *ROUNDING])
 def test_operator_survives_any_bytes(name, values):
     """Random masks and offsets: an error or wrong numbers, never a crash. (Under a sanitizer: test_csrc.py.)"""
     generator = np.random.default_rng(0)
@@ -200,7 +242,7 @@ def test_operator_refuses_shapes_and_types_that_disagree(name):
 def test_a_kernel_that_this_cpu_lacks_is_refused():
     packed = pack(sparse(16, 16, 0.5))
     x = torch.randn(1, 16).bfloat16()
-    lacking = [number for number, name in enumerate(dispatch.COMPILED) if name not in RUNNABLE]
+    lacking = [number for number, name in enumerate(dispatch.COMPILED) if name not in (*RUNNABLE, *ROUNDING)]
     for number in [*lacking, -1, 99]:
         with pytest.raises(RuntimeError, match="does not run kernel"):
             torch.ops.losa.sparse_linear(x, *packed[:5], None, 16, 16, 0, number)
@@ -210,6 +252,7 @@ def test_the_environment_forces_a_kernel(monkeypatch):
     for name in RUNNABLE:
         monkeypatch.setenv("LOSA_KERNELS", name)
         assert dispatch.choose() == name
+        assert dispatch.choose(activations="int8") == dispatch.ROUNDING.get(name, name)
     monkeypatch.setenv("LOSA_KERNELS", "sse9")
     with pytest.raises(ValueError, match="LOSA_KERNELS is 'sse9'; this machine and installation run reference"):
         dispatch.choose()

@@ -22,10 +22,11 @@ from losa.commands.inspect import inspect
 from losa.commands.toy import toy_tokenizer
 from losa.evaluation.perplexity import perplexity
 from losa.models import find_decoder
+from losa.runtime import dispatch
 from losa.runtime.bench import weight_bytes
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
-from losa.runtime.values import HEADS
+from losa.runtime.values import HEADS, TYPES
 
 IDS = torch.arange(1, 41).view(2, 20)
 
@@ -80,6 +81,31 @@ def test_int8_is_close_and_smaller(llama):
     with torch.no_grad():
         assert (smaller(IDS).logits.float() - want).norm() / want.norm() < 0.2
     assert weight_bytes(smaller) < weight_bytes(small) < weight_bytes(losa.load(llama / "packed")[0]) < weight_bytes(sparse)
+
+
+@pytest.mark.parametrize("values", [name for name, kind in TYPES.items() if kind.rounds])
+def test_rounding_activations_is_allowed_to_the_blocks(llama, tmp_path, values):
+    """By the header, on disk or while a checkpoint is opened; the weights stay what they are."""
+    pack_checkpoint(llama / "sparse", tmp_path / "packed", values, activations="int8")
+    opened, _ = losa.load(tmp_path / "packed")
+    made = AutoModelForCausalLM.from_pretrained(llama / "sparse", quantization_config=SparseConfig(values, activations="int8"))
+    kernel = dispatch.choose(activations="int8")
+    for model in (opened, made):
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+        assert {layer.kernel for name, layer in layers.items() if name != "lm_head"} == {kernel}
+        assert layers["lm_head"].kernel == dispatch.choose()
+    made.save_pretrained(tmp_path / "saved")
+    stored = [json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("packed", "saved")]
+    assert [found["activations"] for found in stored] == ["int8", "int8"]
+    exact, _ = losa.load(llama / values)
+    assert same(tensors(tmp_path / "packed"), tensors(llama / values))
+    with torch.no_grad():
+        assert torch.equal(opened(IDS).logits, exact(IDS).logits)  # of many tokens none is rounded
+        found, want = opened(IDS[:1, :1]).logits.float(), exact(IDS[:1, :1]).logits.float()
+    assert (found - want).norm() / want.norm() < 0.05
+    assert unpack_checkpoint(tmp_path / "packed", tmp_path / "again") > 0
+    with pytest.raises(ValueError, match="activations are int8 with bfloat16 values, expected int8 or int4 values"):
+        pack_checkpoint(llama / "sparse", tmp_path / "never", activations="int8")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -277,6 +303,8 @@ def both_doors_refuse(directory, message: str):
     [
         ({"head": "int3"}, "values of the head are 'int3'"),
         ({"head": "int8", "tied": 1}, "tied is 1"),
+        ({"activations": "int3"}, "activations are 'int3', expected one of bfloat16, int8"),
+        ({"activations": 8}, "activations are 8, expected"),
         ({"version": 2}, "packed format 2, expected 1"),
         ({"version": "1"}, "packed format '1', expected 1"),
         ({"values": "int3"}, "packed values are 'int3'"),
@@ -442,7 +470,7 @@ def test_other_values_than_the_packed_ones_are_refused(llama, directory, asked):
 
 
 def test_a_configuration_can_be_copied_and_pickled():
-    config = SparseConfig("int8", {"a": 3}, head="int4", tied=True)
+    config = SparseConfig("int8", {"a": 3}, head="int4", tied=True, activations="int8")
     for again in (deepcopy(config), pickle.loads(pickle.dumps(config)), SparseConfig.from_dict(config.to_dict())):
         assert isinstance(again, SparseConfig)
         assert again.to_dict() == config.to_dict()

@@ -34,7 +34,7 @@ bool streams(std::mt19937& random, ValueType type, int64_t tokens, int64_t words
       bytes[size_t(place * kGroup + c % kGroup)] = int8_t(x);
       sums[size_t(place)] += x;
     }
-  const Activations in{tokens, pairs.data(), digits, bytes.data(), sums.data(), unit.data()};
+  const Activations in{tokens, pairs.data(), digits, bytes.data(), sums.data(), unit.data(), nullptr};
   std::vector<float> found(size_t(tokens * kStrip)), expected(found);
   const bool ok = amx_kernels().stream(p, in, 0, found.data()) && portable_kernels().stream(p, in, 0, expected.data());
   return ok && found == expected && !amx_emulator::state.configured;

@@ -63,7 +63,8 @@ std::vector<const Kernels*> kernels_here() {
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   avx512 = avx512 && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   avx512 = avx512 && __builtin_cpu_supports("avx512vpopcntdq");
-  if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_kernels());
+  if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+    found.insert(found.end(), {&avx512_kernels(), &avx512_a8_kernels()});
 #endif
   return found;
 }
@@ -73,23 +74,27 @@ std::vector<const Kernels*> kernels_here() {
   std::exit(1);
 }
 
-// Activations of `tokens` tokens, as bfloat16 pairs and as a kernel's digits of fixed-point numbers of unit 1.
+// Activations of `tokens` tokens, as bfloat16 pairs and as a kernel's digits of fixed-point numbers of unit 1; one digit of a kernel
+// that rounds is a byte with a scale, which is 1 because the largest of every 64 is 127.
 struct Inputs {
   Exact pairs, bytes;
   std::vector<int32_t> sums;
-  std::vector<float> unit;
+  std::vector<float> unit, scales;
   Activations in;
   Inputs(const Kernels& k, int64_t tokens, int64_t words, int64_t group, int64_t digits, bool guarded)
       : pairs(size_t(words * group * tokens) * sizeof(bf16), guarded),
         bytes(size_t(blocks(words * group) * digits * tokens * kGroup * k.digit_bytes), guarded),
-        sums(size_t(blocks(words * group) * digits * tokens)), unit(size_t(tokens), 1.0f),
-        in{tokens, pairs.as<bf16>(), digits, bytes.as<int8_t>(), sums.data(), unit.data()} {
+        sums(size_t(blocks(words * group) * digits * tokens)), unit(size_t(tokens), 1.0f), scales(sums.size()),
+        in{tokens, pairs.as<bf16>(), digits, bytes.as<int8_t>(), sums.data(), unit.data(), scales.data()} {
     const int64_t columns = words * group;
+    const bool rounds = k.bytes && digits == 1;
     std::vector<bf16> x(size_t(tokens * columns));
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t c = 0; c < columns; ++c)
-        pairs.as<bf16>()[(c / 2 * tokens + t) * 2 + c % 2] = x[size_t(t * columns + c)] = to_bf16(float(pick(-8, 8)));
-    for (int64_t t = 0; t < tokens && k.digits; ++t)
+        pairs.as<bf16>()[(c / 2 * tokens + t) * 2 + c % 2] = x[size_t(t * columns + c)] =
+            to_bf16(rounds && c % kGroup == 0 ? 127 : float(pick(-8, 8)));
+    for (int64_t t = 0; t < tokens && rounds; ++t) k.bytes(&x[size_t(t * columns)], columns, tokens, bytes.as<int8_t>() + t * kGroup, &sums[size_t(t)], &scales[size_t(t)]);
+    for (int64_t t = 0; t < tokens && k.digits && !rounds; ++t)
       k.digits(&x[size_t(t * columns)], columns, 1.0f, digits, tokens, bytes.as<int8_t>() + t * kGroup * k.digit_bytes, &sums[size_t(t)]);
   }
   static int64_t blocks(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
@@ -132,27 +137,34 @@ void multiply_rows(int64_t round, const Kernels& k, bool guarded) {
   for (int64_t i = 0; i < width; ++i) x.as<bf16>()[i] = to_bf16(float(pick(-8, 8)));
   for (int64_t i = 0; i < n * width; ++i) rows.as<bf16>()[i] = to_bf16(float(pick(-8, 8)));  // integers: sums are exact
   const Exact wide(size_t(width) * sizeof(float), guarded), found(size_t(n) * sizeof(float), guarded), expected(size_t(n) * sizeof(float), guarded);
-  k.dots(x.as<bf16>(), rows.as<bf16>(), n, width, 0.5f, found.as<float>(), wide.as<float>());
-  portable_kernels().dots(x.as<bf16>(), rows.as<bf16>(), n, width, 0.5f, expected.as<float>(), wide.as<float>());
+  k.dots(x.as<bf16>(), rows.as<bf16>(), n, width, found.as<float>(), wide.as<float>());
+  portable_kernels().dots(x.as<bf16>(), rows.as<bf16>(), n, width, expected.as<float>(), wide.as<float>());
   for (int64_t i = 0; i < n; ++i)
     if (found.as<float>()[i] != expected.as<float>()[i]) fail("rows", k, round);
 }
 
-// A head over a cache: as far from the portable one as rounding to bfloat16 goes, and within its memory.
+// Heads over a cache: as far from the portable ones as rounding to bfloat16 goes, within their memory, and the same bits whether
+// they come together or one by one, for threads divide them.
 void attend_to_cache(int64_t round, const Kernels& k, bool guarded) {
-  const int64_t n = pick(1, 70), width = pick(0, 1) ? 8 * pick(1, 18) : pick(1, 40);
-  const Exact q(size_t(width) * sizeof(bf16), guarded), keys(size_t(n * width) * sizeof(bf16), guarded), values(size_t(n * width) * sizeof(bf16), guarded);
-  for (int64_t i = 0; i < width; ++i) q.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
+  const int64_t heads = pick(1, 9), n = pick(1, 70), width = pick(0, 1) ? 8 * pick(1, 18) : pick(1, 40);
+  const Exact q(size_t(heads * width) * sizeof(bf16), guarded), keys(size_t(n * width) * sizeof(bf16), guarded), values(size_t(n * width) * sizeof(bf16), guarded);
+  for (int64_t i = 0; i < heads * width; ++i) q.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
   for (int64_t i = 0; i < n * width; ++i) {
     keys.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
     values.as<bf16>()[i] = to_bf16(float(pick(-100, 100)) / 64);
   }
-  const Exact scores(size_t(n) * sizeof(float), guarded), sums(size_t(width) * sizeof(float), guarded);
-  const Exact found(size_t(width) * sizeof(bf16), guarded), expected(size_t(width) * sizeof(bf16), guarded);
   const float scaling = 1.0f / std::sqrt(float(width));
-  k.attend(q.as<bf16>(), keys.as<bf16>(), values.as<bf16>(), n, width, scaling, scores.as<float>(), sums.as<float>(), found.as<bf16>());
-  portable_kernels().attend(q.as<bf16>(), keys.as<bf16>(), values.as<bf16>(), n, width, scaling, scores.as<float>(), sums.as<float>(), expected.as<bf16>());
-  for (int64_t i = 0; i < width; ++i)
+  const size_t size = size_t(heads * width) * sizeof(bf16);
+  const Exact found(size, guarded), single(size, guarded), expected(size, guarded), sums(size_t(width) * sizeof(float), guarded);
+  const auto attend = [&](const Kernels& by, int64_t from, int64_t some, const Exact& out) {
+    const Exact scores(size_t(some * score_room(n)) * sizeof(float), guarded);
+    by.attend(q.as<bf16>() + from * width, some, keys.as<bf16>(), values.as<bf16>(), n, width, scaling, scores.as<float>(), sums.as<float>(), out.as<bf16>() + from * width);
+  };
+  attend(k, 0, heads, found);
+  attend(portable_kernels(), 0, heads, expected);
+  for (int64_t h = 0; h < heads; ++h) attend(k, h, 1, single);
+  if (std::memcmp(found.as<bf16>(), single.as<bf16>(), size) != 0) fail("a head by itself", k, round);
+  for (int64_t i = 0; i < heads * width; ++i)
     if (!(std::abs(to_float(found.as<bf16>()[i]) - to_float(expected.as<bf16>()[i])) < 0.02f)) fail("attention", k, round);
 }
 
@@ -192,7 +204,8 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
     round_sums(round, *k);
     attend_to_cache(round, *k, guarded);
     multiply_rows(round, *k, guarded);
-    const Inputs inputs(*k, pick(1, k->stream_tokens(type)), words, group, pick(2, 3) + 1 - k->digit_bytes, guarded);
+    const bool rounds = k->bytes && pick(0, 1);
+    const Inputs inputs(*k, pick(1, rounds ? 3 : k->stream_tokens(type)), words, group, rounds ? 1 : pick(2, 3) + 1 - k->digit_bytes, guarded);
     const size_t sums = size_t(inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
       const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);

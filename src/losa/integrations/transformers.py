@@ -48,16 +48,17 @@ class SparseConfig(Packing, QuantizationConfigMixin):
         version: int = VERSION,
         head: str | None = None,
         tied: bool = False,
+        activations: str = "bfloat16",
         **header: Any,
     ) -> None:
         given = {"values": values, "layers": {} if layers is None else layers, "version": version, "head": head, "tied": tied}
-        self.__dict__.update(vars(Packing.of(given | header)))
+        self.__dict__.update(vars(Packing.of(given | {"activations": activations} | header)))
 
     __repr__ = QuantizationConfigMixin.__repr__
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles, which look for a class by its name."""
-        return SparseConfig, (self.values, self.layers, self.version, self.head, self.tied)
+        return SparseConfig, (self.values, self.layers, self.version, self.head, self.tied, self.activations)
 
 
 class SparseQuantizer(HfQuantizer):
@@ -135,7 +136,7 @@ def pack_model(model: "PreTrainedModel", config: Packing) -> dict[str, int]:
     else:
         config.head = KEEP
     for name, linear in linears.items():
-        packed = SparseLinear.from_linear(linear, config.type_of(name in head))
+        packed = SparseLinear.from_linear(linear, config.type_of(name in head), config.activations_of(name in head))
         model.set_submodule(name, packed)
         layers[name] = packed.packed.stored
     return layers

@@ -17,7 +17,9 @@ from losa.runtime.format import PackedWeight
 from losa.runtime.format import linear as unpack_and_multiply
 
 REFERENCE, TRITON = "reference", "triton"
-COMPILED = ("portable", "avx2", "avx512", "amx")  # by the numbers that csrc/ops.cpp gives them, slowest first
+COMPILED = ("portable", "avx2", "avx512", "amx", "avx512-a8", "amx-a8")  # by their numbers in csrc/tensors.h
+ROUNDING = {"avx512": "avx512-a8", "amx": "amx-a8"}  # the same, but activations of up to three tokens are rounded to int8
+ACTIVATIONS = ("bfloat16", "int8")
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ def available() -> tuple[str, ...]:
     torch.library.register_fake("losa::sparse_linear", _shape)
     torch.library.register_fake("losa::dense_linear", lambda x, weight, kernel: x.new_empty(weight.shape[0]))
     bits = torch.ops.losa.cpu_kernels()
-    return (REFERENCE, *(name for number, name in enumerate(COMPILED) if bits >> number & 1))
+    runs = (name for number, name in enumerate(COMPILED) if bits >> number & 1)
+    return (REFERENCE, *(name for name in runs if name not in ROUNDING.values()))
 
 
 def _shape(
@@ -60,11 +63,12 @@ def triton_runs() -> bool:
     return True
 
 
-def choose(device: str = "cpu") -> str:
+def choose(device: str = "cpu", activations: str = "bfloat16") -> str:
     """The fastest kernel that runs here, or the one that `LOSA_KERNELS` asks for.
 
     Args:
         device: type of the device that holds the layer.
+        activations: `int8` allows to round them, where there is a kernel that is faster for it.
 
     Raises:
         ValueError: `LOSA_KERNELS` names none that runs here.
@@ -74,11 +78,10 @@ def choose(device: str = "cpu") -> str:
         return TRITON if asked != REFERENCE and triton_runs() else REFERENCE
     if device not in ("cpu", "meta"):
         return REFERENCE
-    if not asked:
-        return available()[-1]
-    if asked not in available():
+    if asked and asked not in available():
         raise ValueError(f"LOSA_KERNELS is {asked!r}; this machine and installation run {', '.join(available())}")
-    return asked
+    found = asked or available()[-1]
+    return ROUNDING.get(found, found) if activations == "int8" else found
 
 
 def linear(x: Tensor, weight: PackedWeight, bias_O: Tensor | None, kernel: str, index: Tensor | None = None) -> Tensor:

@@ -38,6 +38,7 @@ def pack_checkpoint(
     trust_remote_code: bool = False,
     head: str | None = None,
     overwrite: bool = False,
+    activations: str = "bfloat16",
 ) -> dict[str, Any]:
     """Packs the linear layers of the decoder's blocks of a checkpoint, and its output head.
 
@@ -47,6 +48,7 @@ def pack_checkpoint(
         values: a name of `losa.runtime.values`.
         head: `int8`, `int4`, or `keep`; see `Packing`.
         overwrite: the output may be what losa wrote earlier; it is replaced.
+        activations: `bfloat16`, or `int8` to allow kernels to round them; see `Packing`.
 
     Returns:
         `layers`, `sparsity` (ratio), `lossless`, whether all layers but the head unpack to themselves; `dense_bytes` and
@@ -57,7 +59,7 @@ def pack_checkpoint(
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
     """
     source, output = Path(source), Path(output)
-    config = Packing(values, head=head)
+    config = Packing(values, head=head, activations=activations)
     with claim(output):
         return _pack_claimed(source, output, config, trust_remote_code, overwrite, needs_head=head is not None)
 

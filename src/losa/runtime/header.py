@@ -4,7 +4,8 @@
 
 `layers` names every packed linear layer with the number of its stored values. Shapes are the model's; together they fix the
 dtype and shape of every packed tensor, which `check_files` compares with what the safetensors files say before one is read.
-Where the output head is packed as well, `head` says with which values, and `tied` whether it was the embedding.
+Where the output head is packed as well, `head` says with which values, and `tied` whether it was the embedding; `activations` is
+there where they may be rounded.
 `Packing` is this dictionary, checked. transformers and vLLM each make a class of their own of it (`losa.integrations`).
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from losa.runtime.dispatch import ACTIVATIONS
 from losa.runtime.linear import SparseLinear
 from losa.runtime.values import HEADS, TYPES, ValueType
 from losa.system.doors import shown, tensor_heads
@@ -40,6 +42,8 @@ class Packing:
         head: values of the output head, `int8` or `int4`, or `keep`, which leaves it dense. None: `int8` if values are rounded,
             else `keep`.
         tied: whether the dense model uses its embedding as its head; only in a packed checkpoint with a packed head.
+        activations: `int8`: kernels that are faster for it may round the inputs of the blocks' layers to eight bits, with a scale
+            for 64 columns. `bfloat16`: none does.
         quant_method: always `losa`.
 
     Raises:
@@ -51,6 +55,7 @@ class Packing:
     version: int = VERSION
     head: str | None = None
     tied: bool = False
+    activations: str = "bfloat16"
     quant_method: str = METHOD
 
     def __post_init__(self) -> None:
@@ -65,6 +70,12 @@ class Packing:
             raise ValueError(f"values of the head are {shown(self.head)}, expected one of {', '.join((*HEADS, KEEP))}")
         if not isinstance(self.tied, bool):
             raise ValueError(f"tied is {shown(self.tied)}, expected true or false")
+        if not isinstance(self.activations, str) or self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations are {shown(self.activations)}, expected one of {', '.join(ACTIVATIONS)}")
+        if self.activations != "bfloat16" and not TYPES[self.values].rounds:
+            raise ValueError(
+                f"activations are {self.activations} with {self.values} values, expected int8 or int4 values with them"
+            )
         if not isinstance(self.layers, Mapping):
             raise ValueError(f"layers is a {type(self.layers).__name__}, expected names and numbers of stored values")
         for name, count in self.layers.items():
@@ -89,10 +100,15 @@ class Packing:
         """Of the stored values of a packed layer, a block's or the output head."""
         return TYPES[self.head if is_head and self.head and self.head != KEEP else self.values]
 
+    def activations_of(self, is_head: bool) -> str:
+        """Of the inputs of a packed layer; those of the head stay as they are."""
+        return "bfloat16" if is_head else self.activations
+
     def to_dict(self) -> dict[str, Any]:
         """The header; nothing of a head that is not packed."""
         found = {"quant_method": self.quant_method, "version": self.version, "values": self.values, "layers": dict(self.layers)}
-        return found | ({} if self.head == KEEP else {"head": self.head, "tied": self.tied})
+        found |= {} if self.head == KEEP else {"head": self.head, "tied": self.tied}
+        return found | ({} if self.activations == "bfloat16" else {"activations": self.activations})
 
 
 def head_of(model: "PreTrainedModel") -> dict[str, nn.Linear]:
@@ -117,9 +133,9 @@ def swap_in(model: "PreTrainedModel", config: Packing) -> dict[str, SparseLinear
         if count > linear.weight.numel():
             raise ValueError(f"{name}: {count} stored values, more than its {linear.weight.numel()} weights")
         with torch.device("meta"):
-            made[name] = SparseLinear(
-                linear.in_features, linear.out_features, count, config.type_of(name in head), linear.bias is not None
-            )
+            sizes, is_head = (linear.in_features, linear.out_features, count), name in head
+            kinds = (config.type_of(is_head), linear.bias is not None, config.activations_of(is_head))
+            made[name] = SparseLinear(*sizes, *kinds)
         model.set_submodule(name, made[name])
     return made
 

@@ -19,21 +19,30 @@ class SparseLinear(nn.Module):
 
     Attributes:
         values: the type of the stored values.
+        activations: `int8` where kernels may round them, else `bfloat16`.
         weight: `[elements]` of `values.stored`.
         weight_mask: `[strips, bytes]` uint8.
         weight_offsets: `[strips + 1]` int64.
         weight_scale: `[O]` float32, or None for values that are not rounded.
         weight_groups: `[strips, groups, 16]` uint8, or None for values without scales of groups.
         bias: `[O]` bfloat16 or None.
-        kernel: one of `losa.runtime.dispatch.available()`, or `triton` on a GPU.
+        kernel: as `losa.runtime.dispatch.choose` finds it.
         index: `[strips, chunks]` int32, `format.chunk_index` of a layer on a GPU; None elsewhere. In no checkpoint.
     """
 
     index: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, count: int, values: ValueType, bias: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        count: int,
+        values: ValueType,
+        bias: bool = False,
+        activations: str = "bfloat16",
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.values = in_features, out_features, values
+        self.in_features, self.out_features, self.values, self.activations = in_features, out_features, values, activations
         strips, width = mask_shape(out_features, in_features, values)
         self.weight = _frozen(torch.empty(values.elements(count), dtype=values.stored))
         self.weight_mask = _frozen(torch.empty(strips, width, dtype=torch.uint8))
@@ -43,22 +52,23 @@ class SparseLinear(nn.Module):
         shape = groups_shape(out_features, in_features, values)
         self.register_parameter("weight_groups", _frozen(torch.empty(shape, dtype=torch.uint8)) if shape else None)
         self.register_parameter("bias", _frozen(torch.empty(out_features, dtype=torch.bfloat16)) if bias else None)
-        self.kernel = dispatch.choose()
+        self.kernel = dispatch.choose(activations=activations)
         self.register_buffer("index", None, persistent=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, values: ValueType = BFLOAT16) -> Self:
+    def from_linear(cls, linear: nn.Linear, values: ValueType = BFLOAT16, activations: str = "bfloat16") -> Self:
         """Packs a bfloat16 layer.
 
         Raises:
             ValueError: another dtype.
         """
-        return cls.from_packed(pack(linear.weight.data, values), None if linear.bias is None else linear.bias.data)
+        bias_O = None if linear.bias is None else linear.bias.data
+        return cls.from_packed(pack(linear.weight.data, values), bias_O, activations)
 
     @classmethod
-    def from_packed(cls, packed: PackedWeight, bias_O: Tensor | None = None) -> Self:
+    def from_packed(cls, packed: PackedWeight, bias_O: Tensor | None = None, activations: str = "bfloat16") -> Self:
         """A layer of a packed weight, which is not copied."""
-        made = cls(packed.columns, packed.rows, 0, packed.type)
+        made = cls(packed.columns, packed.rows, 0, packed.type, activations=activations)
         for part, tensor in packed.tensors().items():
             made.register_parameter(part, _frozen(tensor))
         if bias_O is not None:
@@ -72,7 +82,7 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: on a GPU, masks, offsets and values that disagree.
         """
-        self.kernel = dispatch.choose(self.weight.device.type)
+        self.kernel = dispatch.choose(self.weight.device.type, self.activations)
         self.index = chunk_index(self.packed) if self.kernel == dispatch.TRITON else None
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
