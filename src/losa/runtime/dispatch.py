@@ -17,7 +17,7 @@ from losa.runtime.format import PackedWeight
 from losa.runtime.format import linear as unpack_and_multiply
 
 REFERENCE, TRITON = "reference", "triton"
-COMPILED = ("portable", "avx2", "avx512", "amx", "avx512-a8", "amx-a8")  # by their numbers in csrc/tensors.h
+COMPILED = ("portable", "avx2", "avx512", "amx", "avx512-a8", "amx-a8")  # their numbers in csrc/tensors.h; slowest first
 ROUNDING = {"avx512": "avx512-a8", "amx": "amx-a8"}  # the same, but activations of up to three tokens are rounded to int8
 ACTIVATIONS = ("bfloat16", "int8")
 
