@@ -169,7 +169,7 @@ def prepare(args: argparse.Namespace) -> dict[str, list[Path | str]]:
     if args.llama:
         if not (folder / "BF16.gguf").exists():
             write_gguf(dense, folder / "BF16.gguf")
-        for kind in GGUF:
+        for kind in filter(None, args.formats.split(",")):
             file = folder / f"{kind}.gguf"
             if not file.exists():
                 subprocess.run(
@@ -279,7 +279,8 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="folder with llama-bench and llama-quantize; without it, no rows of llama.cpp")
     parser.add_argument("--model", type=Path, help="a Llama checkpoint; random weights of TinyLlama's shape when not given")
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
-    parser.add_argument("--values", default="bfloat16,int8,int4")
+    parser.add_argument("--formats", default=",".join(GGUF), help="of llama.cpp")
+    parser.add_argument("--values", default="bfloat16,int8,int4", help="also int8-a8, int4-a8: activations rounded to int8, too")
     parser.add_argument("--head", default="int8", help="of the output head beside rounded values: int8, int4 or keep")
     parser.add_argument("--dense", default="bfloat16,float32", help="what transformers' dense model computes in, one row each")
     parser.add_argument("--contexts", action="store_true", help="tokens a second after a prompt of 512, too; not of llama.cpp")

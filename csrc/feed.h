@@ -11,7 +11,7 @@ namespace losa {
 namespace {
 
 constexpr int64_t kFeed = 64;      // words at a time: 256 columns, as in a tile
-constexpr int64_t kFedMost = 128;  // and at most
+constexpr int64_t kFedMost = 128;  // and at most: from memory, int4 in words of 64 and of 256 is 7 and 18 % slower
 template <int64_t N>
 using Bits = std::integral_constant<int64_t, N>;  // what `unpack` is found by
 
