@@ -224,7 +224,7 @@ def test_index_refuses_masks_that_the_offsets_do_not_count():
 def on_gpu(layer: SparseLinear, monkeypatch) -> SparseLinear:
     """A layer that chooses as on a GPU, wherever it is."""
     choose = dispatch.choose
-    monkeypatch.setattr(dispatch, "choose", lambda device="cpu": choose("cuda"))
+    monkeypatch.setattr(dispatch, "choose", lambda device="cpu", activations="bfloat16": choose("cuda", activations))
     return layer.to(DEVICE)
 
 
