@@ -110,7 +110,8 @@ inline void add_block(const uint8_t* mask, const int8_t*& v, int64_t n, const in
       for (int d = 0; d < D; ++d) a[0][t][d] = _mm512_add_epi32(a[0][t][d], a[1][t][d]);
     if constexpr (D == 1) {
       const __m512 scale = _mm512_set1_ps(scales[t]);
-      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[0][t][0]), row_of(V).grouped ? level * scale : scale, total[t]);
+      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[0][t][0]),
+                                 row_of(V).grouped ? _mm512_mul_ps(level, scale) : scale, total[t]);
     } else {
       total[t] = drained<V, D>(a[0][t], level, total[t]);
     }
@@ -224,7 +225,7 @@ using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
 
 template <ValueType V>
 bool stream_bytes(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  static constexpr Stream kFew[3] = {stream_few<V, 1, 1>, stream_few<V, 2, 1>, stream_few<V, 3, 1>};
+  static constexpr Stream kFew[kByteTokens] = {stream_few<V, 1, 1>, stream_few<V, 2, 1>, stream_few<V, 3, 1>};
   return kFew[in.tokens - 1](p, in, strip, out);
 }
 

@@ -23,6 +23,7 @@ constexpr int64_t kTilePairs = 128;  // column pairs of a decoded tile: 8 KiB pe
 constexpr int64_t kTileTokens = 256;  // tokens that share a decoded tile; the next ones decode it again
 constexpr int64_t kWordBits16 = 32;   // weights of a word of bfloat16 values: 16 rows x 2 columns
 constexpr int64_t kWordBits8 = 64;    // weights of a word of int8 and int4 values: 16 rows x 4 columns
+constexpr int64_t kByteTokens = 3;    // up to which activations come as bytes, where the kernels make them
 constexpr int64_t kGroup = 64;        // columns of a row that share a scale of int4 values, and of a block of digits
 
 using bf16 = uint16_t;  // bfloat16 by its bits

@@ -22,8 +22,7 @@ enum Road : int64_t {
   kWide = 23,
 };
 
-constexpr int64_t kByteTokens = 3;  // that come as bytes where the kernels make them; more are multiplied exactly
-constexpr int64_t kJudged = 16;     // activations that are judged by their largest
+constexpr int64_t kJudged = 16;  // activations that are judged by their largest
 
 // How many bits leave errors that bfloat16 outputs do not show, for any rows: none if outliers tower above all
 // others. Rows that do not meet an outlier have outputs of the size of the other activations, so what counts is the
