@@ -47,7 +47,7 @@ inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
   return _mm512_mask_expand_epi8(opaque(flip), m, opaque(packed));
 }
 
-// Asks for the masks that come after those of a block.
+// Asks for masks that come after those of a block, further on than Feed counts next.
 inline void masks_ahead(const uint8_t* mask) {
   _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304, _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304 + 64, _MM_HINT_T0);
@@ -236,6 +236,13 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
   return in.tokens <= 4 ? kFew[in.tokens - 1](p, in, strip, out) : stream_many<V, D>(p, in, strip, out);
 }
 
+// Sixteen activations from `from` on, zeros past the last column.
+inline __m512 activations_at(const bf16* x, int64_t columns, int64_t from) {
+  const int64_t left = std::max<int64_t>(0, std::min<int64_t>(16, columns - from));
+  const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << left) - 1), x + (left > 0 ? from : 0));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
 // What sums over a block begin with: -128 times the sum of its digits.
 inline int32_t start_of(__m512i digits) {
   return -128 * _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digits));
@@ -312,9 +319,7 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
   for (int64_t b = 0; b * kGroup < columns; ++b) {
     __m512i q[4];
     for (int64_t i = 0; i < 4; ++i) {
-      const int64_t from = b * kGroup + 16 * i, left = std::max<int64_t>(0, std::min<int64_t>(16, columns - from));
-      const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << left) - 1), x + (left > 0 ? from : 0));
-      const __m512 f = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      const __m512 f = activations_at(x, columns, b * kGroup + 16 * i);
       q[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(f, times), low), high));
     }
     for (int64_t d = 0; d < digits; ++d) {
@@ -333,9 +338,7 @@ void integer_bytes(const bf16* x, int64_t columns, int64_t tokens, int8_t* bytes
   for (int64_t b = 0; b * kGroup < columns; ++b) {
     __m512 f[4], largest = _mm512_set1_ps(0x1p-100f);  // of zeros: keeps the scale and its inverse normal floats
     for (int64_t i = 0; i < 4; ++i) {
-      const int64_t from = b * kGroup + 16 * i, left = std::max<int64_t>(0, std::min<int64_t>(16, columns - from));
-      const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << left) - 1), x + (left > 0 ? from : 0));
-      f[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      f[i] = activations_at(x, columns, b * kGroup + 16 * i);
       largest = _mm512_max_ps(largest, _mm512_abs_ps(f[i]));
     }
     const float most = _mm512_reduce_max_ps(largest);

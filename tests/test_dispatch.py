@@ -188,9 +188,8 @@ def test_the_number_of_threads_changes_nothing(values):
     packed = pack(sparse(700, 600, 0.3), values)
     threads = torch.get_num_threads()
     try:
-        for name, tokens in itertools.product(
-            [*COMPILED, *ROUNDING], (1, 4, 12, 16)
-        ):  # past 16 the portable kernels use torch's own product
+        # Past 16 tokens the portable kernels use torch's own product.
+        for name, tokens in itertools.product([*COMPILED, *ROUNDING], (1, 4, 12, 16)):
             x = torch.randn(tokens, 600).bfloat16()
             torch.set_num_threads(1)
             one = dispatch.linear(x, packed, None, name)

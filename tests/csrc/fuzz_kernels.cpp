@@ -205,7 +205,7 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
     attend_to_cache(round, *k, guarded);
     multiply_rows(round, *k, guarded);
     const bool rounds = k->bytes && pick(0, 1);
-    const Inputs inputs(*k, pick(1, rounds ? 3 : k->stream_tokens(type)), words, group, rounds ? 1 : pick(2, 3) + 1 - k->digit_bytes, guarded);
+    const Inputs inputs(*k, pick(1, rounds ? kByteTokens : k->stream_tokens(type)), words, group, rounds ? 1 : pick(2, 3) + 1 - k->digit_bytes, guarded);
     const size_t sums = size_t(inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
       const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);

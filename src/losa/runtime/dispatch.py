@@ -41,8 +41,7 @@ def available() -> tuple[str, ...]:
     torch.library.register_fake("losa::sparse_linear", _shape)
     torch.library.register_fake("losa::dense_linear", lambda x, weight, kernel: x.new_empty(weight.shape[0]))
     bits = torch.ops.losa.cpu_kernels()
-    runs = (name for number, name in enumerate(COMPILED) if bits >> number & 1)
-    return (REFERENCE, *(name for name in runs if name not in ROUNDING.values()))
+    return (REFERENCE, *(name for number, name in enumerate(COMPILED) if bits >> number & 1))
 
 
 def _shape(
