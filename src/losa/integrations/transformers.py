@@ -79,7 +79,7 @@ class SparseQuantizer(HfQuantizer):
             check_files(self.files, swap_in(model, self.quantization_config))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
-        from losa.runtime import decode, head
+        from losa.runtime import decode, head, loop
 
         if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             found = f"device_map leaves {len(away)} tensors on the host or the disk, {away[0]} first"
@@ -94,7 +94,8 @@ class SparseQuantizer(HfQuantizer):
         else:
             self.quantization_config.layers = pack_model(model, self.quantization_config)
         move_to_huge_pages(model, files=self.files)
-        decode.attach(model)
+        if decode.attach(model):
+            loop.attach(model)
         head.attach(model)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":

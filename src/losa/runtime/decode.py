@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from losa.runtime import dispatch
-from losa.runtime.cache import RoomyLayer
+from losa.runtime.cache import ROOM, RoomyLayer
 from losa.runtime.linear import SparseLinear
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -30,6 +30,7 @@ LAYERS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # in the
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 PARTS = ("weight_mask", "weight", "weight_offsets", "weight_scale", "weight_groups", "bias")  # of each layer
 BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # transformers' kinds of rotary positions that no length changes
 TOLERANCE = 0.15  # relative difference of the two roads' hidden states that bfloat16 explains
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class DecodeStep:
     def __init__(self, decoder: Any, plan: _Plan) -> None:
         self.decoder, self.plan = decoder, plan
         self.verified: bool | None = None  # not known before the first token
+        self.head_alone: bool | None = None  # whether the model's logits are its head's of this; asked by `loop`, of the first text
+        self.angles = torch.empty(2, 0, 0)  # cosines and sines of the rotary positions from 0 on, where these are all there is
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the decoder's own."""
@@ -161,6 +164,10 @@ class DecodeStep:
         if self.verified is None:
             return self._verify(general(self.decoder, **kwargs), kwargs, cache)
         return BaseModelOutputWithPast(last_hidden_state=self._step(kwargs["input_ids"], cache), **{word: cache})
+
+    def after(self, ids: Tensor, cache: Any) -> Tensor | None:
+        """The hidden state of a token `[1, 1]` that follows one which came this way; None where that one did not."""
+        return self._step(ids, cache) if self.verified and type(cache) is DynamicCache and self._follows(cache) else None
 
     def _takes(self, kwargs: dict[str, Any], cache: Any) -> bool:
         """Whether a call is one plain token that follows a plain cache."""
@@ -204,7 +211,7 @@ class DecodeStep:
             layers.append(roomy)
         layers[0].plan = plan.laid.plan
         x = self.decoder.embed_tokens(ids)
-        cosine, sine = self.decoder.rotary_emb(x, position_ids=torch.full((1, 1), length))
+        cosine, sine = self._rotation(x, length)
         hidden: Tensor = torch.ops.losa.decode_step(
             x, plan.laid.plan, [layer.rooms[0] for layer in layers], [layer.rooms[1] for layer in layers], cosine, sine,
             plan.epsilon, plan.scaling, length, plan.kernel,
@@ -212,6 +219,18 @@ class DecodeStep:
         for layer in layers:
             layer.length += 1
         return hidden
+
+    def _rotation(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary position, `[1, 1, width]` each; from a table where they depend on nothing else."""
+        rotary = self.decoder.rotary_emb
+        if getattr(rotary, "rope_type", None) not in FIXED_ROTATIONS:
+            cosine, sine = rotary(x, position_ids=torch.full((1, 1), position))
+            return cosine, sine
+        if position >= self.angles.shape[1]:
+            positions = torch.arange(position + max(ROOM, position // 4))
+            self.angles = torch.cat(rotary(x, position_ids=positions[None]))
+        row = self.angles[:, position, None, None]
+        return row[0], row[1]
 
     def _verify(self, expected: Any, kwargs: dict[str, Any], cache: DynamicCache) -> Any:
         """Computes the token again by the compiled step, and compares."""

@@ -1,0 +1,134 @@
+"""`generate` without overhead: of a packed model's token, transformers' loop around the compiled step is a seventh.
+
+`attach` gives a model another `generate`, which prepares a text as transformers does: configuration, processors of logits, criteria
+to stop by, cache. Where one text is continued greedily or by sampling, and nothing but its tokens is asked for, a loop of this
+file takes over, by transformers' own door (`custom_generate`): the same processors, criteria, draws and streamer, around the
+model's decoder and head alone. Beams, batches, padding, assistants, scores and caches that somebody brings go the way they
+always went.
+"""
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
+
+from losa.runtime.decode import DecodeStep
+
+TAKEN = {"inputs", "input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria", "streamer"}
+ORDINARY: dict[str, tuple[Any, ...]] = {  # what the generation configuration may say where the loop takes over
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "return_dict_in_generate": (None, False),
+    "use_cache": (None, True),
+    "guidance_scale": (None, 1),
+    **{name: (None,) for name in ("cache_implementation", "prefill_chunk_size")},
+    **{name: (None,) for name in ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "constraints", "force_words_ids")},
+}
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Gives a model whose decoder has the compiled step (`decode.attach`) the loop."""
+    if isinstance(vars(model.get_decoder()).get("forward"), DecodeStep):
+        vars(model)["generate"] = MethodType(_generate, model)
+
+
+def rebind(model: PreTrainedModel) -> None:
+    """Gives a shallow copy the loop for itself: what it was copied from has another configuration."""
+    if "generate" in vars(model):
+        vars(model)["generate"] = MethodType(_generate, model)
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As transformers' `generate`, whose documentation holds."""
+    loop = partial(_decode, streamer=kwargs.get("streamer"))  # transformers 5.24 hands everything to a loop but the streamer
+    own = {"custom_generate": loop} if _plain(model, args, kwargs) else {}
+    return type(model).generate(model, *args, **kwargs, **own)
+
+
+def _plain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether one text without padding is to be continued, token by token."""
+    given = {"inputs": args[0]} | kwargs if len(args) == 1 else kwargs
+    ids, mask, config = given.get("inputs", given.get("input_ids")), given.get("attention_mask"), given.get("generation_config")
+    sources = [given, *(vars(source) for source in (config, model.generation_config) if source is not None)]
+    if len(args) > 1 or any(name not in TAKEN and not hasattr(model.generation_config, name) for name in given):
+        return False
+    if any(source.get(name) not in allowed for source in sources for name, allowed in ORDINARY.items()):
+        return False
+    if _step(model) is None or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+        return False
+    if mask is not None:
+        return mask.shape == ids.shape and bool(mask.all())
+    pads = [pad for source in sources if (pad := source.get("pad_token_id")) is not None]  # `generate` would leave them out
+    return not any(bool((ids == pad).any()) for pad in pads)
+
+
+def _step(model: Any) -> DecodeStep | None:
+    forward = vars(model.get_decoder()).get("forward")
+    return forward if isinstance(forward, DecodeStep) else None
+
+
+def _decode(
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, streamer: Any = None,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """The loop: `[1, T]` of the prompt -> `[1, T + new]`."""
+    word = "cache" if "cache" in kwargs else "past_key_values"
+    cached = {word: kwargs[word], "use_cache": True}
+    logits = _prompt(model, input_ids, cached | {name: kwargs[name] for name in ("logits_to_keep",) if name in kwargs})
+    head, step, ends = model.get_output_embeddings(), _short(model), _Ends(stopping_criteria)
+    while True:
+        scores_1V = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
+        if generation_config.do_sample:
+            next_11 = torch.multinomial(scores_1V.softmax(-1), 1)
+        else:
+            next_11 = scores_1V.argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, next_11], 1)
+        if streamer is not None:
+            streamer.put(next_11[0])
+        if ends.may_end(input_ids.shape[1], next_11) and stopping_criteria(input_ids, None).all():
+            break
+        hidden_11H = step.after(next_11, cached[word]) if step else None
+        logits = model(input_ids=next_11, **cached).logits if hidden_11H is None else head(hidden_11H)
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+class _Ends:
+    """Tells for a fraction of what transformers' criteria cost a token that none of them can be met: they make several tensors."""
+
+    def __init__(self, criteria: Any) -> None:
+        lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
+        tokens = [one for one in criteria if type(one) is EosTokenCriteria]
+        self.only = len(lengths) + len(tokens) == len(criteria)
+        self.limit = min((bound for one in lengths for bound in (one.max_length, one.max_position_embeddings) if bound), default=0)
+        self.tokens = {token for one in tokens for token in one.eos_token_id.tolist()}
+
+    def may_end(self, length: int, last: Tensor) -> bool:
+        """Whether the criteria have to be asked; beyond the model's positions always, for they warn."""
+        return not self.only or length >= self.limit or (bool(self.tokens) and last.item() in self.tokens)
+
+
+def _prompt(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """The prompt's logits. Those of the first show whether a model's logits are what its head makes of the decoder's output."""
+    step, hidden = _step(model), list[Tensor]()
+    if step is None or step.head_alone is not None:
+        logits: Tensor = model(input_ids=input_ids, **options).logits
+        return logits
+    handle = step.decoder.register_forward_hook(lambda *told: hidden.append(told[-1].last_hidden_state[:, -1:]))
+    try:
+        logits = model(input_ids=input_ids, **options).logits
+    finally:
+        handle.remove()
+    step.head_alone = torch.equal(model.get_output_embeddings()(hidden[0]), logits[:, -1:])
+    return logits
+
+
+def _short(model: Any) -> DecodeStep | None:
+    """The compiled step, where nothing between it and the logits but the head would be left out."""
+    step = _step(model)
+    heard = any(module._forward_hooks or module._forward_pre_hooks for module in (model, model.get_decoder()))
+    return None if step is None or not step.head_alone or heard or "forward" in vars(model) else step

@@ -1,0 +1,164 @@
+"""The loop around the compiled step: what transformers' own puts out, and only where one text is continued."""
+
+import copy
+
+import pytest
+import torch
+from test_decode import make, step_of
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MinNewTokensLengthLogitsProcessor, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteria
+
+from losa.runtime import dispatch, loop
+from losa.runtime.sampling import for_generation
+
+pytestmark = pytest.mark.skipif(len(dispatch.available()) == 1, reason="the CPU kernels were not built")
+
+
+class Streamer:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def put(self, value):
+        self.told.append(value.tolist())
+
+    def end(self):
+        self.told.append("end")
+
+
+class Contains(StoppingCriteria):
+    """Stops after a token, as no criterion that the loop knows."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+@pytest.fixture
+def model(tmp_path):
+    packed, _ = make(tmp_path)
+    packed.generation_config.pad_token_id = 0
+    return packed
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How often the loop took over."""
+    taken, own = [], loop._decode
+    monkeypatch.setattr(loop, "_decode", lambda *args, **kwargs: taken.append(1) or own(*args, **kwargs))
+    return taken
+
+
+def both(model, ids, **options):
+    """What the loop and transformers' own say, in text and to a streamer, from the same seed."""
+    found = []
+    for generate in (model.generate, lambda *args, **kwargs: type(model).generate(model, *args, **kwargs)):
+        torch.manual_seed(0)
+        streamer = Streamer()
+        found.append((generate(ids, streamer=streamer, **options).tolist(), streamer.told))
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"generation_config": GenerationConfig(max_new_tokens=24, do_sample=True, temperature=2.0)},
+        {"do_sample": False, "logits_processor": LogitsProcessorList([MinNewTokensLengthLogitsProcessor(8, 30, 5)])},
+        {"do_sample": False, "max_time": 100.0},
+    ],
+)
+def test_it_says_what_transformers_says(options, model, taken, token_ids):
+    ids = token_ids(1, 8).clamp(min=1)
+    options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(ids)} | options
+    both(model, ids, **options)  # the compiled step proves itself on its first text, by transformers' logits
+    ours, theirs = both(model, ids, **options)
+    assert ours == theirs and len(taken) == 2 and step_of(model).head_alone and step_of(model).verified
+    assert len(ours[0][0]) == 32 and ours[1][-1] == "end"
+
+
+def test_it_stops_where_transformers_stops(model, taken, token_ids):
+    ids = token_ids(1, 8).clamp(min=1)
+    said = model.generate(ids, max_new_tokens=24, do_sample=False)[0, 8:].tolist()
+    ends = said[10]
+    first = said.index(ends) + 1
+    for options in ({"eos_token_id": [ends, 1]}, {"stopping_criteria": StoppingCriteriaList([Contains(ends)])}):
+        ours, theirs = both(model, ids, max_new_tokens=24, do_sample=False, **options)
+        assert ours == theirs and ours[0][0][8:] == said[:first]
+    ours, theirs = both(model, ids, max_length=20, do_sample=False)
+    assert ours == theirs and len(ours[0][0]) == 20
+    assert len(taken) == 4
+
+
+def test_beyond_the_positions_of_the_model_it_warns_as_transformers_does(tmp_path, token_ids, caplog):
+    packed, _ = make(tmp_path, max_position_embeddings=16)
+    ids = token_ids(1, 8).clamp(min=1)
+    ours, theirs = both(packed, ids, max_new_tokens=12, do_sample=False)
+    assert ours == theirs
+    assert "exceeded the model's predefined maximum length" in caplog.text
+
+
+def test_whatever_is_more_than_one_text_goes_the_old_way(model, taken, token_ids):
+    ids, plain = token_ids(2, 8).clamp(min=1), {"max_new_tokens": 3, "do_sample": False}
+    one, padded = ids[:1], ids[:1].clone()
+    padded[0, 0] = 0
+    model.generate(ids, **plain)
+    model.generate(padded, **plain)
+    model.generate(one, attention_mask=(padded != 0).long(), **plain)
+    model.generate(one, num_beams=2, **plain)
+    model.generate(one, num_return_sequences=2, max_new_tokens=3, do_sample=True)
+    model.generate(one, return_dict_in_generate=True, output_scores=True, **plain)
+    model.generate(one, past_key_values=DynamicCache(config=model.config), **plain)
+    model.generate(one, cache_implementation="static", **plain)
+    model.generate(one, use_cache=False, **plain)
+    model.generate(one, prompt_lookup_num_tokens=2, **plain)
+    model.generate(one, custom_generate=lambda model, input_ids, **_: input_ids, **plain)
+    model.generate(inputs_embeds=model.get_input_embeddings()(one), **plain)
+    model.generation_config.num_beams = 2
+    model.generate(one, **plain)
+    assert not taken
+    with pytest.raises(ValueError, match="not used by the model"):
+        model.generate(one, max_new_token=3)
+
+
+def test_logits_that_are_more_than_the_heads_product_are_kept(model, taken, token_ids, monkeypatch):
+    own = type(model).forward
+
+    def doubled(*args, **kwargs):
+        outputs = own(*args, **kwargs)
+        outputs.logits = outputs.logits.flip(-1)
+        return outputs
+
+    monkeypatch.setattr(type(model), "forward", doubled)
+    ours, theirs = both(model, token_ids(1, 8).clamp(min=1), max_new_tokens=12, do_sample=False)
+    assert ours == theirs and step_of(model).head_alone is False and taken
+
+
+@pytest.mark.parametrize("place", ["", "model", "model.layers.0"])
+def test_who_listens_to_a_module_hears_every_token(place, model, taken, token_ids):
+    ids, heard = token_ids(1, 8).clamp(min=1), []
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.get_submodule(place).register_forward_hook(lambda *_: heard.append(1))
+    model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert len(heard) == 6 and len(taken) == 2
+
+
+def test_copies_generate_by_their_own_configuration(model, taken, token_ids):
+    ids = token_ids(1, 8).clamp(min=1)
+    twin = for_generation(model, GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0))
+    assert twin.generate(ids).shape == (1, 11)
+    deep = copy.deepcopy(model)
+    deep.generation_config.max_new_tokens = 5
+    assert deep.generate(ids, do_sample=False).shape == (1, 13)
+    assert deep.generate.__self__ is deep and twin.generate.__self__ is twin and model.generate.__self__ is model
+    assert len(taken) == 2
+
+
+def test_a_model_without_the_step_keeps_its_generate(tmp_path):
+    packed, _ = make(tmp_path, "gemma")
+    assert "generate" not in vars(packed)
