@@ -151,8 +151,8 @@ class DecodeStep:
     def __init__(self, decoder: Any, plan: _Plan) -> None:
         self.decoder, self.plan = decoder, plan
         self.verified: bool | None = None  # not known before the first token
-        self.head_alone: bool | None = None  # whether the model's logits are its head's of this; asked by `loop`, of the first text
-        self.angles = torch.empty(2, 0, 0)  # cosines and sines of the rotary positions from 0 on, where these are all there is
+        self.head_alone: bool | None = None  # whether logits are the head's of this and no more; `loop` finds out
+        self.angles = torch.empty(2, 0, 0)  # cosines and sines of the rotary positions from 0 on
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the decoder's own."""
