@@ -122,7 +122,7 @@ def test_whatever_is_more_than_one_text_goes_the_old_way(model, taken, token_ids
     model.generate(one, past_key_values=DynamicCache(config=model.config), **plain)
     model.generate(one, cache_implementation="static", **plain)
     model.generate(one, use_cache=False, **plain)
-    model.generate(one, prompt_lookup_num_tokens=2, **plain)
+    model.generate(one, prompt_lookup_num_tokens=2, eos_token_id=1, **plain)
     model.generate(one, custom_generate=lambda model, input_ids, **_: input_ids, **plain)
     model.generate(inputs_embeds=model.get_input_embeddings()(one), **plain)
     model.generation_config.num_beams = 2

@@ -85,6 +85,10 @@ class RoomyLayer(DynamicLayer):
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}, expected minus the number of tokens to forget")
         self.length = max(0, self.length + tokens_to_remove)
 
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.plan, self.keys, self.values = None, None, None
+
     def get_seq_length(self) -> int:
         """Tokens held."""
         return self.length

@@ -18,6 +18,7 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
 from losa.runtime.decode import DecodeStep
 
 TAKEN = {"inputs", "input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria", "streamer"}
+PASSED = ("cache", "past_key_values", "logits_to_keep")  # to the model with the prompt, as far as `generate` prepares them
 ORDINARY: dict[str, tuple[Any, ...]] = {  # what the generation configuration may say where the loop takes over
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
@@ -78,9 +79,9 @@ def _decode(
     **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """The loop: `[1, T]` of the prompt -> `[1, T + new]`."""
-    word = "cache" if "cache" in kwargs else "past_key_values"
-    cached = {word: kwargs[word], "use_cache": True}
-    logits = _prompt(model, input_ids, cached | {name: kwargs[name] for name in ("logits_to_keep",) if name in kwargs})
+    outputs = _prompt(model, input_ids, {name: kwargs[name] for name in PASSED if name in kwargs})
+    word = "cache" if "cache" in outputs else "past_key_values"
+    cached, logits = {word: outputs[word], "use_cache": True}, outputs.logits
     head, step, ends = model.get_output_embeddings(), _short(model), _Ends(stopping_criteria)
     while True:
         scores_1V = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
@@ -116,19 +117,18 @@ class _Ends:
         return not self.only or length >= self.limit or (bool(self.tokens) and last.item() in self.tokens)
 
 
-def _prompt(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
-    """The prompt's logits. Those of the first show whether a model's logits are what its head makes of the decoder's output."""
+def _prompt(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Any:
+    """What the model makes of the prompt. The first one shows whether logits are what the head makes of the decoder's output."""
     step, hidden = _step(model), list[Tensor]()
     if step is None or step.head_alone is not None:
-        logits: Tensor = model(input_ids=input_ids, **options).logits
-        return logits
+        return model(input_ids=input_ids, use_cache=True, **options)
     handle = step.decoder.register_forward_hook(lambda *told: hidden.append(told[-1].last_hidden_state[:, -1:]))
     try:
-        logits = model(input_ids=input_ids, **options).logits
+        outputs = model(input_ids=input_ids, use_cache=True, **options)
     finally:
         handle.remove()
-    step.head_alone = torch.equal(model.get_output_embeddings()(hidden[0]), logits[:, -1:])
-    return logits
+    step.head_alone = torch.equal(model.get_output_embeddings()(hidden[0]), outputs.logits[:, -1:])
+    return outputs
 
 
 def _short(model: Any) -> DecodeStep | None:
