@@ -1,5 +1,6 @@
 """A cache of keys and values that grows in place."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -80,10 +81,12 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens; a negative number, as the Cache API has it."""
-        if tokens_to_remove > 0:
+        """Forgets the last tokens; a negative number, as the Cache API has it. A positive one is how many to keep, where the
+        installed transformers still gives that."""
+        if tokens_to_remove > 0 and "max_length" not in signature(DynamicLayer.crop).parameters:
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}, expected minus the number of tokens to forget")
-        self.length = max(0, self.length + tokens_to_remove)
+        kept = tokens_to_remove if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+        self.length = min(self.length, kept)
 
     def reset(self) -> None:
         """Forgets all tokens."""
