@@ -8,7 +8,6 @@ brings go the way they always went.
 """
 
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -30,23 +29,29 @@ ORDINARY: dict[str, tuple[Any, ...]] = {  # what the generation configuration ma
 }
 
 
+class Generate:
+    """The `generate` of one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`, whose documentation holds."""
+        loop = partial(_decode, streamer=kwargs.get("streamer"))  # transformers 5.24 hands everything to a loop but the streamer
+        own = {"custom_generate": loop} if _plain(self.model, args, kwargs) else {}
+        return type(self.model).generate(self.model, *args, **kwargs, **own)
+
+
 def attach(model: PreTrainedModel) -> None:
     """Gives a model whose decoder has the compiled step (`decode.attach`) the loop."""
-    if isinstance(vars(model.get_decoder()).get("forward"), DecodeStep):
-        vars(model)["generate"] = MethodType(_generate, model)
+    if _step(model) is not None:
+        vars(model)["generate"] = Generate(model)
 
 
 def rebind(model: PreTrainedModel) -> None:
     """Gives a shallow copy the loop for itself: what it was copied from has another configuration."""
     if "generate" in vars(model):
-        vars(model)["generate"] = MethodType(_generate, model)
-
-
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers' `generate`, whose documentation holds."""
-    loop = partial(_decode, streamer=kwargs.get("streamer"))  # transformers 5.24 hands everything to a loop but the streamer
-    own = {"custom_generate": loop} if _plain(model, args, kwargs) else {}
-    return type(model).generate(model, *args, **kwargs, **own)
+        vars(model)["generate"] = Generate(model)
 
 
 def _plain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
