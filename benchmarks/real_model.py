@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-PAPER = {"train.weights": "adapters", "pruner": "wanda", "rates": "rmi"}  # LoSA's own parts, at this project's loss and schedule
+PAPER = {"train.weights": "adapters", "pruner": "wanda", "rates": "rmi", "steps": 5}  # LoSA's own parts
 ONE_SHOT = {"steps": 1, "rate_band": 0}
 BASELINE = PAPER | ONE_SHOT | {"adapter.allocation": "uniform", "train.distill": 0}
 RATES = {"pruner": "alps", "rates": "dlp", "rate_band": 0.15}
