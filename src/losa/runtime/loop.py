@@ -132,7 +132,8 @@ def _prompt(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Any:
         outputs = model(input_ids=input_ids, use_cache=True, **options)
     finally:
         handle.remove()
-    step.head_alone = torch.equal(model.get_output_embeddings()(hidden[0]), outputs.logits[:, -1:])
+    head, logits = model.get_output_embeddings(), outputs.logits[:, -1:]
+    step.head_alone = any(torch.equal(head(one), logits) for one in hidden)  # several, where threads share the model
     return outputs
 
 
