@@ -9,6 +9,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
 )
@@ -101,12 +102,14 @@ def test_it_stops_where_transformers_stops(model, taken, token_ids):
     assert len(taken) == 4
 
 
-def test_beyond_the_positions_of_the_model_it_warns_as_transformers_does(tmp_path, token_ids, caplog):
+def test_beyond_the_positions_of_the_model_the_criteria_are_asked_for_they_warn(tmp_path, token_ids, monkeypatch):
     packed, _ = make(tmp_path, max_position_embeddings=16)
-    ids = token_ids(1, 8).clamp(min=1)
-    ours, theirs = both(packed, ids, max_new_tokens=12, do_sample=False)
-    assert ours == theirs
-    assert "exceeded the model's predefined maximum length" in caplog.text
+    asked, own = [], MaxLengthCriteria.__call__
+    monkeypatch.setattr(
+        MaxLengthCriteria, "__call__", lambda self, ids, *rest: asked.append(ids.shape[1]) or own(self, ids, *rest)
+    )
+    packed.generate(token_ids(1, 8).clamp(min=1), max_new_tokens=12, do_sample=False)
+    assert asked == [16, 17, 18, 19, 20]
 
 
 def test_whatever_is_more_than_one_text_goes_the_old_way(model, taken, token_ids):
