@@ -86,7 +86,7 @@ def _decode(
     """The loop: `[1, T]` of the prompt -> `[1, T + new]`."""
     outputs = _prompt(model, input_ids, {name: kwargs[name] for name in PASSED if name in kwargs})
     word = "cache" if "cache" in outputs else "past_key_values"
-    cached, logits = {word: outputs[word], "use_cache": True}, outputs.logits
+    cached, logits = {word: outputs[word], "use_cache": True, "return_dict": True}, outputs.logits
     head, step, ends = model.get_output_embeddings(), _short(model), _Ends(stopping_criteria)
     while True:
         scores_1V = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
@@ -126,10 +126,10 @@ def _prompt(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Any:
     """What the model makes of the prompt. The first one shows whether logits are what the head makes of the decoder's output."""
     step, hidden = _step(model), list[Tensor]()
     if step is None or step.head_alone is not None:
-        return model(input_ids=input_ids, use_cache=True, **options)
+        return model(input_ids=input_ids, use_cache=True, return_dict=True, **options)
     handle = step.decoder.register_forward_hook(lambda *told: hidden.append(told[-1].last_hidden_state[:, -1:]))
     try:
-        outputs = model(input_ids=input_ids, use_cache=True, **options)
+        outputs = model(input_ids=input_ids, use_cache=True, return_dict=True, **options)
     finally:
         handle.remove()
     head, logits = model.get_output_embeddings(), outputs.logits[:, -1:]
