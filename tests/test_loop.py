@@ -138,12 +138,12 @@ def test_whatever_is_more_than_one_text_goes_the_old_way(model, taken, token_ids
 def test_logits_that_are_more_than_the_heads_product_are_kept(model, taken, token_ids, monkeypatch):
     own = type(model).forward
 
-    def doubled(*args, **kwargs):
+    def turned(*args, **kwargs):
         outputs = own(*args, **kwargs)
         outputs.logits = outputs.logits.flip(-1)
         return outputs
 
-    monkeypatch.setattr(type(model), "forward", doubled)
+    monkeypatch.setattr(type(model), "forward", turned)
     ours, theirs = both(model, token_ids(1, 8).clamp(min=1), max_new_tokens=12, do_sample=False)
     assert ours == theirs and step_of(model).head_alone is False and taken
 
@@ -166,6 +166,8 @@ def test_copies_generate_by_their_own_configuration(model, taken, token_ids):
     assert deep.generate(ids, do_sample=False).shape == (1, 13)
     assert [one.generate.model is one for one in (deep, twin, model)] == [True] * 3
     assert len(taken) == 2
+    vars(model)["generate"] = somebodys = lambda *_: None
+    assert for_generation(model).generate is somebodys
 
 
 def test_a_model_without_the_step_keeps_its_generate(tmp_path):

@@ -37,8 +37,10 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`, whose documentation holds."""
-        loop = partial(_decode, streamer=kwargs.get("streamer"))  # transformers 5.24 hands everything to a loop but the streamer
-        own = {"custom_generate": loop} if _plain(self.model, args, kwargs) else {}
+        step, own = _step(self.model), {}
+        if step is not None and step.verified is not False and _plain(self.model, args, kwargs) and step.plan.holds():
+            # transformers 5.24 hands everything to a loop but the streamer
+            own["custom_generate"] = partial(_decode, step=step, streamer=kwargs.get("streamer"))
         return type(self.model).generate(self.model, *args, **kwargs, **own)
 
 
@@ -48,23 +50,14 @@ def attach(model: PreTrainedModel) -> None:
         vars(model)["generate"] = Generate(model)
 
 
-def rebind(model: PreTrainedModel) -> None:
-    """Gives a shallow copy the loop for itself: what it was copied from has another configuration."""
-    if "generate" in vars(model):
-        vars(model)["generate"] = Generate(model)
-
-
 def _plain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether one text without padding is to be continued, token by token, by a model that has the compiled step."""
+    """Whether one text without padding is to be continued, token by token."""
     given = {"inputs": args[0]} | kwargs if len(args) == 1 else kwargs
     ids, mask, config = given.get("inputs", given.get("input_ids")), given.get("attention_mask"), given.get("generation_config")
     sources = [given, *(vars(source) for source in (config, model.generation_config) if source is not None)]
     if len(args) > 1 or any(name not in TAKEN and not hasattr(model.generation_config, name) for name in given):
         return False
     if any(source.get(name) not in allowed for source in sources for name, allowed in ORDINARY.items()):
-        return False
-    step = _step(model)
-    if step is None or step.verified is False or not step.plan.holds():
         return False
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
         return False
@@ -80,14 +73,14 @@ def _step(model: Any) -> DecodeStep | None:
 
 
 def _decode(
-    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, streamer: Any = None,
-    **kwargs: Any,
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, step: DecodeStep,
+    streamer: Any = None, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """The loop: `[1, T]` of the prompt -> `[1, T + new]`."""
-    outputs = _prompt(model, input_ids, {name: kwargs[name] for name in PASSED if name in kwargs})
+    outputs = _prompt(model, step, input_ids, {name: kwargs[name] for name in PASSED if name in kwargs})
     word = "cache" if "cache" in outputs else "past_key_values"
     cached, logits = {word: outputs[word], "use_cache": True, "return_dict": True}, outputs.logits
-    head, step, ends = model.get_output_embeddings(), _short(model), _Ends(stopping_criteria)
+    head, short, ends = model.get_output_embeddings(), _is_head_alone(model, step), _Ends(stopping_criteria)
     while True:
         scores_1V = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
         if generation_config.do_sample:
@@ -99,7 +92,7 @@ def _decode(
             streamer.put(next_11[0].cpu())
         if ends.may_end(input_ids.shape[1], next_11) and stopping_criteria(input_ids, None).all():
             break
-        hidden_11H = step.after(next_11, cached[word]) if step else None
+        hidden_11H = step.after(next_11, cached[word]) if short else None
         logits = model(input_ids=next_11, **cached).logits if hidden_11H is None else head(hidden_11H)
     if streamer is not None:
         streamer.end()
@@ -122,11 +115,11 @@ class _Ends:
         return not self.only or length >= self.limit or (bool(self.tokens) and last.item() in self.tokens)
 
 
-def _prompt(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Any:
+def _prompt(model: Any, step: DecodeStep, input_ids: Tensor, options: dict[str, Any]) -> Any:
     """What the model makes of the prompt. The first one shows whether logits are what the head makes of the decoder's output."""
-    step, hidden = _step(model), list[Tensor]()
-    if step is None or step.head_alone is not None:
+    if step.head_alone is not None:
         return model(input_ids=input_ids, use_cache=True, return_dict=True, **options)
+    hidden = list[Tensor]()
     handle = step.decoder.register_forward_hook(lambda *told: hidden.append(told[-1].last_hidden_state[:, -1:]))
     try:
         outputs = model(input_ids=input_ids, use_cache=True, return_dict=True, **options)
@@ -137,8 +130,7 @@ def _prompt(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Any:
     return outputs
 
 
-def _short(model: Any) -> DecodeStep | None:
-    """The compiled step, where nothing between it and the logits but the head would be left out."""
-    step = _step(model)
-    heard = any(module._forward_hooks or module._forward_pre_hooks for module in (model, model.get_decoder()))
-    return None if step is None or not step.head_alone or heard or "forward" in vars(model) else step
+def _is_head_alone(model: Any, step: DecodeStep) -> bool:
+    """Whether nothing between decoder and logits but the head would be left out."""
+    heard = any(module._forward_hooks or module._forward_pre_hooks for module in (model, step.decoder))
+    return bool(step.head_alone) and not heard and "forward" not in vars(model)

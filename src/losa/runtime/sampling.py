@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from losa.runtime.loop import rebind
+from losa.runtime.loop import Generate, attach
 from losa.system.doors import shown
 
 COLDEST, HOTTEST = 1e-3, 1e3  # temperatures to draw at; far below, logits over the temperature overflow
@@ -38,7 +38,8 @@ def for_generation(model: PreTrainedModel, config: GenerationConfig | None = Non
     """The model, with the same weights, as it generates here: with `config`, or `settings`, and nothing else from its files."""
     twin = copy.copy(model)
     twin.generation_config = config or settings(model)
-    rebind(twin)
+    if isinstance(vars(twin).get("generate"), Generate):
+        attach(twin)  # its own: that of the model goes by the model's configuration
     return twin
 
 
