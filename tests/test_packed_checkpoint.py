@@ -21,6 +21,7 @@ from losa import SparseConfig, SparseLinear
 from losa.commands.inspect import inspect
 from losa.commands.toy import toy_tokenizer
 from losa.evaluation.perplexity import perplexity
+from losa.integrations.transformers import SparseQuantizer
 from losa.models import find_decoder
 from losa.runtime import dispatch
 from losa.runtime.bench import weight_bytes
@@ -255,6 +256,14 @@ def test_offloading_is_refused(llama, tmp_path, name):
     config = {} if name == "packed" else {"quantization_config": SparseConfig()}
     with pytest.raises(ValueError, match="packed layers are not offloaded"):
         AutoModelForCausalLM.from_pretrained(llama / name, device_map=places, offload_folder=tmp_path, **config)
+
+
+@pytest.mark.parametrize("name", ["packed", "sparse"])
+def test_a_transformers_that_does_not_ask_the_type_is_found_out(llama, monkeypatch, name):
+    monkeypatch.setattr(SparseQuantizer, "update_dtype", lambda self, dtype: dtype)  # before 5.17 its answer is dropped
+    config = {} if name == "packed" else {"quantization_config": SparseConfig()}
+    with pytest.raises(ValueError, match=r"opens the model in torch.float32.*pass dtype=torch.bfloat16"):
+        AutoModelForCausalLM.from_pretrained(llama / name, dtype=torch.float32, **config)
 
 
 def test_output_must_not_exist_and_source_must_be_a_checkpoint(llama, tmp_path):

@@ -84,6 +84,9 @@ class SparseQuantizer(HfQuantizer):
         if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             found = f"device_map leaves {len(away)} tensors on the host or the disk, {away[0]} first"
             raise ValueError(f"{found}; packed layers are not offloaded: choose a device_map of GPUs only, or the CPU")
+        if model.config.dtype != torch.bfloat16:  # transformers before 5.17 asks `update_dtype` and does as it was asked before
+            found = f"this release of transformers opens the model in {model.config.dtype}, and packed layers compute in bfloat16"
+            raise ValueError(f"{found}: pass dtype=torch.bfloat16 to from_pretrained, or install transformers>=5.17")
         if self.pre_quantized:
             for name, count in self.quantization_config.layers.items():
                 layer = model.get_submodule(name)
