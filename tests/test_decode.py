@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from losa import SparseConfig, SparseLinear
 from losa.models import find_decoder
+from losa.runtime import decode as decode_module
 from losa.runtime import dispatch
 from losa.runtime.cache import RoomyLayer
 from losa.runtime.decode import DecodeStep
@@ -136,21 +137,94 @@ def test_generate_takes_it_and_checks_it_on_the_first_token(tmp_path, token_ids)
 
 def test_a_model_that_computes_something_else_keeps_its_own_road(tmp_path, token_ids, caplog):
     packed, _ = make(tmp_path)
-    embed = packed.model.layers[1].post_attention_layernorm
-    embed.forward = lambda x: type(embed).forward(embed, x) * 3  # what structure does not show
+    norm = packed.model.layers[1].post_attention_layernorm
+
+    class TripleRMSNorm(type(norm)):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    norm.__class__ = TripleRMSNorm  # what structure does not show
     ids = token_ids(1, 8)
     packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert step_of(packed).verified is False and "decodes through transformers" in caplog.text
 
 
-@pytest.mark.parametrize("family", ["gemma", "opt", "phi", "gemma2", "granite"])
-def test_other_structures_are_left_alone(family, tmp_path, token_ids):
-    sizes = {"residual_multiplier": 0.3, "attention_multiplier": 0.2} if family == "granite" else {}
-    packed, _ = make(tmp_path, family, **sizes)
+GRANITE = {"residual_multiplier": 0.3, "attention_multiplier": 0.2}
+LATE = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 16}
+OTHERS = {
+    "gemma": {},
+    "opt": {},
+    "phi": {},
+    "gemma2": {},
+    "granite": GRANITE,
+    "granite, multiplied once": {"embedding_multiplier": 3.0, "residual_multiplier": 1.0, "attention_multiplier": 0.25},
+    "helium": {"num_key_value_heads": 4},  # neighbours make a pair that positions turn
+    "ernie4_5": {},  # as well, in float32
+    "smollm3": {"no_rope_layers": [1, 0, 1]},  # positions turn nothing in one block
+    "mistral": {"sliding_window": 6},
+    "ministral3": {"rope_parameters": LATE},  # queries are scaled by how late they are
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("first", [1, 12])
+def test_other_models_are_left_alone(name, first, tmp_path, token_ids):
+    """However little the first text shows, and with the cache as transformers alone leaves it."""
+    packed, _ = make(tmp_path, name.partition(",")[0], **OTHERS[name])
+    ids, found = token_ids(1, first + 6), []
+    steps = [step for module in packed.modules() if isinstance(step := vars(module).get("forward"), DecodeStep)]
+    for verified in (None, False):
+        for step in steps:
+            step.verified = verified
+        cache = DynamicCache()
+        with torch.no_grad():
+            logits = packed(input_ids=ids[:, :first], past_key_values=cache, use_cache=True).logits[:, -1:]
+            for at in range(first, first + 6):
+                more = packed(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+                logits = torch.cat([logits, more], 1)
+        found.append((logits, cache))
+        assert not any(step.verified for step in steps)
+    (ours, cache), (theirs, general) = found
+    assert torch.equal(ours, theirs)
+    for layer, other in zip(cache.layers, general.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+
+
+def test_a_trial_leaves_the_model_and_the_random_numbers_alone(tmp_path, token_ids):
+    packed, _ = make(tmp_path)
+    before, state = {name: id(module) for name, module in packed.named_modules()}, torch.get_rng_state()
+    step = step_of(packed)
+    step.plan.lay_out()
+    assert step._try("past_key_values") <= decode_module.TOLERANCE / 2
+    assert {name: id(module) for name, module in packed.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in packed.modules())
+
+
+@torch.no_grad()
+def test_tensors_that_were_put_in_place_of_others_are_noticed(tmp_path, token_ids):
+    packed, _ = make(tmp_path)
     ids = token_ids(1, 8)
-    packed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    forwards = [vars(module)["forward"] for module in packed.modules() if "forward" in vars(module)]
-    assert not any(step.verified for step in forwards if isinstance(step, DecodeStep))
+    decode(packed, ids)
+    packed.load_state_dict(
+        {name: 2 * tensor if "norm" in name else tensor for name, tensor in packed.state_dict().items()}, assign=True
+    )
+    assert not step_of(packed).plan.holds()
+    norm = make(tmp_path / "other")[0]
+    plan = step_of(norm).plan
+    assert plan.holds()
+    norm.model.norm.weight = torch.nn.Parameter(2 * norm.model.norm.weight)
+    assert not plan.holds()
+
+
+def test_a_cache_that_inference_mode_began_goes_on_without_it(tmp_path, token_ids):
+    packed, _ = make(tmp_path)
+    ids = token_ids(1, 12)
+    options = {"do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        begun = packed.generate(ids, max_new_tokens=4, past_key_values=(cache := DynamicCache()), **options)
+    more = packed.generate(begun, max_new_tokens=4, past_key_values=cache, **options)
+    assert more.shape == (1, 20)
 
 
 def test_what_is_no_single_token_goes_the_general_road(tmp_path, token_ids, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from test_decode import make, step_of
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -16,6 +17,8 @@ from transformers import (
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from losa.runtime import dispatch, loop
+from losa.runtime.decode import road
+from losa.runtime.loop import BETWEEN
 from losa.runtime.sampling import for_generation
 
 pytestmark = pytest.mark.skipif(len(dispatch.available()) == 1, reason="the CPU kernels were not built")
@@ -148,13 +151,43 @@ def test_logits_that_are_more_than_the_heads_product_are_kept(model, taken, toke
     assert ours == theirs and step_of(model).head_alone is False and taken
 
 
-@pytest.mark.parametrize("place", ["", "model", "model.layers.0"])
-def test_who_listens_to_a_module_hears_every_token(place, model, token_ids):
+BLOCK = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".self_attn.q_proj", ".input_layernorm")
+PLACES = ("", "model", "model.norm", "model.embed_tokens", "lm_head", *(f"model.layers.1{name}" for name in BLOCK))
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("place", PLACES)
+def test_who_listens_to_a_module_hears_every_token(place, kind, model, token_ids):
     ids, heard = token_ids(1, 8).clamp(min=1), []
     model.generate(ids, max_new_tokens=3, do_sample=False)
-    model.get_submodule(place).register_forward_hook(lambda *_: heard.append(1))
+    getattr(model.get_submodule(place), kind)(lambda *_: heard.append(1))
     model.generate(ids, max_new_tokens=6, do_sample=False)
     assert len(heard) == 6
+
+
+def test_hidden_states_that_were_asked_for_once_change_nothing_afterwards(model, taken, token_ids):
+    """transformers leaves hooks behind, which note nothing unless they are asked."""
+    ids = token_ids(1, 8).clamp(min=1)
+    assert len(model(ids, output_hidden_states=True).hidden_states) == len(model.model.layers) + 1
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert taken and road(model) == "compiled step"
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_somebody_else_prepares_between_tokens_is_asked_for_every_token(name, model, token_ids, monkeypatch):
+    ids, asked, own = token_ids(1, 8).clamp(min=1), [], getattr(model, name)
+    monkeypatch.setattr(model, name, lambda *args, **kwargs: asked.append(1) or own(*args, **kwargs), raising=False)
+    model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert len(asked) >= 6
+
+
+def test_a_single_token_that_ends_texts(model, taken, token_ids):
+    """As a number of no dimensions, which transformers' criterion takes too."""
+    ids = token_ids(1, 8).clamp(min=1)
+    ends = EosTokenCriteria(torch.tensor(3))
+    ends.eos_token_id = torch.tensor(3)
+    ours, theirs = both(model, ids, max_new_tokens=5, do_sample=False, stopping_criteria=StoppingCriteriaList([ends]))
+    assert ours == theirs and taken
 
 
 def test_copies_generate_by_their_own_configuration(model, taken, token_ids):

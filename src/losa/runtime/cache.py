@@ -55,9 +55,9 @@ class RoomyLayer(DynamicLayer):
         self.fits = 0
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many more."""
+        """Room for so many more, that may be written to: what `torch.inference_mode` made may not be, outside of it."""
         needed = self.length + tokens
-        if needed > self.fits:
+        if needed > self.fits or (self.rooms[0].is_inference() and not torch.is_inference_mode_enabled()):
             self.rooms = [self._grown(held, needed) for held in self.rooms]
             self.fits = self.rooms[0].shape[2]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
+from transformers import EosTokenCriteria, GenerationMixin, MaxLengthCriteria, PreTrainedModel
 
 from losa.runtime.decode import DecodeStep
 
@@ -23,10 +23,12 @@ ORDINARY: dict[str, tuple[Any, ...]] = {  # what the generation configuration ma
     "num_return_sequences": (None, 1),
     "return_dict_in_generate": (None, False),
     "use_cache": (None, True),
+    "use_mtp": (None, False),
     "guidance_scale": (None, 1),
     **dict.fromkeys(("cache_implementation", "prefill_chunk_size", "penalty_alpha", "dola_layers"), (None,)),
     **dict.fromkeys(("prompt_lookup_num_tokens", "constraints", "force_words_ids"), (None,)),
 }
+BETWEEN = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # what transformers' loop does between tokens
 
 
 class Generate:
@@ -55,6 +57,8 @@ def _plain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     given = {"inputs": args[0]} | kwargs if len(args) == 1 else kwargs
     ids, mask, config = given.get("inputs", given.get("input_ids")), given.get("attention_mask"), given.get("generation_config")
     sources = [given, *(vars(source) for source in (config, model.generation_config) if source is not None)]
+    if any(name in vars(model) or getattr(type(model), name) is not getattr(GenerationMixin, name) for name in BETWEEN):
+        return False
     if len(args) > 1 or any(name not in TAKEN and not hasattr(model.generation_config, name) for name in given):
         return False
     if any(source.get(name) not in allowed for source in sources for name, allowed in ORDINARY.items()):
@@ -108,7 +112,7 @@ class _Ends:
         self.only = len(lengths) + len(tokens) == len(criteria)
         bounds = [bound for one in lengths for bound in (one.max_length, one.max_position_embeddings) if bound]
         self.limit = min(bounds, default=0)
-        self.tokens = {token for one in tokens for token in one.eos_token_id.tolist()}
+        self.tokens = {token for one in tokens for token in one.eos_token_id.flatten().tolist()}
 
     def may_end(self, length: int, last: Tensor) -> bool:
         """Whether the criteria have to be asked; beyond the model's positions always, because they warn."""
