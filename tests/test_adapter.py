@@ -7,7 +7,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from losa.adapter import MaskedLinear, attach, collect_scores, function, masked_linears, merge
+from losa.adapter import MaskedLinear, attach, collect_scores, function, masked_linears, merge, reuse_effective_weights
 from losa.bits import pack_bits
 
 O, I, R, SCALE = 7, 10, 3, 2.0  # noqa: E741 - the project's legend
@@ -455,6 +455,17 @@ def test_solvers_see_the_merged_weight_unrounded():
     before, keep = layer.weight.clone(), torch.rand(16, 32) > 0.3
     layer.set_solution(keep, layer.merged().where(keep, 0))  # a solver that changes no survivor
     assert torch.equal(layer.weight[keep], before[keep])
+
+
+def test_weights_that_are_reused_are_built_once_without_gradients_too(monkeypatch):
+    layer, built, own = masked(), [], MaskedLinear.effective
+    monkeypatch.setattr(MaskedLinear, "effective", lambda layer: built.append(1) or own(layer))
+    x = torch.randn(2, layer.in_features)
+    with torch.no_grad():
+        expected = layer(x)
+        with reuse_effective_weights(layer):
+            assert all(torch.equal(layer(x), expected) for _ in range(3))
+    assert len(built) == 2 and layer.reused_OI is None
 
 
 def test_merge_reuses_the_memory_of_the_base_weight(tiny_model):

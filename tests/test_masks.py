@@ -93,6 +93,13 @@ def test_growing_shares_are_nested_and_complete_the_pattern(pattern):
     assert keep.view(9, -1, pattern.m).sum(2).eq(pattern.n).all()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_share_of_a_pattern_takes_nothing_that_the_whole_pattern_keeps(share):
+    """Even from a mask that has more zeros than the pattern wants, at places that it does not."""
+    scores, before = torch.rand(64, 48), torch.rand(64, 48) > 0.7
+    assert not (keep_n_of_m(scores, before, Pattern(2, 4)) & ~keep_n_of_m(scores, before, Pattern(2, 4), share)).any()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
 def test_a_share_of_the_pattern_has_that_share_of_its_zeros(share):
     keep = keep_n_of_m(torch.rand(9, 48), full(9, 48), Pattern(2, 4), share)

@@ -485,12 +485,39 @@ def test_a_configuration_can_be_copied_and_pickled():
         assert again.to_dict() == config.to_dict()
 
 
-def test_dequantize_gives_the_dense_model(llama):
+def test_dequantize_gives_the_dense_model(llama, tmp_path):
     packed, _ = losa.load(llama / "packed")
+    packed.save_pretrained(tmp_path / "saved")  # which leaves the type of its weights in letters
     dense = packed.dequantize()
     expected, _ = losa.load(llama / "sparse")
     assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), expected.parameters(), strict=True))
     assert getattr(dense.config, "quantization_config", None) is None
+    assert "generate" not in vars(dense) and "forward" not in vars(dense.model)
+    assert torch.equal(dense.generate(IDS[:1, :8], max_new_tokens=4), expected.generate(IDS[:1, :8], max_new_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "found"),
+    [("mamba", {}, "never calls its mixer.dt_proj"), ("mixtral", {"num_local_experts": 4}, "keeps fused experts")],
+)
+def test_opening_packs_what_pack_would_and_refuses_the_rest(family, sizes, found, tmp_path):
+    make_tiny_model(family, **sizes).bfloat16().save_pretrained(tmp_path / "dense")
+    toy_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=found):
+        pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    with pytest.raises(ValueError, match=found):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=SparseConfig())
+
+
+def test_all_chat_templates_go_along(llama, tmp_path):
+    shutil.copytree(llama / "sparse", tmp_path / "sparse")
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.save_pretrained(tmp_path / "sparse")
+    pack_checkpoint(tmp_path / "sparse", tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    for name in ("packed", "again"):
+        assert losa.load(tmp_path / name)[1].chat_template == tokenizer.chat_template
 
 
 def test_half_is_refused_by_transformers(llama):

@@ -109,10 +109,10 @@ class MaskedLinear(nn.Linear):
         if self.dense:
             weight = self.weight if self.dense_OI is None else self.dense_OI.to(x.device)
             return nn.functional.linear(x, weight, self.bias)
+        if self.reuses and self.reused_OI is None:
+            with torch.no_grad():
+                self.reused_OI = self.effective()
         if torch.is_grad_enabled():
-            if self.reuses and self.reused_OI is None:
-                with torch.no_grad():
-                    self.reused_OI = self.effective()
             score_OI = self.score_OI if self.scored else None
             y: Tensor
             if self.delta_OI is not None:
@@ -122,7 +122,7 @@ class MaskedLinear(nn.Linear):
             adapter = (self.keep_bits, *self.factors, self.scale, self.keep_effective, self.reused_OI)
             y = MaskedLowRankLinear.apply(x, self.weight, self.bias, *adapter, score_OI)  # type: ignore[no-untyped-call]
             return y
-        return nn.functional.linear(x, self.effective(), self.bias)
+        return nn.functional.linear(x, self.effective() if self.reused_OI is None else self.reused_OI, self.bias)
 
     @torch.no_grad()
     def set_solution(self, keep_OI: Tensor, weight_OI: Tensor | None = None) -> None:

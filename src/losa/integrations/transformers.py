@@ -9,6 +9,7 @@ This module is imported while transformers is: at its top it needs nothing that 
 
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -74,9 +75,16 @@ class SparseQuantizer(HfQuantizer):
         return torch.bfloat16
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: Any = None, **_: Any) -> None:
+        from losa.models import check_supported
+
         self.files = checkpoint_files or []
         if self.pre_quantized:
             check_files(self.files, swap_in(model, self.quantization_config))
+            return
+        config = deepcopy(model.config)
+        del config.quantization_config  # which is what the model is about to be
+        with torch.device("meta"):
+            check_supported(type(model)(config))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         from losa.runtime import decode, head, loop
@@ -102,10 +110,16 @@ class SparseQuantizer(HfQuantizer):
         head.attach(model)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
-        """`model.dequantize()`: dense layers again, with their zeros, in `dtype`, or bfloat16."""
+        """`model.dequantize()`: dense layers again, with their zeros, in `dtype`, or bfloat16, and transformers' own road."""
+        from losa.runtime import decode, loop
+
+        loop.detach(model)
+        decode.detach(model)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, SparseLinear):
                 model.set_submodule(name, layer.to_linear())
+        if isinstance(dtype, str):  # transformers passes what the configuration says, which a saved one says in letters
+            dtype = getattr(torch, dtype)
         return model.to(dtype or torch.bfloat16)
 
     def is_serializable(self) -> bool:

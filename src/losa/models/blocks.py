@@ -301,7 +301,7 @@ def try_blocks(model: PreTrainedModel) -> None:
     """
     if model.get_input_embeddings().weight.is_meta:  # fake tensors take part in what a model decides by its tensors' values
         model = deepcopy(model)
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.device("cpu"):  # another one may be in force: `from_pretrained` has "meta"
             try_blocks(model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)))
         return
     training = model.training

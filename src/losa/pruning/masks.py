@@ -96,7 +96,8 @@ def keep_n_of_m(score_OI: Tensor, keep_OI: Tensor, pattern: Pattern, share: floa
     lowest = torch.argsort(groups, dim=2, stable=True)[..., : pattern.m - pattern.n]
     candidate_OI = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, lowest, True).view(rows, columns)
     if share < 1:
-        count = max(pruned_count(int(candidate_OI.sum()), share), int((~keep_OI).sum()))
+        candidates = int(candidate_OI.sum())
+        count = min(candidates, max(pruned_count(candidates, share), int((~keep_OI).sum())))
         ranked = torch.where(candidate_OI, score_OI, torch.inf).flatten().argsort(stable=True)[:count]
         candidate_OI = torch.zeros_like(candidate_OI).view(-1).index_fill_(0, ranked, True).view(rows, columns)
     return keep_OI & ~candidate_OI

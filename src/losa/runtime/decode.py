@@ -292,6 +292,13 @@ def attach(model: PreTrainedModel) -> bool:
     return False
 
 
+def detach(model: PreTrainedModel) -> None:
+    """Takes it away again."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), DecodeStep):
+            del vars(module)["forward"]
+
+
 def road(model: PreTrainedModel) -> str:
     """How a model's tokens are decoded: by the "compiled step", once it has proved itself, or by "transformers"."""
     steps = [found for module in model.modules() if isinstance(found := vars(module).get("forward"), DecodeStep)]

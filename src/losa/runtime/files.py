@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from losa.models import check_supported, find_decoder
 from losa.models.opening import check_model, open_config
@@ -306,6 +307,9 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
             and file.name not in (INDEX, EVALUATION, BENCH, LIST, "config.json")
         ):
             shutil.copy2(file, output / file.name)
+    for file in (source / CHAT_TEMPLATE_DIR).glob("*.jinja"):
+        (output / CHAT_TEMPLATE_DIR).mkdir(exist_ok=True)
+        shutil.copy2(file, output / CHAT_TEMPLATE_DIR / file.name)
     config = read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
     write_note(output, note)

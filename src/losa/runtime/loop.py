@@ -52,6 +52,12 @@ def attach(model: PreTrainedModel) -> None:
         vars(model)["generate"] = Generate(model)
 
 
+def detach(model: PreTrainedModel) -> None:
+    """Takes it away again; a `generate` that somebody else gave the model stays."""
+    if isinstance(vars(model).get("generate"), Generate):
+        del vars(model)["generate"]
+
+
 def _plain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether one text without padding is to be continued, token by token."""
     given = {"inputs": args[0]} | kwargs if len(args) == 1 else kwargs
