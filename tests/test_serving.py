@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import losa
 from losa.models import find_decoder
 from losa.runtime.files import pack_checkpoint
+from losa.runtime.generate import generate
 from losa.serving import start
 
 MODEL = resources.files("losa") / "demo_assets/novels-4m"
@@ -216,6 +217,42 @@ def test_a_chat_in_another_format_is_refused_and_the_plain_one_is_not(server):
     for kind, expected in (("text", 200), ("json_object", 400)):
         body = {**asked, "response_format": {"type": kind}}
         assert post(server, "/v1/chat/completions", json.dumps(body).encode())[0] == expected
+
+
+ASKED = {
+    "tool_choice": ("auto", "required"),
+    "top_logprobs": (0, 3),
+    "modalities": (["text"], ["audio"]),
+    "functions": (None, [{"name": "f"}]),
+    "function_call": (None, "auto"),
+    "reasoning_effort": (None, "high"),
+    "web_search_options": (None, {}),
+    "audio": (None, {"voice": "x"}),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_would_change_an_answer_is_refused(server, name):
+    asked = {"model": server.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    for value, expected in zip(ASKED[name], (200, 400), strict=True):
+        body = json.dumps(asked | {name: value}).encode()
+        assert post(server, "/v1/chat/completions", body)[0] == expected
+
+
+def test_whole_numbers_of_a_model_and_a_penalty_of_nothing(server):
+    """A model's `temperature: 1` and `repetition_penalty: 2` are used, and stay where a client sends a penalty of zero."""
+    from losa.serving import app, batches
+
+    model, tokenizer = losa.load(server.name)
+    model.generation_config.update(do_sample=True, temperature=1, repetition_penalty=2)
+    assert generate(model, tokenizer, "Once", lambda _: None, tokens=4, temperature=1).tokens == 4
+    config = app._defaults(model)
+    assert (config.temperature, config.repetition_penalty) == (1.0, 2.0)
+    assert len(batches._steps(config.__class__(**config.to_dict(), seed=0), torch.device("cpu"))) > 1
+    handler = app._Completion.__new__(app._Completion)
+    handler.generation_state = SimpleNamespace(_compile=False, _continuous_batching=True)
+    for more in ({}, {"frequency_penalty": 0.0}, {"presence_penalty": 0}):
+        assert handler._build_generation_config({"prompt": "a"} | more, config, use_cb=True).repetition_penalty == 2.0
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff"])

@@ -64,7 +64,7 @@ def settings(model: PreTrainedModel) -> GenerationConfig:
         value = default if value is None else value
         if not isinstance(value, int | float) or (type(default) is int and type(value) is not int) or not least <= value <= most:
             raise ValueError(f"{name} in generation_config.json is {shown(value)}, expected a number in [{least:g}, {most:g}]")
-        numbers[name] = value
+        numbers[name] = type(default)(value)  # transformers refuses a penalty of 2 and takes 2.0
     return GenerationConfig(**tokens, **numbers)
 
 
@@ -85,7 +85,7 @@ class _Draw(LogitsProcessor):
 
 def logits_processors(wanted: GenerationConfig, temperature: float, seed: int, device: torch.device) -> list[LogitsProcessor]:
     """What sampling does to the logits: temperature, then `top_k` and `top_p` of what is wanted, then the draw."""
-    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
+    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
     if wanted.top_k:
         steps.append(TopKLogitsWarper(wanted.top_k))
     if wanted.top_p < 1:

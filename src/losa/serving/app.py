@@ -25,6 +25,9 @@ from losa.runtime.sampling import COLDEST, HOTTEST, settings
 from losa.serving.batches import Batches, cut
 from losa.serving.requests import Chat, Completion, check, refused
 
+# What transformers is not told: it would seed whatever else draws, and a penalty of zero, the only one that is let through, would
+# take the place of the model's own `repetition_penalty`.
+KEPT = ("seed", "frequency_penalty", "presence_penalty")
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
 
@@ -56,7 +59,7 @@ def _defaults(model: PreTrainedModel) -> GenerationConfig:
         raise ValueError(
             f"temperature in generation_config.json is {temperature}, expected a number in [{COLDEST:g}, {HOTTEST:g}]"
         )
-    defaults.temperature = temperature
+    defaults.temperature = float(temperature)  # transformers draws by no whole number
     return defaults
 
 
@@ -113,8 +116,9 @@ class _Checked(BaseHandler):
         check(body, self.kind)
 
     def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
-        seed = body.get("seed")  # kept from transformers, which would seed whatever else draws
-        config = super()._build_generation_config({**body, "seed": None}, model_generation_config, use_cb=use_cb)
+        seed = body.get("seed")
+        passed = {name: value for name, value in body.items() if name not in KEPT}
+        config = super()._build_generation_config(passed, model_generation_config, use_cb=use_cb)
         config.seed = SystemRandom().randrange(2**63) if seed is None else seed
         if body.get("temperature"):
             config.do_sample, config.temperature = True, max(float(body["temperature"]), COLDEST)

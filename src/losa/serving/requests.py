@@ -61,6 +61,14 @@ class Chat(_Asked):
     logprobs: Literal[False] | None = None
     response_format: _Format | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tool_choice: Literal["auto"] | None = None
+    top_logprobs: Literal[0] | None = None
+    modalities: list[Literal["text"]] | None = None
+    functions: None = None
+    function_call: None = None
+    reasoning_effort: None = None
+    web_search_options: None = None
+    audio: None = None
 
 
 class Completion(_Asked):
