@@ -214,7 +214,18 @@ def pruned():
     return model
 
 
-def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
+@pytest.mark.parametrize("whole", [False, True])
+def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(whole, request):
+    if whole:
+        model = attach(make_tiny_model("llama").double(), whole=True)
+        for layer in masked_linears(model).values():  # a solver that changes survivors
+            layer.set_solution(torch.rand(layer.weight.shape) > 0.6, layer.weight * 1.5)
+        before = {name: layer.merged() for name, layer in masked_linears(model).items()}
+        lift_masks(model)
+        for name, layer in masked_linears(model).items():
+            assert torch.equal(layer.merged(), before[name]) and layer.keep_OI.all() and not layer.delta_OI.any()
+        return
+    pruned = request.getfixturevalue("pruned")
     before = {name: (layer.effective(), layer.keep_OI) for name, layer in masked_linears(pruned).items()}
     masks = lift_masks(pruned)
     x = torch.randn(3, 1, dtype=torch.float64)
@@ -231,6 +242,25 @@ def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(pruned):
     for name, keep in masks.items():
         assert not pruned.get_parameter(name)[~keep].any()
         assert pruned.get_parameter(name)[keep].all()
+
+
+def test_rows_that_end_dense_are_not_rounded(folder, tmp_path):
+    run = shared(folder) | {"values": "int4"}
+    rows = CompareConfig(output=str(tmp_path), run=run, methods=["dense", "Wanda", "Wanda + LoRA", "losa"]).rows()
+    assert [row.config.values for row in rows] == [None, "int4", None, "int4"]
+
+
+def test_what_is_pruned_and_trained_once_has_one_step(folder, tmp_path):
+    variants = {"mine": {"method": "sparsegpt-lora", "steps": 5}}
+    with pytest.raises(ValueError, match="steps of mine is 5, expected 1"):
+        config(folder, tmp_path, methods=[], variants=variants)
+
+
+def test_a_table_without_targets_has_perplexities(made):
+    rows = [row for name, row in made[1].items() if name == "dense" or name.startswith("GPTQ 4")]
+    first, second, *lines = markdown(rows).splitlines()
+    assert first == "| method | perplexity | seconds |" and second.count("|") == first.count("|")
+    assert all(f"| {row['perplexity']:.2f} |" in line for row, line in zip(rows, lines, strict=False))
 
 
 def test_a_damaged_row_is_made_again(folder, tmp_path, caplog):

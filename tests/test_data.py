@@ -280,8 +280,10 @@ def test_evaluation_text_of_its_own_is_taken_whole(tmp_path, tokenizer):
 def test_more_rmi_than_pruning_sequences_are_prepared(tmp_path, tokenizer):
     data = numbered(tmp_path / "data.jsonl")
     calibration = {"sequences": 4, "rmi_sequences": 9}
-    prepared = prepare(toy_config(tmp_path, train={"data": str(data)}, calibration=calibration), tokenizer)
-    assert prepared.calibration.shape == (9, 32)
+    for rates, band, expected in (("rmi", 0.1, 9), ("depth", 0.1, 4), ("rmi", 0, 4)):  # none where no rate is measured
+        changes = {"rates": rates, "rate_band": band, "calibration": calibration}
+        prepared = prepare(toy_config(tmp_path, train={"data": str(data)}, **changes), tokenizer)
+        assert prepared.calibration.shape == (expected, 32)
 
 
 @pytest.mark.parametrize("samples", [None, 100])

@@ -169,6 +169,13 @@ def test_fused_experts_are_refused():
     assert "MixtralForCausalLM keeps fused experts in model.layers.0.mlp.experts" in message and is_one_sentence(message)
 
 
+def test_a_weight_of_two_layers_is_refused(tiny_model):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    message = refusal(model)
+    assert "layers.1.mlp.up_proj and model.layers.0.mlp.up_proj are one weight" in message and is_one_sentence(message)
+
+
 def test_quantised_models_are_refused(tiny_model):
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}

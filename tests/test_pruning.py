@@ -266,6 +266,11 @@ def test_sparsegpt_refuses_a_width_the_pattern_does_not_divide():
         sparsegpt_one(torch.randn(4, 18), full(4, 18), hessian(correlated(50, 18)), 0.5, Pattern(2, 4))
 
 
+def test_sparsegpt_takes_groups_wider_than_its_blocks():
+    new, keep, _ = sparsegpt_one(torch.randn(4, 256), full(4, 256), hessian(correlated(400, 256)), 0.5, Pattern(128, 256))
+    assert keep.sum(1).eq(128).all() and not new[~keep].any()
+
+
 def dead_inputs(size=1.0):
     x = correlated(400, 40) * size
     x[:, [1, 2, 17]] = 0.0

@@ -252,6 +252,8 @@ def test_the_headline():
     assert list(numbers) == ["70.00%", "7.10", "76.2%", "0.36x", "3.1x", "53.6%"]
     assert numbers["7.10"] == "perplexity; dense 5.47, pruned only 16.40"
     assert list(dict(headline(made_up(8, "prune", 1)))) == ["70.00%", "16.40", "0.36x"]
+    one_item = EVALUATION | {"mean_acc": EVALUATION["mean_acc"] | {"acc_stderr": None}}
+    assert dict(headline(made_up(8), one_item))["53.6%"] == "mean accuracy of 2 zero-shot tasks"
 
 
 def test_gap_that_cannot_be_told():

@@ -46,6 +46,11 @@ def test_what_pruning_left_is_rounded_too(folder, tmp_path):
         round_result(tmp_path / "int8", tmp_path / "again", {"values": "int4"})
 
 
+def test_a_result_of_scores_from_training_is_rounded(folder, tmp_path):
+    toy_run(folder, steps=2, pruner="movement", rates="uniform", output=str(tmp_path / "moved"))
+    assert round_result(tmp_path / "moved", tmp_path / "int8", {"values": "int8"})["config"]["pruner"] == "movement"
+
+
 def test_what_cannot_be_rounded_is_refused(folder, tmp_path):
     before = record_of(folder / "sparse")
     pack_checkpoint(folder / "sparse", tmp_path / "packed")

@@ -12,6 +12,7 @@ from helpers import (
     toy_config,
     toy_run,
 )
+from transformers import GenerationConfig
 
 from losa.api import prune, run
 from losa.models import load
@@ -148,6 +149,22 @@ def test_protection_that_cannot_be_is_refused(tmp_path, changes, message):
     set_up(tmp_path)
     with pytest.raises(ValueError, match=message):
         toy_run(tmp_path, **changes)
+
+
+def test_samples_are_greedy_whatever_the_model_says_of_generation(done):
+    folder, _, _ = done
+    model, tokenizer = load(str(folder / "sparse"))
+    _, ids = opening(tokenizer, 64)
+    expected = answer(model, tokenizer, ids)
+    for change in ({"num_beams": 3}, {"return_dict_in_generate": True}, {"stop_strings": ["a"]}, {"repetition_penalty": 9.0}):
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **change)
+        assert answer(model, tokenizer, ids) == expected
+
+
+def test_curves_go_to_a_service_that_is_there(tmp_path):
+    set_up(tmp_path)
+    with pytest.raises(ValueError, match=r"train.report_to is 'nowhere', expected one of those installed here: none, all"):
+        toy_run(tmp_path, train={"report_to": "nowhere"})
 
 
 def test_samples_before_and_after_are_in_the_record_and_on_the_card(done):

@@ -195,6 +195,23 @@ def test_padding_changes_no_gradient(tmp_path):
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_sample_sees_all_of_itself_whatever_ends_its_turns(tmp_path, batch_size):
+    """A chat template may end every turn with the token that ends documents."""
+    samples = [{"input_ids": [5, 6, EOS, 7, 8, EOS, 9, 10], "labels": [-100] * 6 + [9, 10]}] * 3
+    packed, whole = ([run_training(masked_model(), samples, tmp_path, eos=eos, batch_size=batch_size)] for eos in (EOS, None))
+    assert packed == whole
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_a_training_of_few_updates_learns(rows, tmp_path, updates):
+    """The first update of a warm-up has a learning rate of zero; one that is the only update has no warm-up."""
+    model = masked_model()
+    before = adapters(model)
+    run_training(model, rows[: 8 * updates], tmp_path)
+    assert not same(adapters(model), before)
+
+
 EOS = 2
 
 

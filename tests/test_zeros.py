@@ -97,6 +97,33 @@ def test_masked_adapters_keep_the_zeros_of_a_reopened_model(tmp_path):
     assert bitwise_zero(model, masks)
 
 
+class Wrapped(torch.nn.Module):
+    """A linear layer with an adapter beside it, as peft makes them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer = linear.requires_grad_(False)
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(linear.in_features, 4, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(4, linear.out_features, bias=False)})
+        torch.nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_an_adapter_that_begins_at_zero_learns():
+    model = sparse_model()
+    for name, linear in find_decoder(model).linears().items():
+        model.set_submodule(name, Wrapped(linear))
+    with losa.keep_zeros(model) as kept:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        step(model, optimizer)
+        step(model, optimizer)
+    assert kept.weights and all(name.endswith("base_layer.weight") for name in kept.weights)
+    wrapped = [module for module in model.modules() if isinstance(module, Wrapped)]
+    assert all(one.lora_B["default"].weight.any() for one in wrapped)
+
+
 def test_zeros_after_peft_merged_its_adapter():
     peft = pytest.importorskip("peft")
     model = sparse_model()

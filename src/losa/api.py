@@ -51,7 +51,8 @@ def run(
     with claim(None if claimed else config.output):
         options: dict[str, Any] = {"data": data, "resume": resume, "overwrite": overwrite, "callbacks": callbacks}
         session = Session.start(model, tokenizer, config, kind="run", documents=documents, **options)
-        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": 2 / MEASURED})
+        baselines = 1 if session.config.steps == 1 else 2
+        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": baselines / MEASURED})
         session.go_through([first, *dynamic_steps(session.config)])
         return session.finish("losa")
 

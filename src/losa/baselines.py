@@ -50,7 +50,8 @@ def lift_masks(model: PreTrainedModel) -> dict[str, Tensor]:
     masks = {}
     for name, layer in masked_linears(model).items():
         masks[f"{name}.weight"] = layer.keep_OI
-        layer.restore(pack_bits(torch.ones_like(masks[f"{name}.weight"])), layer.merged())
+        layer.settle(layer.merged())
+        layer.keep_bits.copy_(pack_bits(torch.ones_like(masks[f"{name}.weight"])))
     return masks
 
 

@@ -59,7 +59,7 @@ class AdapterConfig:
         for name in ("mean_rank_first", "mean_rank_last"):
             value = getattr(self, name)
             require(1 <= value <= self.max_rank, f"adapter.{name}", value, f"1..adapter.max_rank = {self.max_rank}")
-        require(self.scale > 0, "adapter.scale", self.scale, "a positive number")
+        require(0 < self.scale < math.inf, "adapter.scale", self.scale, "a positive number")
         require(self.allocation in ("error", "uniform"), "adapter.allocation", self.allocation, "'error' or 'uniform'")
 
     def mean_rank(self, step: int, steps: int) -> float:
@@ -128,7 +128,7 @@ class TrainConfig:
         require(0 <= self.distill_blocks < math.inf, "train.distill_blocks", self.distill_blocks, "at least 0")
         require(1e-3 <= self.temperature <= 1e3, "train.temperature", self.temperature, "a number in [0.001, 1000]")
         require(0 < self.save_minutes < math.inf, "train.save_minutes", self.save_minutes, "a positive number")
-        require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
+        require(0 < self.max_grad_norm < math.inf, "train.max_grad_norm", self.max_grad_norm, "a positive number")
 
     @property
     def whole(self) -> bool:
@@ -219,6 +219,11 @@ class LosaConfig:
     def blocks_on_host(self) -> bool:
         """Whether decoder blocks are on the host except while they compute; with `shard`, except in training."""
         return self.offload or self.shard
+
+    @property
+    def importance_sequences(self) -> int:
+        """Sequences that one dynamic step measures importance on; 0 where the rule needs none."""
+        return self.calibration.rmi_sequences if self.rate_band and RULES[self.rates].needs != "nothing" else 0
 
     def resolve(self, hidden_size: int, max_length: int) -> "LosaConfig":
         """A copy with every field decided that depends on the model.

@@ -73,8 +73,11 @@ def keep_zeros(model: PreTrainedModel) -> KeptZeros:
     if getattr(inner.config, "quantization_config", None) is not None:
         raise ValueError(f"{type(inner).__name__} is packed, so it is not trained; losa unpack gives the sparse checkpoint")
     decoder = find_decoder(inner)
+    wrapped = [name for name, module in inner.named_modules() if hasattr(module, "base_layer")]  # by adapters of peft's
     weights: dict[str, nn.Parameter] = {}
     for name, linear in decoder.linears().items():
+        if any(name.startswith(f"{one}.") and not name.startswith(f"{one}.base_layer") for one in wrapped):
+            continue  # an adapter's own matrix, whose zeros are where it begins
         if type(linear).__name__ == "MaskedLinear":
             raise ValueError(f"{name} is masked already; losa.merge the model first, or train it as it is")
         if (linear.weight == 0).any():

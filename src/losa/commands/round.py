@@ -43,7 +43,7 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
     config = LosaConfig.from_dict(values)
     require(config.values is not None, "values", config.values, "int8 or int4")
     with claim(config.output):
-        check_request(config, training=False, overwrite=overwrite)
+        check_request(config, training=False, pruning=False, overwrite=overwrite)
         data = read_run(config, training=False)
         model, tokenizer = load(config)
         linears = find_decoder(model).linears().items()

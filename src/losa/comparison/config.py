@@ -32,15 +32,15 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "dense": Method("dense", {}),
+    "dense": Method("dense", {"values": None}),
     "magnitude": Method("prune", ONE_SHOT | {"pruner": "magnitude"}),
     "Wanda": Method("prune", ONE_SHOT | {"pruner": "wanda"}),
     "SparseGPT": Method("prune", ONE_SHOT | {"pruner": "sparsegpt"}),
     "ALPS": Method("prune", ONE_SHOT | {"pruner": "alps"}),
     "ALPS int8": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int8"}),
     "ALPS int4": Method("prune", ONE_SHOT | {"pruner": "alps", "values": "int4"}),
-    "Wanda + LoRA": Method("lora", UNIFORM | {"pruner": "wanda"}),
-    "SparseGPT + LoRA": Method("lora", UNIFORM | {"pruner": "sparsegpt"}),
+    "Wanda + LoRA": Method("lora", UNIFORM | {"pruner": "wanda", "values": None}),  # ends dense, and is not rounded
+    "SparseGPT + LoRA": Method("lora", UNIFORM | {"pruner": "sparsegpt", "values": None}),
     "Wanda + masked LoRA": Method("losa", UNIFORM | {"pruner": "wanda"}),
     "SparseGPT + masked LoRA": Method("losa", UNIFORM | {"pruner": "sparsegpt"}),
     "Wanda + LoSA": Method("losa", PAPER | {"pruner": "wanda"}),
@@ -147,6 +147,8 @@ class CompareConfig:
                 if ":" in target and not full:  # the pattern fixes all rates
                     values["rate_band"] = 0.0
                 config = LosaConfig.from_dict(values)
+                once = method.maker not in ("lora", "train and round") or config.steps == 1
+                require(once, f"steps of {name}", config.steps, "1: its pruning and its training are one step each")
                 yield Row(name, method.maker, "" if full else target, seed, config, also)
 
 

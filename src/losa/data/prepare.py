@@ -111,7 +111,7 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
     train = _training_rows(config, parts, tokenizer) if training else None
     own_text = calibrating.data is not None and calibrating.data != source
     others = pieces(load_documents(str(calibrating.data), tokenizer, **how), config.seed) if own_text else parts[::-1]
-    count = max(calibrating.sequences, calibrating.rmi_sequences)
+    count = max(calibrating.sequences, config.importance_sequences)
     evaluation = text.windows(tokenizer, evaluating.length, evaluating.windows)
     return RunData(
         train=train,

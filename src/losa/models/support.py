@@ -22,7 +22,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: quantised base, Conv1D, fused experts, encoder-decoder, multi-modal, weights that are not finite or not float,
-            blocks that cannot be run alone.
+            blocks that cannot be run alone, layers that share a weight.
     """
     kind = type(model).__name__
     _check_dense(model.config, kind)
@@ -37,7 +37,10 @@ def check_supported(model: PreTrainedModel) -> None:
                 found = f"{decoder.name}.{name}.{own} {tuple(parameter.shape)}"
                 what = "fused experts" if "expert" in found else "a stack of matrices"
                 raise ValueError(f"{kind} keeps {what} in {found}; LoSA needs one nn.Linear per matrix")
+    owners: dict[int, str] = {}
     for name, linear in decoder.linears().items():
+        if (owner := owners.setdefault(id(linear.weight), name)) != name:
+            raise ValueError(f"{name} and {owner} are one weight; LoSA needs one for each layer, as each gets a mask of its own")
         if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
             raise ValueError(f"{name} is a {type(linear).__name__} of {linear.weight.dtype}, expected a plain float nn.Linear")
         real = linear.weight.device.type != "meta" and not isinstance(linear.weight.data, FakeTensor)

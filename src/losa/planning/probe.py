@@ -26,7 +26,7 @@ from losa.config import LosaConfig
 from losa.importance import CHUNK, gram
 from losa.loss import causal_loss
 from losa.models import BlockInputs, block_inputs, find_decoder
-from losa.planning.work import MEASURED, evaluation_windows, importance_sequences, training_rows
+from losa.planning.work import MEASURED, evaluation_windows, training_rows
 from losa.pruning import Pattern, Pruner, get_pruner
 from losa.pruning.rounding import NEEDS as ROUNDING_NEEDS
 from losa.rules import get_rule
@@ -275,7 +275,7 @@ class _Probe:
         walk = L * (forward(calls, sequences * window) + collect(calls, sequences * window) + solving)
         errors = config.steps * min(calibrating.error_sequences, calibrating.sequences or 1)
         found = {"baseline": walk if config.steps > 1 else 0.0, "importance": 0.0}
-        if seen := importance_sequences(config):
+        if seen := config.importance_sequences:
             short = min(calibrating.rmi_length, window)
             comparing = self.importance(seen, short)
             found["importance"] = config.steps * L * (forward(-(-seen // P // BATCH), seen / P * short) + comparing)

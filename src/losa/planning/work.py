@@ -9,7 +9,6 @@ from typing import Any
 from losa.config import LosaConfig
 from losa.models import Decoder
 from losa.pruning import get_pruner
-from losa.rules import get_rule
 
 MEASURED = 3  # times that perplexity is measured: dense, pruned only, at the end
 ASSUMED_TOKENS = 340_000  # of an evaluation text that nobody has read yet: about what WikiText-2's test part has
@@ -20,11 +19,6 @@ LIKE = {"pruning": "baseline", "rounding": "pruning"}
 def evaluation_windows(config: LosaConfig) -> int:
     """Windows that perplexity is measured over, as far as a resolved configuration tells."""
     return config.eval.windows or max(1, ASSUMED_TOKENS // (config.eval.length or 1))
-
-
-def importance_sequences(config: LosaConfig) -> int:
-    """Sequences that one dynamic step measures importance on; 0 where the rule needs none."""
-    return config.calibration.rmi_sequences if config.rate_band and get_rule(config.rates).needs != "nothing" else 0
 
 
 def training_rows(config: LosaConfig) -> int:
@@ -58,7 +52,7 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
     repeats = 3 + train.gradient_checkpointing + bool(train.distill or train.distill_blocks)
     return {
         "baseline": pruned if steps > 1 else 0.0,
-        "importance": steps * importance_sequences(config) * short * forward(short),
+        "importance": steps * config.importance_sequences * short * forward(short),
         "pruning": steps * pruned + errors,
         "reconstruction": (2 + 3 * config.reconstruct.epochs) * reconstructed if config.reconstruct.epochs else 0.0,
         "rounding": 2 * walk if config.values else 0.0,

@@ -24,7 +24,7 @@ from losa.pruning.masks import Pattern, keep_n_of_m, pruned_count
 from losa.pruning.pruner import Solution, second_order
 from losa.pruning.sparsegpt import collect
 
-DAMPING = 0.01  # of the mean diagonal, added to it; the paper's value
+DAMPING = 0.01  # added to the diagonal, which is 1 by then; the paper adds a hundredth of its mean before inputs are scaled
 RHO = 0.1  # the first penalty; the paper's value
 PATIENCE = 3  # turns between looks at how much of the mask has changed, after which the penalty grows
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # change of the mask above this ratio: the penalty times that

@@ -103,7 +103,7 @@ def prune(
     new_OI = keep_OI.clone()
     U_II, damping = inverse_factor(H_II.to(W_OI.dtype))
     dead_I = torch.diagonal(H_II) == 0
-    block = BLOCK if not pattern.structured else BLOCK - BLOCK % pattern.m
+    block = BLOCK if not pattern.structured else max(pattern.m, BLOCK - BLOCK % pattern.m)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         W_OC, U_CC = W_OI[:, start:stop].clone(), U_II[start:stop, start:stop]

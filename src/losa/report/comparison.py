@@ -36,8 +36,9 @@ def write_tables(path: Path, rows: Rows) -> None:
 
 def markdown(rows: Rows) -> str:
     """Methods against targets: mean perplexity over seeds, its standard deviation, and what it was measured on."""
-    targets = list(dict.fromkeys(row["target"] for row in rows if row["target"]))
-    lines = ["| method | " + " | ".join(map(label, targets)) + " | seconds |", "|---" * (len(targets) + 2) + "|"]
+    targets = list(dict.fromkeys(row["target"] for row in rows if row["target"])) or [""]
+    heads = [label(target) if target else "perplexity" for target in targets]
+    lines = ["| method | " + " | ".join(heads) + " | seconds |", "|---" * (len(targets) + 2) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         cells = [cell([row for row in mine if row["target"] in ("", target)]) for target in targets]

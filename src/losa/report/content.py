@@ -146,7 +146,9 @@ def headline(
         ratio = best["tokens_per_second"] / _dense(bench)["tokens_per_second"]
         numbers.append((f"{ratio:.1f}x", f"the speed of dense: {best['tokens_per_second']:.1f} tokens/s, {best['name']}"))
     if evaluation and (mean := evaluation.get("mean_acc")):
-        shown = f"mean accuracy of {len(mean['tasks'])} zero-shot tasks, ± {100 * mean['acc_stderr']:.1f}"
+        shown = f"mean accuracy of {len(mean['tasks'])} zero-shot tasks"
+        if mean["acc_stderr"] is not None:  # of one item there is none
+            shown += f", ± {100 * mean['acc_stderr']:.1f}"
         numbers.append((f"{mean['acc']:.1%}", shown))
     return numbers
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations import get_available_reporting_integrations
 
 from losa.allocation import layer_rates
 from losa.config import LosaConfig
@@ -35,7 +36,7 @@ def check_parts(config: LosaConfig, processes: int, windows: int | None = None) 
         ("calibration.sequences", calibrating.sequences, False),
         ("calibration.error_sequences", min(calibrating.error_sequences, calibrating.sequences), False),
         ("reconstruct.sequences", config.reconstruct.sequences, False),
-        ("calibration.rmi_sequences", calibrating.rmi_sequences, True),
+        ("calibration.rmi_sequences", config.importance_sequences or processes, True),
         ("train.batch_size", config.train.batch_size, True),
         ("eval.windows", processes if windows is None else windows, False),
     ):
@@ -56,6 +57,17 @@ def check_precision(model: PreTrainedModel, config: LosaConfig) -> None:
     if model.dtype == torch.float16:
         logger.warning("the checkpoint is float16; training and saving it in bfloat16, as gradients underflow in float16")
         cast_(model, tensors_of(model, torch.float16), torch.bfloat16)
+
+
+def check_reporting(name: str) -> None:
+    """Refuses a service for training curves that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ValueError: with those that are.
+    """
+    found = ["none", "all", *get_available_reporting_integrations()]
+    if name not in found:
+        raise ValueError(f"train.report_to is {name!r}, expected one of those installed here: {', '.join(found)}")
 
 
 def check_decoder(decoder: Decoder, config: LosaConfig) -> None:
@@ -85,14 +97,17 @@ def warn_of_zeros(decoder: Decoder) -> None:
         logger.warning("the model is %.0f %% zeros already; what is called dense below is this model", 100 * zeros)
 
 
-def check_request(config: LosaConfig, *, training: bool, resume: bool = False, overwrite: bool = False) -> None:
+def check_request(
+    config: LosaConfig, *, training: bool, pruning: bool = True, resume: bool = False, overwrite: bool = False
+) -> None:
     """Refuses missing texts and an output directory that holds something else, before any model is loaded.
 
     Raises:
         ValueError: a text is missing; the output is the source model, or `output.check_free` refuses it.
     """
     check_sources(config, training)
-    if get_pruner(config.pruner).from_training and (config.steps == 1 or not training):
+    check_reporting(config.train.report_to if training else "none")
+    if pruning and get_pruner(config.pruner).from_training and (config.steps == 1 or not training):
         found = f"steps is {config.steps}" if training else "nothing is trained here"
         raise ValueError(
             f"pruner is {config.pruner!r}, whose scores come from training, but {found}; expected `run` with steps >= 2"

@@ -104,7 +104,7 @@ class Session:
         Raises:
             ValueError: something in the request is wrong.
         """
-        check_request(config, training=kind == "run", resume=resume, overwrite=overwrite)
+        check_request(config, training=kind == "run", pruning=kind != "round", resume=resume, overwrite=overwrite)
         device = resolve_device(config.device)
         distributed.join(device, alone=streams(config, device))
         check_supported(model)

@@ -9,6 +9,7 @@ Legend: `S` rows, `T` tokens of each.
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -109,8 +110,9 @@ class LosaTrainer(Trainer):
         return loss
 
 
-def _arguments(config: TrainConfig, device: torch.device, name: str, seed: int, work_dir: Path) -> TrainingArguments:
+def _arguments(config: TrainConfig, device: torch.device, name: str, seed: int, work_dir: Path, rows: int) -> TrainingArguments:
     assert config.lr is not None, "resolve the configuration first"
+    updates = math.ceil(math.ceil(rows / config.batch_size) / config.accumulation)
     args = TrainingArguments(
         output_dir=str(work_dir),
         num_train_epochs=1,
@@ -118,7 +120,7 @@ def _arguments(config: TrainConfig, device: torch.device, name: str, seed: int, 
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
-        warmup_steps=config.warmup,  # below 1, a ratio
+        warmup_steps=min(math.ceil(config.warmup * updates), updates - 1),  # the first has a learning rate of 0
         lr_scheduler_type=config.schedule,
         max_grad_norm=config.max_grad_norm,
         seed=seed,
@@ -174,10 +176,12 @@ def train(
     """
     assert config.lr is not None, "resolve the configuration first"
     device = next(model.parameters()).device
+    if not isinstance(rows, Tensor | Packed):
+        eos = None  # a row is one document, whatever ends its turns
     if (eos is not None or isinstance(rows, Packed)) and not separates_documents(model):
         logger.warning("%s attends across the documents packed in one row; it is trained that way", type(model).__name__)
         eos, rows = None, rows.joined() if isinstance(rows, Packed) else rows
-    args = _arguments(config, device, name, seed, work_dir)
+    args = _arguments(config, device, name, seed, work_dir, len(rows))
     guard, curve, noted = Guard(name, config.lr), Curve(device), Noted()
     keepers = [Keeper(keeping, noted)] if keeping else []
     use_cache = model.config.use_cache  # the Trainer sets it to False when it is made
