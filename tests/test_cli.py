@@ -355,6 +355,8 @@ BAD = [
     (["plan", "MODEL", "--pattern", "4:2"], "pattern is '4:2', expected 'unstructured' or 'n:m'"),
     (["plan", "/no/such/model"], "/no/such/model"),
     (["eval", "/no/such/model", "--data", "TEXT"], "there is no model at /no/such/model"),
+    (["generate", "./nope", "--prompt", "x"], "there is no model at ./nope"),
+    (["generate", "nope", "--prompt", "x"], "the model 'nope' of the hub (there is no such directory here)"),
     (["eval", "EMPTY", "--data", "TEXT"], "it has no config.json"),
 ]
 

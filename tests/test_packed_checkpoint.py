@@ -25,6 +25,7 @@ from losa.integrations.transformers import SparseQuantizer
 from losa.models import find_decoder
 from losa.runtime import dispatch
 from losa.runtime.bench import weight_bytes
+from losa.runtime.card import IMPORT
 from losa.runtime.files import pack_checkpoint, unpack_checkpoint
 from losa.runtime.generate import generate
 from losa.runtime.values import HEADS, TYPES
@@ -507,6 +508,26 @@ def test_opening_packs_what_pack_would_and_refuses_the_rest(family, sizes, found
         pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
     with pytest.raises(ValueError, match=found):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=SparseConfig())
+
+
+def test_the_card_opens_what_is_there_and_says_what_was_rounded(llama, tmp_path):
+    shutil.copytree(llama / "sparse", tmp_path / "sparse")
+    code = (
+        '```python\n{}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{}")\n```\n'
+    )
+    (tmp_path / "sparse" / "README.md").write_text(f"# sparse\n\n{code.format('', 'sparse')}\nPerplexity 7.\n")
+    pack_checkpoint(tmp_path / "sparse", tmp_path / "packed")
+    pack_checkpoint(tmp_path / "sparse", tmp_path / "int4", "int4")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    unpack_checkpoint(tmp_path / "int4", tmp_path / "rounded")
+    pack_checkpoint(tmp_path / "rounded", tmp_path / "twice")
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("packed", "int4", "again", "rounded", "twice")}
+    for name, card in cards.items():
+        packed = name not in ("again", "rounded")
+        assert code.format(IMPORT if packed else "", name) in card and card.count(IMPORT) == packed
+        assert card.count("## Packed") == packed
+        assert card.count("rounded the weights to int4") == (name in ("int4", "rounded", "twice"))
+    assert cards["again"] == f"# sparse\n\n{code.format('', 'again')}\nPerplexity 7.\n"
 
 
 def test_all_chat_templates_go_along(llama, tmp_path):

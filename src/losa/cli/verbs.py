@@ -328,7 +328,8 @@ def main() -> None:
     except Interrupted as stopped:
         name = signal.Signals(stopped.number).name
         if not OTHERS:
-            say(f"stopped by {name}; nothing half-written is left, and losa run goes on with --resume", err)
+            told = "nothing half-written is left. losa run goes on with --resume, other commands start anew"
+            say(f"stopped by {name}; {told}", err)
         sys.exit(128 + stopped.number)
     except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
         from losa.system.doors import out_of_memory, printable

@@ -17,6 +17,7 @@ from losa.system.doors import door, read_json
 from losa.system.output import claim
 from losa.system.progress import progress
 from losa.system.writing import replace, to_json
+from losa.system.yaml_tree import require
 
 __all__ = ["METHODS", "SLUGS", "Also", "CompareConfig", "Row", "compare", "measure"]
 
@@ -30,8 +31,9 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         One dict a row: `method`, `target`, `seed`, and what `measure` found.
 
     Raises:
-        ValueError: another command writes to the output.
+        ValueError: another command writes to the output, or no model.
     """
+    require(bool(config.run.get("model")), "run.model", config.run.get("model"), "a directory or a name on the hub")
     with claim(config.output):
         return _compare(config)
 

@@ -40,6 +40,8 @@ def open_config(name: str, trust_remote_code: bool = False, packed: bool = True)
         ValueError: nothing there, nothing that transformers reads, a quantised model, or numbers that no model has.
     """
     directory = Path(name)
+    if not directory.exists() and (name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"there is no model at {name}")
     _check_directory(directory)
     with _opening(name):
         if directory.is_dir():
@@ -184,7 +186,8 @@ def _check_directory(model: Path) -> None:
 
 
 def _opening(name: str) -> Any:
-    return door(f"the model {name!r}", "open")
+    here = Path(name).exists()
+    return door(f"the model {name!r}" if here else f"the model {name!r} of the hub (there is no such directory here)", "open")
 
 
 def _dense(config: PreTrainedConfig) -> PreTrainedConfig:

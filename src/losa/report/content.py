@@ -55,16 +55,21 @@ def gap_closed(found: Mapping[str, float]) -> float | None:
 
 
 def warning(record: Mapping[str, Any]) -> str | None:
-    """What to do about a result whose perplexity is more than twice the dense model's; None for any other."""
+    """What to do about a result that training made worse, or whose perplexity is more than twice the dense model's; None for any
+    other."""
     found = record["perplexity"]
     last = found["losa"] if "losa" in found else found["pruned"]
+    worse = ""
+    if last > found.get("pruned", last):
+        worse = f"Training made the model worse than pruning left it (perplexity {last:.4g} against {found['pruned']:.4g}):"
+        worse += " lower the learning rate (train.lr), or train on more tokens (train.tokens)."
     if last <= 2 * found["dense"]:
-        return None
+        return worse or None
     far = f"The result is far from dense (perplexity {last:.4g} against {found['dense']:.4g}, more than twice)."
     if record["kind"] == "prune":
         return f"{far} Pruning alone does that; losa run recovers it by training what is left."
     lower = "Lower --sparsity" if record["config"]["pattern"] == "unstructured" else "Take a pattern that keeps more (--pattern)"
-    return f"{far} {lower}, train on more tokens (train.tokens), or use text closer to yours (--data)."
+    return f"{far} {lower}, train on more tokens (train.tokens), or use text closer to yours (--data). {worse}".rstrip()
 
 
 def size(count: float) -> str:

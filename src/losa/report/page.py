@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from losa.report import content
 from losa.report.card import model_card
 from losa.report.figures import plots
-from losa.runtime.card import note_of
+from losa.runtime.card import note_of, with_note
 from losa.system.doors import door, read_json, read_text
 from losa.system.output import BENCH, CARD, EVALUATION, RECORD, read_record
 from losa.system.writing import replace
@@ -47,7 +47,7 @@ def refresh(directory: Path) -> Path:
     with door(f"{' and '.join(found)} of {directory}", "report on", "; what is damaged has to be measured again"):
         written = documents(record, directory.resolve().name, evaluation, bench)
     if card.is_file():
-        written[CARD] += note_of(read_text(card))
+        written[CARD] = with_note(written[CARD], note_of(read_text(card)))
     for file, text in written.items():
         replace(directory / file, text)
     return directory / PAGE

@@ -95,7 +95,7 @@ def recommendations(rows: Sequence[dict[str, Any]]) -> list[str]:
         good = [point for point in found if point is not dense and point.perplexity <= times * dense.perplexity]
         if not good:
             continue
-        small = min(good, key=lambda point: point.bits)
+        small = min(good, key=lambda point: (point.bits, point.perplexity))
         run = " (llama.cpp and others run dense models of few bits)" if small.family == "dense, few bits" else ""
         told = f"smallest is {small.name}, {small.bits:.2f} bits a weight, perplexity {small.perplexity:.2f}{run}"
         fast = max((point for point in good if point.speed), key=lambda point: point.speed or 0.0, default=None)

@@ -20,7 +20,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from losa.models import check_supported, find_decoder
 from losa.models.opening import check_model, open_config
-from losa.runtime.card import NOTE, write_note
+from losa.runtime.card import NOTE, ROUNDING, write_note
 from losa.runtime.format import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.header import KEEP, METHOD, Packing, check_files, head_of, swap_in
 from losa.runtime.values import ValueType
@@ -125,7 +125,8 @@ def _pack_claimed(
         changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
         if config.tied:
             changes["tie_word_embeddings"] = False
-        _finish(source, partial, changes, NOTE.format(name=output.name, values=config.values))
+        note = ("" if sizes["lossless"] else ROUNDING) + NOTE
+        _finish(source, partial, changes, note.format(name=output.name, values=config.values), output.name)
         commit(output)
     sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
@@ -207,7 +208,8 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more that its header names"
             )
-        _finish(source, partial, {"quantization_config": None} | ({"tie_word_embeddings": True} if config.tied else {}), "")
+        changes = {"quantization_config": None} | ({"tie_word_embeddings": True} if config.tied else {})
+        _finish(source, partial, changes, "", output.name)
         commit(output)
     return len(config.layers) - (config.head != KEEP)
 
@@ -296,9 +298,9 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
         _write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> None:
+def _finish(source: Path, output: Path, changes: dict[str, Any], note: str, name: str) -> None:
     """Copies what is neither weights nor measured on them, the card with a new `note`, config.json with `changes` (None removes a
-    key)."""
+    key). `name` is what the output will be called."""
     for file in source.iterdir():
         if (
             file.is_file()
@@ -312,7 +314,7 @@ def _finish(source: Path, output: Path, changes: dict[str, Any], note: str) -> N
         shutil.copy2(file, output / CHAT_TEMPLATE_DIR / file.name)
     config = read_json(source / "config.json") | changes
     _write_json(output / "config.json", {key: value for key, value in config.items() if value is not None or key not in changes})
-    write_note(output, note)
+    write_note(output, note, name)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -119,6 +119,8 @@ class Session:
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
         output = Path(config.output) if config.output else None
         manifest = stages.latest_stage(output, config) if output and resume else None
+        if resume and manifest is None:
+            logger.warning("there is nothing to resume in %s; starting anew", output)
         data = data or prepare(config, tokenizer, training=kind == "run")
         return_freed_memory()
         logger.info("configuration:\n%s", config.to_yaml())
