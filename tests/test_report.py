@@ -357,7 +357,7 @@ def test_the_command_makes_the_same_configuration(monkeypatch, kind, overrides):
     ("kind", "last", "pattern", "says"),
     [
         ("run", 10.9, "unstructured", None),
-        ("run", 17.0, "unstructured", ["Training made the model worse", "17 against 16.4", "train.lr"]),
+        ("run", 17.0, "unstructured", ["Training made it worse", "(16.4)", "train.lr"]),
         ("run", 140, "unstructured", ["140 against 5.47", "Lower --sparsity", "train.tokens", "--data"]),
         ("run", 140, "2:4", ["--pattern"]),
         ("run", math.inf, "unstructured", ["inf against 5.47"]),

@@ -61,8 +61,7 @@ def warning(record: Mapping[str, Any]) -> str | None:
     last = found["losa"] if "losa" in found else found["pruned"]
     worse = ""
     if last > found.get("pruned", last):
-        worse = f"Training made the model worse than pruning left it (perplexity {last:.4g} against {found['pruned']:.4g}):"
-        worse += " lower the learning rate (train.lr), or train on more tokens (train.tokens)."
+        worse = f"Training made it worse than pruning left it ({found['pruned']:.4g}): lower train.lr."
     if last <= 2 * found["dense"]:
         return worse or None
     far = f"The result is far from dense (perplexity {last:.4g} against {found['dense']:.4g}, more than twice)."
