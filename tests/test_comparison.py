@@ -4,6 +4,7 @@ stopped, and no row that is made twice."""
 import csv
 import inspect
 import json
+import os
 import re
 import statistics
 import xml.etree.ElementTree as ET
@@ -242,6 +243,16 @@ def test_lifted_masks_leave_plain_lora_on_the_pruned_weights(whole, request):
     for name, keep in masks.items():
         assert not pruned.get_parameter(name)[~keep].any()
         assert pruned.get_parameter(name)[keep].all()
+
+
+def test_a_text_that_was_written_to_since_is_named(folder, tmp_path, caplog):
+    compare(config(folder, tmp_path, methods=["dense"]))
+    compare(config(folder, tmp_path, methods=["dense"]))
+    assert "was written to" not in caplog.text
+    (row,) = (tmp_path / "rows").iterdir()
+    os.utime(row, (0, 0))
+    compare(config(folder, tmp_path, methods=["dense"]))
+    assert f"held.txt was written to after {row.name}" in caplog.text
 
 
 def test_rows_that_end_dense_are_not_rounded(folder, tmp_path):

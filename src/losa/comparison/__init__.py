@@ -46,6 +46,7 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see data/sources.py)
     rows, found = config.rows(), []
+    _warn_of_changes([(row, folder / f"{row.key}.json") for row in rows])
     for row in progress(rows, "comparison"):
         file = folder / f"{row.key}.json"
         result = _read_row(row, file)
@@ -65,6 +66,23 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     if distributed.is_main():
         write_plots(Path(config.output, config.name), found)
     return found
+
+
+def _warn_of_changes(rows: list[tuple[Row, Path]]) -> None:
+    """Says which models and texts were written to after a row that is there: it is of what they held before."""
+    made: dict[str, list[Path]] = {}
+    for row, file in rows:
+        config = row.config
+        for source in {config.model, config.train.data, config.calibration.data, config.eval.data} - {None, ""}:
+            if file.exists():
+                made.setdefault(str(source), []).append(file)
+    for source, files in made.items():
+        place = Path(source)
+        held = [place, *(place.rglob("*") if place.is_dir() else [])] if place.exists() else []
+        newest = max((path.stat().st_mtime for path in held if path.is_file()), default=0.0)
+        old = {file.name for file in files if file.stat().st_mtime < newest}
+        if old:
+            logger.warning("%s was written to after %s; remove what is to be made again", source, ", ".join(sorted(old)))
 
 
 def _read_row(row: Row, file: Path) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "sel
 PARTS = ("weight_mask", "weight", "weight_offsets", "weight_scale", "weight_groups", "bias")  # of each layer
 BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # transformers' kinds of rotary positions that no length changes
+NOTES = "transformers.utils.output_capturing"  # its hooks stay once they were asked for, and note nothing unless they are again
 TOLERANCE = 0.05  # relative difference of the two roads' outputs of a block that bfloat16 explains
 
 logger = logging.getLogger(__name__)
@@ -131,9 +132,9 @@ class _Plan:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether a module does more, or something else, than its class says. transformers' own hooks only note what is asked for."""
+    """Whether a module does more, or something else, than its class says."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return "forward" in vars(module) or any(not str(hook.__module__).startswith("transformers.") for hook in hooks)
+    return "forward" in vars(module) or any(hook.__module__ != NOTES for hook in hooks)
 
 
 def _find(block: Any, name: str) -> Any:
