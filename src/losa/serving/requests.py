@@ -5,7 +5,11 @@ from typing import Annotated, Any, Literal
 from fastapi import HTTPException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from losa.system.doors import shown
+
 STOPS = 16  # strings to stop at; OpenAI takes 4
+OPEN = {"model", "messages", "prompt", "temperature", "top_p", "seed", "stream", "stop", "max_tokens", "max_completion_tokens",
+        "chat_template_kwargs"}  # fields that may say something; all others only what changes nothing  # fmt: skip
 
 
 def _whole(text: str) -> str:
@@ -87,6 +91,9 @@ def check(body: dict[str, Any], kind: type[_Asked]) -> None:
         kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        if name not in OPEN:
+            raise refused(f"{name} is {shown(body[name])}, which this server does not do; leave it out") from None
         raise refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
