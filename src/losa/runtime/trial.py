@@ -65,7 +65,7 @@ def difference(
         word: what the installed transformers calls the cache.
         compute: `(block's number, x [1, 1, H], the block's cache) -> [1, 1, H]`, the compiled step of one block.
     """
-    tokens = min(TOKENS, getattr(decoder.config, "max_position_embeddings", None) or TOKENS)
+    tokens = max(2, min(TOKENS, getattr(decoder.config, "max_position_embeddings", None) or TOKENS))
     fed = [_Fed(block) for block in blocks]
     mock, cache, weight = _with(decoder, blocks, fed), DynamicCache(), decoder.embed_tokens.weight
     numbers = torch.Generator().manual_seed(0)

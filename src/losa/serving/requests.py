@@ -8,8 +8,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from losa.system.doors import shown
 
 STOPS = 16  # strings to stop at; OpenAI takes 4
-OPEN = {"model", "messages", "prompt", "temperature", "top_p", "seed", "stream", "stop", "max_tokens", "max_completion_tokens",
-        "chat_template_kwargs"}  # fields that may say something; all others only what changes nothing  # fmt: skip
+OPEN = {  # fields that may say something; all others only what changes nothing
+    *("model", "messages", "prompt", "temperature", "top_p", "seed", "stream", "stop"),
+    *("max_tokens", "max_completion_tokens", "chat_template_kwargs"),
+}
 
 
 def _whole(text: str) -> str:
