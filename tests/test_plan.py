@@ -98,8 +98,9 @@ def test_processes_share_the_work(model):
     assert (four.weights, four.processes) == (one.weights, 4)
     spread = plan(LosaConfig.from_dict(values | {"shard": True}), 4, 2**30, 1e12)
     assert spread.peak_memory < four.peak_memory
-    with pytest.raises(ValueError, match=r"calibration\.rmi_sequences is 64, expected a multiple of the 3 processes"):
-        plan(LosaConfig.from_dict(values), 3, 2**30, 1e12)
+    for rates, refused in (("rmi", r"calibration\.rmi_sequences is 64"), ("uniform", r"train\.batch_size is 8")):
+        with pytest.raises(ValueError, match=f"{refused}, expected a multiple of the 3 processes"):
+            plan(LosaConfig.from_dict(values | {"rates": rates}), 3, 2**30, 1e12)
 
 
 def test_what_a_run_would_refuse_is_refused_at_once(model):
