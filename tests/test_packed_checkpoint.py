@@ -14,7 +14,7 @@ from conftest import FAMILIES, make_tiny_model
 from helpers import tensors
 from packing import LAYER, change_header, change_tensors, make_sparse, same
 from processes import call, open_without_losa
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 import losa
 from losa import SparseConfig, SparseLinear
@@ -528,6 +528,19 @@ def test_the_card_opens_what_is_there_and_says_what_was_rounded(llama, tmp_path)
         assert card.count("## Packed") == packed
         assert card.count("rounded the weights to int4") == (name in ("int4", "rounded", "twice"))
     assert cards["again"] == f"# sparse\n\n{code.format('', 'again')}\nPerplexity 7.\n"
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "int8"])
+def test_a_model_without_its_head_opens(llama, tmp_path, values):
+    pack_checkpoint(llama / "sparse", tmp_path / "packed", values)
+    whole, inner = losa.load(tmp_path / "packed")[0], AutoModel.from_pretrained(tmp_path / "packed")
+    packed = [[module for module in model.modules() if isinstance(module, SparseLinear)] for model in (inner, whole.model)]
+    assert len(packed[0]) == len(packed[1]) > 0
+    with torch.no_grad():
+        assert torch.equal(inner(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+    inner.save_pretrained(tmp_path / "inner")
+    with torch.no_grad():
+        assert torch.equal(AutoModel.from_pretrained(tmp_path / "inner")(IDS).last_hidden_state, inner(IDS).last_hidden_state)
 
 
 def test_all_chat_templates_go_along(llama, tmp_path):

@@ -118,14 +118,16 @@ def head_of(model: "PreTrainedModel") -> dict[str, nn.Linear]:
 
 
 def swap_in(model: "PreTrainedModel", config: Packing) -> dict[str, SparseLinear]:
-    """Replaces the layers that the header names by empty `SparseLinear`s, on the model's (meta) device; returns them.
+    """Replaces the layers that the header names by empty `SparseLinear`s, on the model's (meta) device; returns them by the names
+    that they have in the files. The header then has those that they have in the model.
 
     Raises:
         ValueError: a name that the model has no linear layer for, or more values than the layer has weights.
     """
     modules, head = dict(model.named_modules()), head_of(model)
-    made = {}
-    for name, count in config.layers.items():
+    made, names = {}, _names(model, config)
+    for stored, name in names.items():
+        count = config.layers[stored]
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = f"a {type(linear).__name__}" if linear is not None else "nothing of that name"
@@ -135,9 +137,20 @@ def swap_in(model: "PreTrainedModel", config: Packing) -> dict[str, SparseLinear
         with torch.device("meta"):
             sizes, is_head = (linear.in_features, linear.out_features, count), name in head
             kinds = (config.type_of(is_head), linear.bias is not None, config.activations_of(is_head))
-            made[name] = SparseLinear(*sizes, *kinds)
-        model.set_submodule(name, made[name])
+            made[stored] = SparseLinear(*sizes, *kinds)
+        model.set_submodule(name, made[stored])
+    config.layers = {name: config.layers[stored] for stored, name in names.items()}
     return made
+
+
+def _names(model: "PreTrainedModel", config: Packing) -> dict[str, str]:
+    """The packed layers' names in the files, and in the model: one without a head, as `AutoModel` opens, is what another kind has
+    under a prefix."""
+    prefix = f"{model.base_model_prefix}."
+    if hasattr(model, model.base_model_prefix) or not any(name.startswith(prefix) for name in config.layers):
+        return {name: name for name in config.layers}
+    headless = config.head != KEEP
+    return {name: name.removeprefix(prefix) for name in config.layers if name.startswith(prefix) or not headless}
 
 
 def check_files(files: Iterable[str | Path], layers: Mapping[str, SparseLinear]) -> None:
