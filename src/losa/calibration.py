@@ -128,12 +128,8 @@ class InputStatistics:
                 raise ValueError(f"no calibration token reached {name}; use more calibration text or --pruner magnitude")
             groups.setdefault(self.owner.get(id(layer), id(layer)), []).append(name)
         if self.pruner.from_training:
-            layers = masked_linears(block)
-            scores = {name: layer.score_OI for name, layer in layers.items()}
-            return [
-                (names, None if (score_OI := scores[names[0]]) is None else score_OI.to(layers[names[0]].weight.device))
-                for names in groups.values()
-            ]
+            scores = {name: layer.score_OI for name, layer in masked_linears(block).items()}
+            return [(names, scores[names[0]]) for names in groups.values()]
         return [(names, self.values.get(owner)) for owner, names in groups.items()]
 
 

@@ -192,7 +192,11 @@ def _resume(folder: Path) -> None:
     manifest = latest_stage(folder, config)
     if manifest is not None:
         latest_position(folder, manifest, 1)
-        load_stage(manifest, attach(load(folder.with_name("model"))[0], config.adapter.max_rank, config.adapter.scale))
+        load_stage(
+            manifest,
+            attach(load(folder.with_name("model"))[0], config.adapter.max_rank, config.adapter.scale),
+            torch.device("cpu"),
+        )
 
 
 def _tasks(folder: Path) -> None:

@@ -247,7 +247,7 @@ def collect_scores(model: nn.Module) -> Iterator[None]:
         assert layer.score_OI is not None
         distributed.sum_(layer.score_OI)
         if past_OI is not None:
-            layer.score_OI += past_OI.to(layer.score_OI.device)  # a stage that was resumed from has it on the host
+            layer.score_OI += past_OI
 
 
 def outdate_effective_weights(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ This module is imported while transformers is: at its top it needs nothing that 
 
 import logging
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -76,15 +75,14 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: Any = None, **_: Any) -> None:
         from losa.models import check_supported
+        from losa.models.opening import without_header
 
         self.files = checkpoint_files or []
         if self.pre_quantized:
             check_files(self.files, swap_in(model, self.quantization_config))
             return
-        config = deepcopy(model.config)
-        del config.quantization_config  # which is what the model is about to be
         with torch.device("meta"):
-            check_supported(type(model)(config))
+            check_supported(type(model)(without_header(model.config)))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         from losa.runtime import decode, head, loop

@@ -40,9 +40,7 @@ def open_config(name: str, trust_remote_code: bool = False, packed: bool = True)
         ValueError: nothing there, nothing that transformers reads, a quantised model, or numbers that no model has.
     """
     directory = Path(name)
-    if not directory.exists() and (name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"there is no model at {name}")
-    _check_directory(directory)
+    _check_directory(name)
     with _opening(name):
         if directory.is_dir():
             check_file(directory)
@@ -114,7 +112,7 @@ def check_model(config: PreTrainedConfig, name: str, trust_remote_code: bool = F
 def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False, modules: int = MODULES) -> PreTrainedModel:
     """The dense model on the meta device, of at most so many modules."""
     with _at_most(modules), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_dense(config), trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(without_header(config), trust_remote_code=trust_remote_code)
 
 
 def open_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -160,15 +158,16 @@ def open_weights(name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _check_directory(model: Path) -> None:
+def _check_directory(name: str) -> None:
     """Says what a local directory lacks, where transformers would guess or look on the hub.
 
     Raises:
         ValueError: a path that does not exist, an adapter, an interrupted run, or something else that is no model.
     """
+    model = Path(name)
     if not model.exists():
-        if model.is_absolute() or str(model).startswith((".", "~")):
-            raise ValueError(f"there is no model at {model}")
+        if name.startswith((".", "~")) or model.is_absolute() or name.count("/") > 1:
+            raise ValueError(f"there is no model at {name}")
         return  # a name on the hub
     if (model / "config.json").is_file():
         pickled = sorted(model.glob("pytorch_model*.bin"))
@@ -190,7 +189,7 @@ def _opening(name: str) -> Any:
     return door(f"the model {name!r}" if here else f"the model {name!r} of the hub (there is no such directory here)", "open")
 
 
-def _dense(config: PreTrainedConfig) -> PreTrainedConfig:
+def without_header(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy without the packed header, whose dense model transformers builds."""
     copy = type(config).from_dict(config.to_dict())
     if hasattr(copy, "quantization_config"):
@@ -232,7 +231,7 @@ def _try_forward(config: PreTrainedConfig) -> None:
     """Runs the model on tensors without data. Raises what a real forward would."""
     with FakeTensorMode(), torch.device("cpu"):
         try:
-            model = AutoModelForCausalLM.from_config(_dense(config))
+            model = AutoModelForCausalLM.from_config(without_header(config))
             model(input_ids=torch.zeros(1, min(8, max_length(config)), dtype=torch.int64), use_cache=False)
         except LIMITS_OF_FAKES:
             return  # says nothing about the configuration

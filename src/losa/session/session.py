@@ -157,7 +157,7 @@ class Session:
 
     def _restore(self, output: Path, manifest: dict[str, Any]) -> None:
         """Goes back to where a stage was saved: masks, adapters, changed base weights, ranks and record."""
-        stages.load_stage(manifest, self.model)
+        stages.load_stage(manifest, self.model, self.device)
         self.record, self.done, self.stage = manifest["record"], manifest["done"], manifest["name"]
         if self.record["steps"] and not self.config.train.whole:
             self.set_ranks(self.record["steps"][-1]["ranks"])

@@ -209,13 +209,15 @@ def latest_position(output: Path, manifest: Mapping[str, Any], processes: int) -
 
 
 @torch.no_grad()
-def load_stage(manifest: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Puts a stage's masks, adapters and changed weights into a freshly attached model."""
+def load_stage(manifest: Mapping[str, Any], model: PreTrainedModel, device: torch.device) -> None:
+    """Puts a stage's masks, adapters and changed weights into a freshly attached model, and its scores, which are no part of the
+    model, on the device that it will be on."""
     tensors = load_file(Path(manifest["path"]) / STATE)
     for key, layer in masked_linears(model).items():
         trained = {name: tensors[f"{key}.{name}"] for name in layer.trained}
         layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"), trained)
-        layer.score_OI = tensors.get(f"{key}.score")
+        score_OI = tensors.get(f"{key}.score")
+        layer.score_OI = None if score_OI is None else score_OI.to(device)
 
 
 def clear_stages(output: Path) -> None:
