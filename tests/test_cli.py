@@ -277,6 +277,18 @@ def test_pack_run_and_unpack(folder, tmp_path, monkeypatch, capsys):
     assert sparse[0]["perplexity"] == pytest.approx(sparse[1]["perplexity"], rel=1e-3)
 
 
+def test_packing_says_in_a_line_each_what_is_unusual(folder, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", "losa")
+    code, out, _ = losa_main(monkeypatch, capsys, "pack", folder / "model", tmp_path / "dense")
+    assert code == 0 and "has hardly any zeros" in out and "losa run makes them" in out
+    assert [record.message for record in caplog.records].count("14 layers rounded from float32 to bfloat16") == 1
+    assert "hardly any" not in losa_main(monkeypatch, capsys, "pack", folder / "sparse", tmp_path / "packed")[1]
+    broken = shutil.copytree(folder / "sparse", tmp_path / "broken")
+    (broken / "losa.json").write_text("{}")
+    assert_one_line_error(losa_main(monkeypatch, capsys, "pack", broken, tmp_path / "x"), "say what to store with --values")
+    assert losa_main(monkeypatch, capsys, "pack", broken, tmp_path / "x", "--values", "int8")[0] == 0
+
+
 def test_a_kernel_that_does_not_run_here_is_one_line(folder, tmp_path, monkeypatch, capsys):
     assert losa_main(monkeypatch, capsys, "pack", folder / "sparse", tmp_path / "packed")[0] == 0
     monkeypatch.setenv("LOSA_KERNELS", "abacus")

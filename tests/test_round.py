@@ -41,7 +41,9 @@ def test_what_pruning_left_is_rounded_too(folder, tmp_path):
     prune(*load(config), config)
     found = round_result(tmp_path / "pruned", tmp_path / "int8", {"values": "int8"})
     assert found["kind"] == "prune" and list(found["perplexity"]) == ["dense", "unrounded", "pruned"]
-    assert pack_checkpoint(tmp_path / "int8", tmp_path / "packed", "int8", head="keep")["lossless"]
+    done = pack_checkpoint(tmp_path / "int8", tmp_path / "packed", head="keep")
+    assert (done["values"], done["lossless"]) == ("int8", True), "what the weights were rounded to"
+    assert pack_checkpoint(tmp_path / "int8", tmp_path / "wide", "bfloat16")["values"] == "bfloat16"
     with pytest.raises(ValueError, match=r"values is 'int8', expected none: .*int8 was rounded by the run"):
         round_result(tmp_path / "int8", tmp_path / "again", {"values": "int4"})
 

@@ -8,6 +8,8 @@ import typer
 from losa.cli.options import Output, Overwrite, Request, Trust, requests
 from losa.cli.terminal import heavy, out, quiet, say
 
+FEW_ZEROS = 0.2  # below, what they save hardly pays for the masks
+
 
 @requests("values", "data", "calibration", "eval_data", "windows", "device", layers=())
 def round_(
@@ -35,12 +37,12 @@ def pack(
     directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint.")],
     packed: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or see --overwrite.")],
     values: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="`bfloat16` keeps every weight; `int8` and `int4` round them, with scales of rows or groups, unless "
-            "`--values` of run or prune did so already."
+            help="`bfloat16` keeps every weight; `int8` and `int4` round them, with scales of rows or groups. By default what "
+            "`--values` of run, prune or round was, which loses nothing then, or bfloat16."
         ),
-    ] = "bfloat16",
+    ] = None,
     head: Annotated[
         str | None,
         typer.Option(help="The output head: `int8`, `int4`, or `keep` it dense. By default int8 where values are rounded."),
@@ -69,10 +71,12 @@ def pack(
         f"packed {done['layers']} layers, {done['sparsity']:.2%} zeros: "
         f"{size(done['dense_bytes'])} -> {size(done['packed_bytes'])}, {done['ratio']:.3f} of dense"
     )
-    if values != "bfloat16":
+    if done["sparsity"] < FEW_ZEROS:
+        say("the checkpoint has hardly any zeros, which is what makes it small and fast: losa run makes them")
+    if done["values"] != "bfloat16":
         kept = "no weight changed: the checkpoint was on this grid already" if done["lossless"] else "weights were rounded"
-        hint = "" if done["lossless"] else f"; losa round --values {values} first has other weights make up for that"
-        say(f"{values}: {kept}{hint}")
+        hint = "" if done["lossless"] else f"; losa round --values {done['values']} first has other weights make up for that"
+        say(f"{done['values']}: {kept}{hint}")
     if done["head_bytes"]:
         say(f"and the output head in {done['head']}: {size(done['head_bytes'])}")
     say(f"saved and verified: {packed}")

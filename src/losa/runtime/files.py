@@ -8,6 +8,7 @@ embeddings to tokenizer, is as it was. The directory appears under its name only
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
+from losa.config import LosaConfig
 from losa.models import check_supported, find_decoder
 from losa.models.opening import check_model, open_config
+from losa.models.precision import name_of
 from losa.runtime.card import NOTE, ROUNDING, write_note
 from losa.runtime.format import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.header import KEEP, METHOD, Packing, check_files, head_of, swap_in
 from losa.runtime.values import ValueType
-from losa.system.doors import INDEX, check_links, read_json, read_tensors, shown, tensor_heads, weight_files
-from losa.system.output import BENCH, EVALUATION, LIST, check_free, claim, commit, fresh, place
+from losa.system.doors import INDEX, check_links, door, read_json, read_tensors, shown, tensor_heads, weight_files
+from losa.system.output import BENCH, EVALUATION, LIST, RECORD, check_free, claim, commit, fresh, place
 from losa.system.progress import progress
 from losa.system.writing import writing
 
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 def pack_checkpoint(
     source: str | Path,
     output: str | Path,
-    values: str = "bfloat16",
+    values: str | None = None,
     trust_remote_code: bool = False,
     head: str | None = None,
     overwrite: bool = False,
@@ -46,13 +49,13 @@ def pack_checkpoint(
     Args:
         source: directory of a checkpoint, sparse or not.
         output: a directory that does not exist yet.
-        values: a name of `losa.runtime.values`.
+        values: a name of `losa.runtime.values`. None: what the run that made the checkpoint rounded to; bfloat16 if nothing.
         head: `int8`, `int4`, or `keep`; see `Packing`.
         overwrite: the output may be what losa wrote earlier; it is replaced.
         activations: `bfloat16`, or `int8` to allow kernels to round them; see `Packing`.
 
     Returns:
-        `layers`, `sparsity` (ratio), `lossless`, whether all layers but the head unpack to themselves; `dense_bytes` and
+        `layers`, `sparsity` (ratio), `values`, `lossless`, whether all layers but the head unpack to themselves; `dense_bytes` and
         `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that stays
         as it was.
 
@@ -60,7 +63,7 @@ def pack_checkpoint(
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
     """
     source, output = Path(source), Path(output)
-    config = Packing(values, head=head, activations=activations)
+    config = Packing(values or _rounded_to(source) or "bfloat16", head=head, activations=activations)
     with claim(output):
         return _pack_claimed(source, output, config, trust_remote_code, overwrite, needs_head=head is not None)
 
@@ -79,6 +82,7 @@ def _pack_claimed(
     sizes: dict[str, Any] = {
         "layers": len(linears),
         "sparsity": 0.0,
+        "values": config.values,
         "dense_bytes": 2 * total,
         "packed_bytes": 0,
         "head_bytes": 0,
@@ -96,7 +100,7 @@ def _pack_claimed(
         places |= dict.fromkeys(last, home_name)
     else:
         config.head = KEEP
-    partial = fresh(output)
+    partial, cast = fresh(output), Counter[torch.dtype]()
     with writing(output), progress(None, "packing", total=len(linears)) as bar:
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,6 +111,7 @@ def _pack_claimed(
                 if (not here and not repeated) or (config.tied and here == list(last)):
                     made[key] = tensor
                 for name in here:
+                    cast[tensor.dtype] += 1
                     packed, same = _pack_layer(name, tensor, linears[name].weight.shape, config.type_of(name in last))
                     sizes["lossless"] &= same or name in last
                     parts = packed.tensors()
@@ -122,6 +127,8 @@ def _pack_claimed(
             raise ValueError(
                 f"the files of {source} hold no {missing[0]}.weight, nor {len(missing) - 1} more of the model's layers"
             )
+        for dtype in cast.keys() - {torch.bfloat16}:
+            logger.info("%d layers rounded from %s to bfloat16", cast[dtype], name_of(dtype))
         changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
         if config.tied:
             changes["tie_word_embeddings"] = False
@@ -132,12 +139,18 @@ def _pack_claimed(
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
 
 
+def _rounded_to(source: Path) -> str | None:
+    """The values that a run of losa, by its record, put the weights of its result on the grid of."""
+    record = source / RECORD
+    with door(record, "use", "; say what to store with --values"):
+        values: str | None = LosaConfig.from_dict(read_json(record)["config"]).values if record.is_file() else None
+    return values
+
+
 def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> tuple[PackedWeight, bool]:
     """The packed weight, and whether it unpacks to itself."""
     if W_OI.shape != shape or not W_OI.is_floating_point():
         raise ValueError(f"{name}.weight is {W_OI.dtype} {tuple(W_OI.shape)} in the file, expected floats of {tuple(shape)}")
-    if W_OI.dtype != torch.bfloat16:
-        logger.info("%s: %s rounded to bfloat16", name, W_OI.dtype)
     rounded = W_OI.bfloat16()
     if not torch.isfinite(rounded).all():
         raise ValueError(f"{name}.weight holds NaN or infinity in bfloat16; the checkpoint is damaged")
