@@ -2,6 +2,8 @@
 
 import pytest
 
+from losa.cli.tables import sparsity_json
+from losa.commands.inspect import inspect
 from losa.runtime import dispatch
 from losa.runtime.bench import compare
 from losa.runtime.values import TYPES
@@ -14,6 +16,7 @@ def test_bench_compares_in_one_process(llama):
     ):
         result = compare(directory, prompt=4, new=3, rounds=1)
         assert [row["name"] for row in result["rows"]] == names
+        assert result["zeros"] == pytest.approx(sparsity_json(inspect(directory))["sparsity"], abs=1e-6)
         for row in result["rows"]:
             assert row["tokens_per_second"] > 0
             compiled = row["name"] != "dense" and len(dispatch.available()) > 1

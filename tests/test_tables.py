@@ -56,6 +56,10 @@ def test_tables_fit_80_columns(name):
     assert max(map(len, narrow)) <= 80
 
 
+def test_a_bench_says_how_many_zeros_it_is_of():
+    assert "weights 70% are zero." in " ".join(lines(bench_table(BENCH | {"zeros": 0.7}), 200))
+
+
 def test_paths_lose_their_middle_and_brackets_are_no_markup():
     found = "\n".join(lines(TABLES["eval"]()))
     assert "/home…" in found and "[a].jsonl" in found

@@ -264,6 +264,8 @@ def speed(bench: Mapping[str, Any]) -> Table:
         f"{bench['prompt']} tokens of prompt, {bench['new']} generated, batch 1, on {bench['machine']}. Limit: reading every "
         f"weight once a token, at the {bench['bandwidth'] / 1e9:.1f} GB/s measured on this memory."
     )
+    if "zeros" in bench:  # files of earlier versions do not say
+        note += f" Of the blocks' weights {bench['zeros']:.0%} are zero."
     stepping = [row["name"] for row in bench["rows"] if row.get("road") == "compiled step"]
     if stepping:
         note += f" Decoded by the compiled step: {', '.join(stepping)}; the others by transformers."

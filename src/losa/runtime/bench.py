@@ -54,6 +54,13 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
 
 
+def zeros(model: PreTrainedModel) -> float:
+    """Ratio of zeros in the packed layers of the decoder's blocks."""
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear) and module is not head]
+    return 1 - sum(layer.packed.stored for layer in layers) / sum(layer.in_features * layer.out_features for layer in layers)
+
+
 def bandwidth(device: torch.device, size: int = 1 << 29, rounds: int = 5) -> float:
     """Bytes per second of memory, the best of a few passes: torch's threads reading `size` bytes by `amax`; on a GPU, a copy of
     them, bytes read and written."""
@@ -134,7 +141,7 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
         device: `auto`, `cpu` or `cuda`.
 
     Returns:
-        `machine`, `bandwidth` (bytes per second), `prompt`, `new`, and `rows`, a dict for each model.
+        `machine`, `bandwidth` (bytes per second), `zeros` (ratio), `prompt`, `new`, and `rows`, a dict for each model.
 
     Raises:
         ValueError: fewer than two new tokens, more tokens than the model allows, or nothing that opens.
@@ -159,6 +166,7 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
     return {
         "machine": machine(place.type),
         "bandwidth": stream,
+        "zeros": zeros(next(model for name, (model, _) in models.items() if name != "dense")),
         "prompt": prompt,
         "new": new,
         "rows": [asdict(row) for row in rows],
