@@ -57,6 +57,8 @@ def test_two_simulated_blocks_tell_what_six_have_alive(checkpointing, rows, weig
 def test_a_teacher_and_a_larger_vocabulary_cost_memory():
     small, distilled = simulate_training(build, config()), simulate_training(build, config(distill=0.5))
     assert small < distilled
+    outputs = 6 * 4 * 64 * 48 * 2  # of the dense model's blocks; those of the sparse one are kept for its backward anyway
+    assert simulate_training(build, config(distill=0.5, distill_blocks=1.0)) - distilled >= 0.9 * outputs
     logits = 4 * 64 * (4096 - 64) * 2
     large = simulate_training(lambda: build(4096), config())
     assert large - small >= 2 * logits * 0.9

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,9 @@ from losa.cli.serving import bench, chat, generate, push, serve
 from losa.cli.storing import pack, round_, unpack
 from losa.cli.terminal import OTHERS, err, heavy, out, quiet, say
 from losa.system.signals import Interrupted, end_quietly, raised
+
+if TYPE_CHECKING:
+    from losa.config import LosaConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,18 +58,15 @@ def run(
     Several GPUs: `torchrun --nproc-per-node 8 -m losa run ...`, or `accelerate launch -m losa run ...`; the same result, sooner.
     """
     from losa.api import run as run_losa
-    from losa.cli.tables import rehearsal, summary
+    from losa.cli.tables import summary
     from losa.data import read_run
     from losa.models import load
-    from losa.planning.rehearsal import rehearse
     from losa.session import check_request
     from losa.system.output import claim
 
     resolved = request.resolve(model=model, output=str(output))
     if dry_run:
-        check_request(resolved, training=True, resume=resume, overwrite=overwrite)
-        quiet()
-        out.print(rehearsal(rehearse(resolved)))
+        _rehearse(resolved, training=True, resume=resume, overwrite=overwrite)
         return
     with claim(resolved.output):
         check_request(resolved, training=True, resume=resume, overwrite=overwrite)
@@ -77,9 +77,20 @@ def run(
     say(f"saved and verified: {output}")
 
 
+def _rehearse(config: "LosaConfig", training: bool, resume: bool = False, overwrite: bool = False) -> None:
+    """`--dry-run`."""
+    from losa.cli.tables import rehearsal
+    from losa.planning.rehearsal import rehearse
+    from losa.session import check_request
+
+    check_request(config, training=training, resume=resume, overwrite=overwrite)
+    quiet()
+    out.print(rehearsal(rehearse(config, training)))
+
+
 @app.command()
 @requests()
-def prune(model: Model, output: Output, request: Request, overwrite: Overwrite = False) -> None:
+def prune(model: Model, output: Output, request: Request, overwrite: Overwrite = False, dry_run: DryRun = False) -> None:
     """Prune MODEL once, at one rate for all layers, without training: the baselines to compare with.
 
     `--set rates=dlp` gives layers their own rates. Perplexity is over the first 16 windows, which takes less time
@@ -93,6 +104,9 @@ def prune(model: Model, output: Output, request: Request, overwrite: Overwrite =
     from losa.system.output import claim
 
     resolved = request.resolve("one-shot", model=model, output=str(output))
+    if dry_run:
+        _rehearse(resolved, training=False, overwrite=overwrite)
+        return
     with claim(resolved.output):
         check_request(resolved, training=False, overwrite=overwrite)
         heavy()

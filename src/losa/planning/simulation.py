@@ -21,12 +21,12 @@ from losa import loss
 from losa.adapter import attach, dense_mode
 from losa.calibration import InputStatistics
 from losa.config import LosaConfig
-from losa.loss import causal_loss
+from losa.loss import block_loss, causal_loss
 from losa.models import Decoder, block_inputs, block_linears, find_decoder
 from losa.planning.probe import BATCH, EVALUATION_BATCH
 from losa.pruning import Pruner, get_pruner
 from losa.pruning.rounding import NEEDS as ROUNDING_NEEDS
-from losa.training import activation_checkpointing, every_block
+from losa.training.modes import activation_checkpointing, block_outputs, every_block
 
 SOLUTION_BYTES = 5  # a weight of the block that is being pruned: float32 answers and masks, until all its layers are solved
 SIMULATED_ROWS = 64  # of a training step; larger batches are scaled up from here
@@ -111,14 +111,17 @@ def simulate_training(build: Callable[[], PreTrainedModel], config: LosaConfig, 
 
     def step(model: PreTrainedModel) -> None:
         ids = torch.zeros(simulated, config.train.length or 0, dtype=torch.int64)
-        teacher = None
-        if config.train.distill or config.train.distill_blocks:
-            with torch.no_grad(), dense_mode(model):
+        teacher, dense, whole = None, [], bool(config.train.distill_blocks)
+        if config.train.distill or whole:
+            with torch.no_grad(), dense_mode(model), block_outputs(model, whole) as dense:
                 teacher = model(input_ids=ids, use_cache=False).logits
         model.train()
         with activation_checkpointing(model, config.train.gradient_checkpointing), every_block(model):
-            logits = model(input_ids=ids, use_cache=False).logits
+            with block_outputs(model, whole) as sparse:
+                logits = model(input_ids=ids, use_cache=False).logits
             total = causal_loss(logits, ids, teacher, config.train.distill, config.train.temperature)
+            if whole:
+                total = total + block_loss(sparse, dense, None)
             del logits, teacher
             total.backward()
 

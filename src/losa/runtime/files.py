@@ -55,8 +55,8 @@ def pack_checkpoint(
         activations: `bfloat16`, or `int8` to allow kernels to round them; see `Packing`.
 
     Returns:
-        `layers`, `sparsity` (ratio), `values`, `lossless`, whether all layers but the head unpack to themselves; `dense_bytes` and
-        `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that stays
+        `layers`, `sparsity` (ratio), `values`, `lossless`, whether all layers but the head unpack to themselves; `dense_bytes`
+        and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that stays
         as it was.
 
     Raises:
