@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from losa.api import prune, run
 from losa.models import load
+from losa.session.checks import warn_of_little_text
 from losa.session.samples import answer, opening
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -134,6 +135,12 @@ def test_a_model_that_is_sparse_already_is_noticed(tmp_path, caplog):
     config = toy_config(tmp_path, output=None)
     prune(model, load(config)[1], config)
     assert "zeros already" in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "most", "told"), [(1, None, True), (3, 64, True), (4, None, False), (2, 2, False)])
+def test_a_perplexity_of_little_text_is_called_noisy(caplog, rows, most, told):
+    warn_of_little_text(torch.zeros(rows, 32), most)
+    assert ("a noisy figure; --eval-data" in caplog.text) == told
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def pack_checkpoint(
 
     Returns:
         `layers`, `sparsity` (ratio), `values`, `lossless`, whether all layers but the head unpack to themselves; `dense_bytes`
-        and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that stays
-        as it was.
+        and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that
+        stays as it was.
 
     Raises:
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.

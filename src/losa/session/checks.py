@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
@@ -17,6 +18,8 @@ from losa.pruning import Pattern, get_pruner
 from losa.system import distributed
 from losa.system.environment import check_memory
 from losa.system.output import check_free
+
+FEW_WINDOWS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +98,14 @@ def warn_of_zeros(decoder: Decoder) -> None:
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     if zeros > 0.1:
         logger.warning("the model is %.0f %% zeros already; what is called dense below is this model", 100 * zeros)
+
+
+def warn_of_little_text(evaluation_ST: Tensor, most: int | None) -> None:
+    """Says that perplexity will be a noisy figure: of fewer windows than anyone asked for."""
+    count, length = evaluation_ST.shape
+    if count < FEW_WINDOWS <= (most or FEW_WINDOWS):
+        found = f"{count} window{'s' * (count > 1)} of {length} tokens"
+        logger.warning("perplexity will be that of %s only, a noisy figure; --eval-data takes a longer text", found)
 
 
 def check_request(

@@ -25,7 +25,7 @@ from losa.models.precision import cast_, computing, computing_dtype, name_of, wi
 from losa.planning.work import MEASURED, remaining, stage_flops
 from losa.rotation import find_value_paths, rotate_values
 from losa.session import result, stages
-from losa.session.checks import check_decoder, check_parts, check_precision, check_request, warn_of_zeros
+from losa.session.checks import check_decoder, check_parts, check_precision, check_request, warn_of_little_text, warn_of_zeros
 from losa.session.origin import changed, origin
 from losa.session.samples import answer, opening
 from losa.system import distributed
@@ -122,6 +122,7 @@ class Session:
         if resume and manifest is None:
             logger.warning("there is nothing to resume in %s; starting anew", output)
         data = data or prepare(config, tokenizer, training=kind == "run")
+        warn_of_little_text(data.evaluation, config.eval.windows)
         return_freed_memory()
         logger.info("configuration:\n%s", config.to_yaml())
         if data.train is not None:
