@@ -19,10 +19,12 @@ from losa import comparison, method
 from losa.adapter import attach, masked_linears, merge
 from losa.baselines import lift_masks, mask_again
 from losa.cli import verbs
+from losa.commands.round import round_result
 from losa.comparison import METHODS, SLUGS, CompareConfig, compare
 from losa.comparison.rows import MAKERS
 from losa.pruning.grid import FORMATS
 from losa.report.comparison import cells, latex, markdown, provenance, spread
+from losa.report.page import refresh
 from losa.report.pareto import front, points, recommendations
 from losa.system.yaml_tree import parse_set
 
@@ -297,6 +299,20 @@ def test_a_kept_model_is_measured_later_without_being_made_again(folder, tmp_pat
         assert again["context"]["by_context"]
         different = {key for key in row if row[key] != again[key]}
         assert different == {"context"}
+
+
+def test_a_kept_model_is_rounded_and_reported_on_like_any_other(folder, tmp_path):
+    methods = ["Wanda", "losa", "GPTQ 4-bit", "GPTQ 4-bit + training"]
+    asked = config(folder, tmp_path, methods=methods, targets=["0.6"], keep_models=True)
+    rows = dict(zip(methods, zip(asked.rows(), compare(asked), strict=True), strict=True))
+    for row, found in rows.values():
+        page = refresh(tmp_path / "models" / row.model_key).read_text()
+        assert f"{found['perplexity']:.2f}" in page
+    for name in ("Wanda", "losa"):
+        row, found = rows[name]
+        record = round_result(tmp_path / "models" / row.model_key, tmp_path / name, {"values": "int8"})
+        assert record["perplexity"]["unrounded"] == pytest.approx(found["perplexity"])
+        assert list(record["perplexity"])[-2:] == ["unrounded", "made"]
 
 
 def test_a_kept_row_that_was_killed_goes_on(folder, tmp_path, monkeypatch):

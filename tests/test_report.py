@@ -263,6 +263,22 @@ def test_gap_that_cannot_be_told():
     assert gap_closed({"dense": 5.0, "pruned": 20.0, "losa": 10.0}) == pytest.approx(0.5)
 
 
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("last", "other"), [("losa", "unrounded"), ("pruned", "unrounded"), ("made", "pruned")])
+def test_what_was_not_measured_is_left_out(last, other):
+    found = {other: 9.0, last: 7.5}
+    record = made_up(2, perplexity=found)
+    assert gap_closed(found) is None and warning(record) is None
+    dense, *others = overview(record).rows
+    assert dense[:2] == ("dense", "") and len(others) == 2, "its size is there all the same"
+    before = "; pruned only 9.00" if other == "pruned" else ""
+    assert dict(headline(record))["7.50"] == f"perplexity{before}"
+    console = Console(record=True, width=300)
+    console.print(summary(record))
+    for text in (console.export_text(), *documents(record, "sparse").values()):
+        assert "of the gap" not in text and "gap in" not in text and "7.50" in text
+
+
 def test_packed_size_is_that_of_the_format():
     import torch
 

@@ -59,7 +59,7 @@ def summary(record: dict[str, Any]) -> Group:
     if record["config"]["eval"]["windows"] == evaluation["windows"]:  # there may be more of them
         title += "; losa eval takes all"
     achieved = f"{sparsity['achieved']:.2%}"
-    rows = [(TITLES[name], f"{value:.2f}", "0 %" if name == "dense" else achieved) for name, value in found.items()]
+    rows = [(TITLES.get(name, name), f"{value:.2f}", "0 %" if name == "dense" else achieved) for name, value in found.items()]
     quality = grid(title, ("model", "perplexity", "sparsity"), rows, ("model",))
     parts = [f"sparsity asked {sparsity['asked']:.4f}, achieved {sparsity['achieved']:.4f}"]
     if (closed := gap_closed(found)) is not None:

@@ -10,6 +10,7 @@ from losa.config import LosaConfig
 from losa.data import read_run
 from losa.method import put_on_grid
 from losa.models import find_decoder, load
+from losa.report.content import result_name
 from losa.report.page import documents
 from losa.runtime.files import is_packed
 from losa.session import Session, check_request
@@ -22,7 +23,7 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
     """Rounds the surviving weights of a finished run with the error made up for; its zeros, texts and record are kept.
 
     Args:
-        directory: a sparse checkpoint of `losa run` or `losa prune`.
+        directory: a sparse checkpoint of `losa run`, `losa prune` or `losa compare`.
         overrides: dotted keys of `LosaConfig` to change: `values`, and texts that are not where they were.
         overwrite: replace what losa wrote in the output earlier.
 
@@ -36,7 +37,7 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
     if is_packed(directory):
         raise ValueError(f"{directory} is packed; losa unpack gives the sparse checkpoint, which can be rounded")
     with door(directory / RECORD, "use"):
-        made, last = LosaConfig.from_dict(record["config"]), "losa" if record["kind"] == "run" else "pruned"
+        made, last = LosaConfig.from_dict(record["config"]), result_name(record["perplexity"])
     require(made.values is None, "values", made.values, f"none: {directory} was rounded by the run that made it")
     values = made.to_dict()
     merge(values, nested(dict(overrides) | {"model": str(directory), "output": str(output), "rotate": False}))

@@ -21,7 +21,10 @@ TITLES = {
     "reconstructed": "reconstructed",
     "unrounded": "before rounding",
     "losa": "LoSA",
+    "made": "result",
 }
+# The finished model's perplexity has the first of these names that there is: of `losa run`, `losa compare` and `losa prune`.
+RESULTS = ("losa", "made", "pruned")
 # Of `losa run` and `losa prune`; every other key is a --set.
 OPTIONS = {
     "output": "--output",
@@ -44,12 +47,19 @@ class Table:
     words: int = 1
 
 
+def result_name(found: Mapping[str, float]) -> str:
+    """Which of a record's perplexities is that of the finished model."""
+    return next((name for name in RESULTS if name in found), RESULTS[-1])
+
+
 def gap_closed(found: Mapping[str, float]) -> float | None:
     """Share of the log-perplexity that pruning lost and training won back; above 1 is better than dense.
 
-    None where nothing was trained, pruning lost nothing, or a perplexity is not finite.
+    None where nothing was trained, one of the three was not measured, pruning lost nothing, or a perplexity is not finite.
     """
-    if "losa" not in found or not found["dense"] < found["pruned"] < math.inf or not math.isfinite(found["losa"]):
+    if not {"dense", "pruned", "losa"} <= found.keys():
+        return None
+    if not found["dense"] < found["pruned"] < math.inf or not math.isfinite(found["losa"]):
         return None
     return math.log(found["pruned"] / found["losa"]) / math.log(found["pruned"] / found["dense"])
 
@@ -58,11 +68,11 @@ def warning(record: Mapping[str, Any]) -> str | None:
     """What to do about a result that training made worse, or whose perplexity is more than twice the dense model's; None for any
     other."""
     found = record["perplexity"]
-    last = found["losa"] if "losa" in found else found["pruned"]
+    last = found[result_name(found)]
     worse = ""
     if last > found.get("pruned", last):
         worse = f"Training made it worse than pruning left it ({found['pruned']:.4g}): lower train.lr."
-    if last <= 2 * found["dense"]:
+    if "dense" not in found or last <= 2 * found["dense"]:
         return worse or None
     far = f"The result is far from dense (perplexity {last:.4g} against {found['dense']:.4g}, more than twice)."
     if record["kind"] == "prune":
@@ -135,12 +145,12 @@ def headline(
 ) -> list[tuple[str, str]]:
     """The few numbers to read first, each with what it is."""
     found, sparsity = record["perplexity"], record["sparsity"]
-    last = "losa" if "losa" in found else "pruned"
-    before = f"dense {found['dense']:.2f}" + (f", pruned only {found['pruned']:.2f}" if last == "losa" else "")
+    last = result_name(found)
+    before = ", ".join(f"{TITLES[name]} {found[name]:.2f}" for name in ("dense", "pruned") if name in found and name != last)
     dense, packed, *_ = layer_bytes(record).values()
     numbers = [
         (f"{sparsity['achieved']:.2%}", f"of the weights are zero; asked: {sparsity['asked']:.2%}"),
-        (f"{found[last]:.2f}", f"perplexity; {before}"),
+        (f"{found[last]:.2f}", f"perplexity; {before}" if before else "perplexity"),
     ]
     if (closed := gap_closed(found)) is not None:
         numbers.append((f"{closed:.1%}", "of the gap in log-perplexity between pruned only and dense is closed"))
@@ -169,7 +179,8 @@ def overview(record: Mapping[str, Any], bench: Mapping[str, Any] | None = None) 
         zeros = "0 %" if name == "dense" else f"{record['sparsity']['achieved']:.2%}"
         bytes_ = dense if name == "dense" else packed
         speed = speeds.get("dense" if name == "dense" else "sparse bfloat16") if name in ("dense", last) else None
-        cells = (TITLES.get(name, name), f"{record['perplexity'][name]:.2f}", zeros, size(bytes_), f"{bytes_ / dense:.2f}")
+        quality = f"{record['perplexity'][name]:.2f}" if name in record["perplexity"] else ""  # dense may not be measured
+        cells = (TITLES.get(name, name), quality, zeros, size(bytes_), f"{bytes_ / dense:.2f}")
         rows.append((*cells, *([f"{speed:.1f}" if speed else ""] if speeds else [])))
     head = ("model", "perplexity", "zeros", "decoder layers", "of dense", *(["tokens/s"] if speeds else []))
     note = "Sizes of the decoder's linear layers: dense in bfloat16, sparse ones packed by losa pack (computed). "
@@ -209,7 +220,7 @@ def perplexities(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     used = record["evaluation"]
     definition = "answer token, windowed" if used.get("counts") == "answers" else "token, windowed"
     place = (definition, public(used["data"]), str(used["window"]), f"{used['windows']:,} windows")
-    rows = [(TITLES[name], *place, f"{value:.3f}") for name, value in record["perplexity"].items()]
+    rows = [(TITLES.get(name, name), *place, f"{value:.3f}") for name, value in record["perplexity"].items()]
     for row in (evaluation or {}).get("perplexity", []):
         over = next(f"{row[unit]:,} {unit}" for unit in ("windows", "documents") if unit in row)
         place = (row["definition"], public(row["data"]), str(row["window"]), over)

@@ -64,10 +64,13 @@ class Plot:
 
 
 def plots(record: dict[str, Any]) -> list[Plot]:
-    """Everything that the record has figures for, in the order of the method."""
+    """Everything that the record has figures for, in the order of the method; nothing of steps that did not prune, as of the
+    dense models that `losa compare` rounds."""
     from matplotlib import style
 
-    steps = record["steps"]
+    steps = [step for step in record["steps"] if "rates" in step]
+    if not steps:
+        return []
     trained = all(step.get("loss") for step in steps)
     parts = (
         ("targets", _targets, len(steps) > 1 and all("achieved" in step for step in steps)),
