@@ -3,9 +3,11 @@ rounded to that in between); other directories are refused, and what they hold s
 
 import pytest
 import torch
-from helpers import record_of, set_up, tensors, toy_config, toy_run
+from helpers import record_of, save_text, set_up, tensors, toy_config, toy_run
+from rich.console import Console
 
 from losa import prune
+from losa.cli.tables import summary
 from losa.commands.round import round_result
 from losa.models import load
 from losa.runtime.files import pack_checkpoint
@@ -51,6 +53,30 @@ def test_what_pruning_left_is_rounded_too(folder, tmp_path):
 def test_a_result_of_scores_from_training_is_rounded(folder, tmp_path):
     toy_run(folder, steps=2, pruner="movement", rates="uniform", output=str(tmp_path / "moved"))
     assert round_result(tmp_path / "moved", tmp_path / "int8", {"values": "int8"})["config"]["pruner"] == "movement"
+
+
+@pytest.mark.parametrize("change", ["text", "windows", "held out"])
+def test_perplexities_of_other_windows_are_left_out(folder, tmp_path, caplog, change):
+    save_text(tmp_path / "other.txt", seed=1)
+    key = {"text": "eval.data", "held out": "train.data"}.get(change, "eval.windows")
+    before = record_of(folder / "sparse")
+    value = 4 if change == "windows" else str(tmp_path / "other.txt")
+    found = round_result(folder / "sparse", tmp_path / "out", {"values": "int4", key: value})
+    assert list(found["perplexity"]) == ["unrounded", "losa"] and found == record_of(tmp_path / "out")
+    assert (found["evaluation"]["windows"] == 4) == (change == "windows")
+    assert found["samples"].keys() == before["samples"].keys() | {"unrounded"}
+    assert "sparse are of another text or other windows, and are left out" in caplog.text
+    console = Console(record=True, width=300)
+    console.print(summary(found))
+    for text in (console.export_text(), *((tmp_path / "out" / name).read_text() for name in ("README.md", "report.html"))):
+        assert "before rounding" in text and "gap in log-perplexity" not in text
+        assert f"{before['perplexity']['dense']:.2f}" not in text
+
+
+def test_a_text_that_lies_elsewhere_is_the_same(folder, tmp_path):
+    (tmp_path / "moved.txt").write_bytes((folder / "text.txt").read_bytes())
+    found = round_result(folder / "sparse", tmp_path / "out", {"values": "int4", "train.data": str(tmp_path / "moved.txt")})
+    assert list(found["perplexity"]) == ["dense", "pruned", "unrounded", "losa"]
 
 
 def test_what_cannot_be_rounded_is_refused(folder, tmp_path):

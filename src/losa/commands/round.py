@@ -1,5 +1,6 @@
 """`losa round`: what `losa run --values` does last, done to a result that was made without it."""
 
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -17,6 +18,8 @@ from losa.session import Session, check_request
 from losa.system.doors import door
 from losa.system.output import RECORD, claim, read_record
 from losa.system.yaml_tree import merge, nested, require
+
+logger = logging.getLogger(__name__)
 
 
 def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], overwrite: bool = False) -> dict[str, Any]:
@@ -52,9 +55,20 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
         session = Session.start(model, tokenizer, config, kind="round", data=data, overwrite=overwrite, documents=documents)
         put_on_grid(session)
         session.config = replace(session.config, model=made.model, rotate=made.rotate)
-        session.record = _continued(record, session.record, last)
+        now = session.record | {"evaluation": session.measured_on()}
+        if not _comparable(record["evaluation"], now["evaluation"]):
+            logger.warning("perplexities in %s are of another text or other windows, and are left out", directory)
+            record["perplexity"] = {}
+        session.record = _continued(record, now, last)
         session.finish(last)
     return session.record
+
+
+def _comparable(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether perplexities of a record and of now are of the same windows; a text that was held out may lie elsewhere now."""
+    held_out = [(found.get("held_out") or {}).get("sha256") for found in (before, now)]
+    same = all(before.get(key, now[key]) == now[key] for key in ("data", "window", "windows", "counts"))
+    return same and held_out[0] == held_out[1]
 
 
 def _continued(before: dict[str, Any], now: dict[str, Any], last: str) -> dict[str, Any]:

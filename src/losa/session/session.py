@@ -283,6 +283,18 @@ class Session:
                 samples = self.record.setdefault("samples", {"prompt": words})
                 samples[name] = answer(self.model, self.tokenizer, ids_1T)
 
+    def measured_on(self) -> dict[str, Any]:
+        """What perplexities are of: `data`, the text; `window`, its tokens; `windows`, how many; `counts`, which tokens of them;
+        and `held_out`, where to find it again (`data.held_out_record`)."""
+        windows, tokens = self.data.evaluation.shape
+        return {
+            "data": self.config.eval.data or "held out of the training text",
+            "window": tokens,
+            "windows": windows,
+            "counts": Windows(self.data.evaluation, self.data.counted).counts,
+            "held_out": held_out_record(self.config, self.data.held_out),
+        }
+
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """Gives all adapters of each block that block's rank."""
         for block, rank in zip(self.decoder.blocks, ranks, strict=True):
@@ -298,17 +310,9 @@ class Session:
             self.measure(measure)
         pruned = sum(int((~keep).sum()) for keep in masks.values())
         total = sum(keep.numel() for keep in masks.values())
-        windows, tokens = self.data.evaluation.shape
-        evaluation = {
-            "data": self.config.eval.data or "held out of the training text",
-            "window": tokens,
-            "windows": windows,
-            "counts": Windows(self.data.evaluation, self.data.counted).counts,
-            "held_out": held_out_record(self.config, self.data.held_out),
-        }
         self.record |= {
             "sparsity": {"asked": self.config.sparsity, "achieved": pruned / total, "weights": total},
-            "evaluation": evaluation,
+            "evaluation": self.measured_on(),
             "config": self.config.to_dict(),
             "versions": versions(),
             "processes": distributed.world_size(),
