@@ -1,6 +1,9 @@
 """Promised: a float32 result that is rounded later is the one that a run with these values makes, to the bit (one of bfloat16 was
 rounded to that in between); other directories are refused, and what they hold stays."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from helpers import record_of, save_text, set_up, tensors, toy_config, toy_run
@@ -53,6 +56,19 @@ def test_what_pruning_left_is_rounded_too(folder, tmp_path):
 def test_a_result_of_scores_from_training_is_rounded(folder, tmp_path):
     toy_run(folder, steps=2, pruner="movement", rates="uniform", output=str(tmp_path / "moved"))
     assert round_result(tmp_path / "moved", tmp_path / "int8", {"values": "int8"})["config"]["pruner"] == "movement"
+
+
+def test_what_several_processes_made_is_rounded_by_one(folder, tmp_path):
+    shutil.copytree(folder / "sparse", tmp_path / "sharded")
+    record = record_of(folder / "sparse")
+    record["config"]["shard"], record["processes"] = True, 2
+    (tmp_path / "sharded" / "losa.json").write_text(json.dumps(record))
+    found = round_result(tmp_path / "sharded", tmp_path / "out", {"values": "int4"})
+    round_result(folder / "sparse", tmp_path / "alone", {"values": "int4"})
+    assert (found["config"]["shard"], found["config"]["offload"], found["processes"]) == (True, False, 2)
+    assert "torchrun --nproc-per-node 2" in (tmp_path / "out" / "report.html").read_text(), "the command that makes it again"
+    expected, made = tensors(tmp_path / "alone"), tensors(tmp_path / "out")
+    assert all(torch.equal(expected[name], made[name]) for name in expected)
 
 
 @pytest.mark.parametrize("change", ["text", "windows", "held out"])

@@ -44,6 +44,8 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
     require(made.values is None, "values", made.values, f"none: {directory} was rounded by the run that made it")
     values = made.to_dict()
     merge(values, nested(dict(overrides) | {"model": str(directory), "output": str(output), "rotate": False}))
+    if made.shard:  # which needs several processes, to train; one that does not train holds as little of the model by offloading
+        values |= {"shard": False, "offload": True}
     config = LosaConfig.from_dict(values)
     require(config.values is not None, "values", config.values, "int8 or int4")
     with claim(config.output):
@@ -55,6 +57,8 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
         session = Session.start(model, tokenizer, config, kind="round", data=data, overwrite=overwrite, documents=documents)
         put_on_grid(session)
         session.config = replace(session.config, model=made.model, rotate=made.rotate)
+        if made.shard:
+            session.config = replace(session.config, shard=True, offload=made.offload)
         now = session.record | {"evaluation": session.measured_on()}
         if not _comparable(record["evaluation"], now["evaluation"]):
             logger.warning("perplexities in %s are of another text or other windows, and are left out", directory)

@@ -315,7 +315,7 @@ class Session:
             "evaluation": self.measured_on(),
             "config": self.config.to_dict(),
             "versions": versions(),
-            "processes": distributed.world_size(),
+            "processes": self.record.get("processes", distributed.world_size()),  # of a result that is rounded, the run's
         }
         if self.config.output and distributed.is_main():
             output = Path(self.config.output)
