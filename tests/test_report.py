@@ -347,6 +347,10 @@ def test_few_blocks_and_one_rate(blocks):
     assert [plot.name for plot in plots(record)] == ["rates", "importance", "errors", "ranks", "loss"]
 
 
+# What YAML, a shell or both read as something else.
+STRANGE = ("#x", "1e3", "12:30", "null", "yes", "a: b", "it's", '"a" b', "[a", " a\n\nb ", "$HOME", "ä\N{SPARKLES}\a")
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [
@@ -355,11 +359,19 @@ def test_few_blocks_and_one_rate(blocks):
         ("run", {"pruner": "movement", "protect": [0, 5], "sparsity": 0.4}),
         ("run", {"pattern": "2:4", "calibration.data": "allenai/c4:en", "eval.windows": 8}),
         ("prune", {"calibration.data": "org/text", "rate_band": 0.02}),
+        ("run", {"preset": "paper"}),
+        ("run", {"preset": "paper", "rate_band": 0.0}),
+        ("run", {"preset": "paper,quick", "pattern": "2:4", "sparsity": 0.5, "values": "int4", "shard": True}),
+        ("run", {"rates": "owl", "sparsity": 0.5, "eval.windows": 4, "train.samples": 9}),
+        ("run", {"rates": "error", "rate_band": 0.1, "steps": 3, "reconstruct.epochs": 2, "calibration.data": "#x"}),
+        ("prune", {"preset": "paper", "rates": "dlp", "rate_band": 0.0, "eval.windows": None}),
+        *(("prune", {"calibration.data": "org/text", "train.data": text}) for text in STRANGE),
     ],
 )
 def test_the_command_makes_the_same_configuration(monkeypatch, kind, overrides):
     given = {"model": "org/dense", "output": "sparse"} | ({"train.data": "org/text"} if kind == "run" else {}) | overrides
-    config = LosaConfig.load(preset="one-shot" if kind == "prune" else None, overrides=given).resolve(768, 1024)
+    presets = [name for name in (given.pop("preset", None), "one-shot" if kind == "prune" else None) if name]
+    config = LosaConfig.load(preset=",".join(presets) or None, overrides=given).resolve(768, 2048)
     line = command({"kind": kind, "config": config.to_dict()})
     seen = []
     monkeypatch.setattr("losa.session.check_request", lambda config, **_: seen.append(config))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from losa.config import LosaConfig
 from losa.runtime.values import TYPES
 
@@ -111,18 +113,26 @@ def command(record: Mapping[str, Any]) -> str:
     Fields that were decided when the model was known are spelled out, so that the line outlives other defaults.
     """
     config, kind, processes = public_config(record["config"]), record["kind"], record.get("processes", 1)
-    given = {key: config[key] for key in ("sparsity", "pattern")}
-    plain = LosaConfig.load(preset="one-shot" if kind == "prune" else None, overrides=given).to_dict()
-    defaults = dict(_leaves(plain | {"sparsity": None, "pattern": "unstructured"}))
+    preset = "one-shot" if kind == "prune" else None
+    given = {key: config[key] for key in ("sparsity", "pattern", "rates")}  # other defaults follow from these
+    plain = LosaConfig.load(preset=preset, overrides=given).to_dict()
+    rates = LosaConfig.load(preset=preset).rates
+    defaults = dict(_leaves(plain | {"sparsity": None, "pattern": "unstructured", "rates": rates}))
     launcher = "losa" if processes == 1 else f"torchrun --nproc-per-node {processes} -m losa"
     lines = [f"{launcher} {kind} {shlex.quote(config.pop('model'))}"]
     for key, value in _leaves(config):
         if value == defaults[key]:
             continue
-        text = value if isinstance(value, str) else json.dumps(value)
         named = key in OPTIONS and not (kind == "prune" and key == "train.data")
-        lines.append(shlex.join([OPTIONS[key], text] if named else ["--set", f"{key}={text}"]))
+        lines.append(shlex.join([OPTIONS[key], str(value)] if named else ["--set", f"{key}={_yaml(value)}"]))
     return " \\\n  ".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    """A value as `--set` reads it back; a text in quotes where YAML would read something else."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    return yaml.safe_dump(value, allow_unicode=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
