@@ -25,6 +25,7 @@ from losa.report.card import model_card
 from losa.report.content import command, gap_closed, headline, layer_bytes, overview, public, warning
 from losa.report.figures import plots
 from losa.report.page import documents, page, refresh
+from losa.rules import RULES
 
 EVALUATION = {
     "perplexity": [
@@ -407,6 +408,14 @@ def test_a_result_far_from_dense_is_said_to_be(kind, last, pattern, says):
     else:
         assert all(part in found for part in says)
         assert all(found in text for text in texts)
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES.values() if not rule.by_layer])
+def test_importance_is_that_of_the_rule(rule):
+    record = made_up(3, steps=1)
+    record["config"]["rates"] = rule
+    (caption,) = (plot.caption for plot in plots(record) if plot.name == "importance")
+    assert caption.startswith("Importance ") and ("mutual information" in caption) == (rule == "rmi")
 
 
 def test_no_ranks_where_all_weights_are_trained():

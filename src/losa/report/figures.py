@@ -10,6 +10,7 @@ Legend: `T` dynamic steps, `L` blocks.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -48,6 +49,15 @@ STYLE = {
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 8.4, 0.75, 0.95, 0.12, 0.42  # inches; the same on every figure, so that blocks line up
 COLOURS = "viridis"  # of cells
 STEP_COLOURS = ("#3b6fd4", "#9a5fc4", "#d9587f", "#e0803a")  # of lines, first to last step, readable on white and on black
+# What the numbers are by the rule of layer rates (`rules.py`); a rule by layer leaves none.
+IMPORTANCE = {
+    "rmi": "by mutual information with the other blocks: the lower, the more a block resembles the rest, and the more it may "
+    "lose. Only the order counts.",
+    "depth": "by place in the decoder: the later a block, the more it may lose. Only the order counts.",
+    "uniform": "is the same for every block: all lose alike.",
+    "owl": "by outliers (OWL), the share of a block's scores that are far above their mean: the fewer, the more it may lose.",
+    "dlp": "by median (DLP), minus that of a block's scores: the lower, the fewer weights stand out, and the more it may lose.",
+}
 
 Steps = Sequence[dict[str, Any]]  # of a record
 Drawing: TypeAlias = "tuple[Figure, str, str]"  # the figure, what it shows, what to read out of it
@@ -75,7 +85,7 @@ def plots(record: dict[str, Any]) -> list[Plot]:
     parts = (
         ("targets", _targets, len(steps) > 1 and all("achieved" in step for step in steps)),
         ("rates", _rates, True),
-        ("importance", _importance, all(step["importance"] for step in steps)),
+        ("importance", partial(_importance, rule=record["config"]["rates"]), all(step["importance"] for step in steps)),
         ("errors", _errors, True),
         ("ranks", _ranks, trained and all(step["ranks"] for step in steps)),  # none where all weights are trained
         ("loss", _loss, trained),
@@ -115,12 +125,11 @@ def _rates(steps: Steps) -> Drawing:
     )
 
 
-def _importance(steps: Steps) -> Drawing:
+def _importance(steps: Steps, rule: str) -> Drawing:
     return (
         _by_block([step["importance"] for step in steps], "importance"),
         "Line chart of the importance of every block, a line for every dynamic step.",
-        "Importance by mutual information with the other blocks: the lower, the more a block resembles the rest, and the more "
-        "it may lose. Only the order counts.",
+        f"Importance {IMPORTANCE[rule]}",
     )
 
 
