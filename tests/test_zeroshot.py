@@ -161,6 +161,20 @@ def test_request_longer_than_the_window_is_cut_and_counted(local):
     assert (short["truncated"], short["items"], short["acc_stderr"]) == (1, 1, None)
 
 
+def test_answer_longer_than_the_window_is_scored_on_its_end(local):
+    model, tokenizer = load(assets() / "novels-4m")
+    scorer = harness.Scorer(model.float(), tokenizer, 8)
+    context, answer = tokenizer("He said", add_special_tokens=False)["input_ids"], list(range(20, 40))
+    found = scorer._loglikelihood_tokens([(("", "long"), context, answer), (("", "fits"), context, answer[:2])])
+    for (score, _), ids, scored in zip(found, (answer[-9:], context + answer[:2]), (8, 2), strict=True):
+        with torch.no_grad():
+            logs = model(input_ids=torch.tensor([ids[:-1]])).logits[0, -scored:].log_softmax(-1)
+        assert score == pytest.approx(logs.gather(1, torch.tensor(ids[-scored:])[:, None]).sum().item(), rel=1e-5)
+    assert scorer.truncated == 1
+    tiny = harness.score(harness.Scorer(model, tokenizer, 2), local["piqa"])
+    assert tiny["truncated"] == 2 * tiny["items"]
+
+
 def test_word_perplexity_is_its_definition():
     model, tokenizer = load(assets() / "novels-4m")
     model, pages = model.float(), ["The old man looked at the sea .", "He said , that it was late ."]

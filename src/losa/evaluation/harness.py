@@ -48,8 +48,15 @@ class Scorer(HFLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        fitting = [self._fitting(*request) for request in requests]
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(fitting, *args, **kwargs)
         return scores
+
+    def _fitting(self, texts: Any, context: list[int], answer: list[int]) -> tuple[Any, list[int], list[int]]:
+        """A request with an answer that fits: of a longer one the last `max_length` tokens, after the token before them. lm-eval
+        cuts contexts itself, and ends at such an answer."""
+        beyond = len(answer) - self.max_length
+        return (texts, answer[beyond - 1 : beyond], answer[beyond:]) if beyond > 0 else (texts, context, answer)
 
 
 class _Ticks:
