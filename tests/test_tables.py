@@ -68,6 +68,13 @@ def test_paths_lose_their_middle_and_brackets_are_no_markup():
     assert len(middle(PATH)) == 24
 
 
+def test_accuracies_alone_are_in_percent():
+    metrics = {"exact_match,strict": 0.25, "exact_match,strict_stderr": 0.05, "bits_per_byte": 0.8712, "byte_perplexity": 1.8291}
+    task = metrics | {"items": 7, "truncated": 0} | ABOUT
+    found = " ".join(lines(evaluation_tables(EVALUATION | {"perplexity": [], "tasks": {"mine": task}, "mean_acc": None}), 200))
+    assert all(f" {value} " in found for value in ("25.00 ±5.00", "0.87", "1.83"))
+
+
 def test_empty_columns_are_left_out():
     found = "\n".join(lines(grid("t", ("a", "b", "c"), [("1", "", "2"), ("3", "", "")], ("a",))))
     assert "b" not in found and "c" in found

@@ -127,10 +127,10 @@ def task_table(result: dict[str, Any]) -> Table:
 
 
 def _with_error(values: Mapping[str, Any], metric: str) -> str:
-    """A ratio in percent, or a perplexity of any size, with its standard error, two decimals each."""
+    """An accuracy in percent, or any other metric as it is, with its standard error, two decimals each."""
     if metric not in values:
         return ""
-    scale = 1 if metric == "perplexity" or metric.endswith("perplexity") else 100
+    scale = 100 if "acc" in metric or "exact_match" in metric else 1  # as lm-eval names them
     error = values.get(f"{metric}_stderr")
     return f"{scale * values[metric]:.2f}" + (f" ±{scale * error:.2f}" if error is not None else "")
 
