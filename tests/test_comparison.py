@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from helpers import Stop, save_tasks, save_text, set_up, toy_run, toy_values
+from matplotlib.axes import Axes
 from torch import nn
 
 from losa import comparison, method
@@ -26,6 +27,7 @@ from losa.pruning.grid import FORMATS
 from losa.report.comparison import cells, latex, markdown, provenance, spread
 from losa.report.page import refresh
 from losa.report.pareto import front, points, recommendations
+from losa.report.plots import write_plots
 from losa.system.yaml_tree import parse_set
 
 
@@ -387,6 +389,16 @@ def test_what_to_use_is_said_for_every_loss_of_quality():
     ]
     assert "keep more weights" in recommendations([rows[0], rows[4]])[0]
     assert recommendations(rows[1:]) == []
+
+
+@pytest.mark.parametrize("half", ["0.5", "0.50", ".5"])
+def test_a_target_is_drawn_however_it_is_written(half, tmp_path, monkeypatch):
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, *xy, **how: drawn.append(xy[:2]) or errorbar(axes, *xy, **how))
+    about = {"masked_again": None, "seconds": {}, "model": "m"}
+    targets = {half: 12.0, "0.7": 20.0, "0.1234567": 10.5, "2:4": 15.0}
+    write_plots(tmp_path / "c", [row("Wanda", target, value, 9.0) | about for target, value in targets.items()])
+    assert drawn == [(pytest.approx((12.34567, 50.0, 70.0)), (10.5, 12.0, 20.0))]
 
 
 def test_a_table_in_latex():

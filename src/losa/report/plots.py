@@ -32,7 +32,7 @@ def write_plots(path: Path, rows: Rows) -> None:
     if len(fast) > 1:
         times = "tokens per second, times the dense model's"
         drawn["speed"] = _pareto(fast, lambda point: -(point.of_dense or 0.0), times, rows[0]["model"])
-    sparsities = sorted({float(row["target"]) for row in rows if row["target"] and ":" not in row["target"]})
+    sparsities = sorted({sparsity for row in rows if (sparsity := _sparsity(row)) is not None})
     if len(sparsities) > 1:
         drawn["sparsity"] = _by_sparsity(rows, sparsities)
     targets = list(dict.fromkeys(row["target"] for row in rows if row["target"] and row["seconds"].get("training")))
@@ -78,7 +78,7 @@ def _by_sparsity(rows: Rows, sparsities: Sequence[float]) -> "Figure":
     for name in dict.fromkeys(_name(row) for row in rows if row["target"]):
         line = []
         for sparsity in sparsities:
-            values = [_sparse_value(row) for row in rows if _name(row) == name and row["target"] == f"{sparsity:g}"]
+            values = [_sparse_value(row) for row in rows if _name(row) == name and _sparsity(row) == sparsity]
             if values:
                 line.append((sparsity * 100, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
         if line:
@@ -111,6 +111,12 @@ def _by_time(rows: Rows, targets: Sequence[str]) -> "Figure":
         axes.margins(x=0.25)
         _label(axes, named)
     return figure
+
+
+def _sparsity(row: dict[str, Any]) -> float | None:
+    """What a row's target says, however it was written (`0.5`, `.50`); None of n:m patterns and of rows without a target."""
+    target: str = row["target"]
+    return None if not target or ":" in target else float(target)
 
 
 def _sparse_value(row: dict[str, Any]) -> float:
