@@ -18,6 +18,7 @@ from losa.evaluation import evaluate_checkpoint, perplexity
 from losa.evaluation.checkpoint import check_savable, default_lengths, save_results
 from losa.evaluation.perplexity import exp
 from losa.models import load
+from losa.runtime.files import pack_checkpoint
 
 
 def reference_perplexity(model, text: str, tokenizer, length: int, most: int | None = None) -> float:
@@ -189,6 +190,15 @@ def test_results_are_printed_before_they_are_saved(checkpoint, command, monkeypa
     result = CliRunner().invoke(app, [command, str(checkpoint), *options, "--save", "--json"])
     assert isinstance(result.exception, OSError)
     assert json.loads(result.stdout) == measured[command]
+
+
+def test_a_packed_checkpoint_is_measured_with_the_file_of_its_run(checkpoint, text, tmp_path):
+    pack_checkpoint(checkpoint, tmp_path / "packed")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {checkpoint}\noutput: {tmp_path / 'sparse'}\neval: {{data: {text}, length: 16, windows: 2}}\n")
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "packed"), "-c", str(file), "--device", "cpu", "--json"])
+    assert result.exception is None
+    assert json.loads(result.stdout)["perplexity"][0]["windows"] == 2
 
 
 def test_a_perplexity_that_no_float_holds_is_infinite():

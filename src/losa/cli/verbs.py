@@ -221,6 +221,7 @@ def evaluate(
 
     config = request.resolve(model=model)
     config.model = model  # that of a --config is another one, most likely the dense one
+    config.output = None  # nothing is made: a packed checkpoint may be read
     text: str | RecordedText | None = data or eval_data or config.eval.data
     lengths = length or ([config.eval.length] if config.eval.length else [])
     names = task_names(tasks) if tasks is not None else []
