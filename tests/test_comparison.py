@@ -362,6 +362,17 @@ def test_speed_and_tasks_are_measured_where_they_are_wanted(folder, paper_tasks,
         config(folder, tmp_path, methods=["dense"], limit=0)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [("piqaa", "lm-eval has no task 'piqaa'; did you mean: piqa"), ("piqa,mrpc", "no data for the task 'mrpc': expected")],
+)
+def test_tasks_that_do_not_load_are_known_before_a_row_is_made(folder, paper_tasks, tmp_path, monkeypatch, tasks, message):
+    monkeypatch.setattr(comparison, "measure", lambda *_: pytest.fail("a row was made"))
+    data = str(save_tasks(tmp_path / "tasks"))
+    with pytest.raises(ValueError, match=message):
+        compare(config(folder, tmp_path / "out", methods=["losa"], tasks=tasks, task_data=data))
+
+
 def row(method, target, perplexity, bits, values=None, of_dense=None):
     speed = None if of_dense is None else {"tokens_per_second": 10 * of_dense, "of_dense": of_dense}
     about = {"method": method, "target": target, "perplexity": perplexity, "bits": bits, "bytes": bits * 1000, "speed": speed}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from losa.comparison.config import METHODS, SLUGS, Also, CompareConfig, Row
-from losa.comparison.rows import measure
+from losa.comparison.rows import load_tasks, measure
 from losa.system import distributed
 from losa.system.doors import door, read_json
 from losa.system.output import claim
@@ -31,7 +31,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         One dict a row: `method`, `target`, `seed`, and what `measure` found.
 
     Raises:
-        ValueError: another command writes to the output, or no model.
+        ValueError: another command writes to the output, no model, or tasks that do not load.
     """
     require(bool(config.run.get("model")), "run.model", config.run.get("model"), "a directory or a name on the hub")
     with claim(config.output):
@@ -45,10 +45,11 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     folder = Path(config.output, "rows")
     folder.mkdir(parents=True, exist_ok=True)
     Path(config.output, ".losa-comparison").touch()  # no text to train on, where it lies among texts (see data/sources.py)
-    rows, found = config.rows(), []
-    _warn_of_changes([(row, folder / f"{row.key}.json") for row in rows])
-    for row in progress(rows, "comparison"):
-        file = folder / f"{row.key}.json"
+    rows, found = [(row, folder / f"{row.key}.json") for row in config.rows()], []
+    _warn_of_changes(rows)
+    if not all(file.exists() for _, file in rows):
+        load_tasks(rows[0][0].also)  # what is wrong with them would end the first row after its training
+    for row, file in progress(rows, "comparison"):
         result = _read_row(row, file)
         if result is None:
             kept = Path(config.output, "models", row.model_key)

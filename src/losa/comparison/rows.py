@@ -122,10 +122,20 @@ def _dense(session: Session) -> None:
 def _accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, also: Also) -> dict[str, Any] | None:
     if also.tasks is None:
         return None
-    folder = Path(also.task_data) if also.task_data else None
-    tasks = harness().load_tasks(task_names(also.tasks), folder)
-    found = score_tasks(model, tokenizer, tasks, also.limit)
+    found = score_tasks(model, tokenizer, load_tasks(also), also.limit)
     return {"tasks": {name: score.get("acc") for name, score in found.items()}, "mean": mean_accuracy(found)}
+
+
+def load_tasks(also: Also) -> dict[str, Any]:
+    """lm-eval's tasks that are measured of every row, by name; none where none are asked for.
+
+    Raises:
+        ValueError: a task that lm-eval does not know, or data that does not load.
+    """
+    if also.tasks is None:
+        return {}
+    tasks: dict[str, Any] = harness().load_tasks(task_names(also.tasks), Path(also.task_data) if also.task_data else None)
+    return tasks
 
 
 def _losa(session: Session) -> None:
