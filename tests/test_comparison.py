@@ -21,6 +21,7 @@ from losa.adapter import attach, masked_linears, merge
 from losa.baselines import lift_masks, mask_again
 from losa.cli import verbs
 from losa.commands.round import round_result
+from losa.commands.toy import toy_tokenizer
 from losa.comparison import METHODS, SLUGS, CompareConfig, compare
 from losa.comparison.rows import MAKERS
 from losa.pruning.grid import FORMATS
@@ -371,6 +372,15 @@ def test_tasks_that_do_not_load_are_known_before_a_row_is_made(folder, paper_tas
     data = str(save_tasks(tmp_path / "tasks"))
     with pytest.raises(ValueError, match=message):
         compare(config(folder, tmp_path / "out", methods=["losa"], tasks=tasks, task_data=data))
+
+
+def test_a_tokenizer_that_tasks_cannot_use_is_known_before_a_row_is_made(folder, paper_tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "measure", lambda *_: pytest.fail("a row was made"))
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = None
+    monkeypatch.setattr("losa.comparison.rows.open_tokenizer", lambda *_: tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer has neither BOS nor EOS"):
+        compare(config(folder, tmp_path / "out", methods=["losa"], tasks="rte", task_data=str(save_tasks(tmp_path / "tasks"))))
 
 
 def row(method, target, perplexity, bits, values=None, of_dense=None):

@@ -13,6 +13,7 @@ from test_cli import assert_one_line_error, losa_main
 
 import losa.evaluation
 from losa.commands.demo import assets
+from losa.commands.toy import toy_tokenizer
 from losa.config import LosaConfig
 from losa.data import NAMED, evaluation_documents, evaluation_text, is_wikitext, wikitext_pages
 from losa.evaluation.checkpoint import evaluate_checkpoint, save_results
@@ -311,6 +312,19 @@ def test_command_measures_prints_and_keeps(toy, folder, monkeypatch, capsys):
         *("acc", "acc_stderr", "items", "truncated", "split", "shots", "version", "data"),
     }
     assert (kept["tasks"]["rte"]["data"], kept["lm_eval"]) == ("local", harness.version)
+
+
+def test_tokenizer_without_a_beginning_is_refused_before_anything_is_measured(toy, folder, monkeypatch, capsys):
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(toy)
+    arguments = ["eval", toy, "--device", "cpu", "--data", toy.parent / "text.txt", "--length", "32"]
+    with monkeypatch.context() as patch:
+        patch.setattr("losa.evaluation.checkpoint.load", lambda *_: pytest.fail("the model was loaded"))
+        for more in (["--words"], ["--tasks", "rte", "--task-data", folder]):
+            result = losa_main(monkeypatch, capsys, *arguments, *more)
+            assert_one_line_error(result, "the tokenizer has neither BOS nor EOS, lm-eval expects one")
+    assert losa_main(monkeypatch, capsys, *arguments)[0] == 0  # perplexity by token needs none
 
 
 def test_saving_replaces_what_is_measured_again(tmp_path):

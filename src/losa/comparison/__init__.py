@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from losa.comparison.config import METHODS, SLUGS, Also, CompareConfig, Row
-from losa.comparison.rows import load_tasks, measure
+from losa.comparison.rows import check_tasks, measure
 from losa.system import distributed
 from losa.system.doors import door, read_json
 from losa.system.output import claim
@@ -31,7 +31,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         One dict a row: `method`, `target`, `seed`, and what `measure` found.
 
     Raises:
-        ValueError: another command writes to the output, no model, or tasks that do not load.
+        ValueError: another command writes to the output, no model, or tasks that cannot be measured.
     """
     require(bool(config.run.get("model")), "run.model", config.run.get("model"), "a directory or a name on the hub")
     with claim(config.output):
@@ -48,7 +48,7 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     rows, found = [(row, folder / f"{row.key}.json") for row in config.rows()], []
     _warn_of_changes(rows)
     if not all(file.exists() for _, file in rows):
-        load_tasks(rows[0][0].also)  # what is wrong with them would end the first row after its training
+        check_tasks(rows[0][0])
     for row, file in progress(rows, "comparison"):
         result = _read_row(row, file)
         if result is None:

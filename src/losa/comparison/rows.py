@@ -20,6 +20,7 @@ from losa.evaluation.context import context_use
 from losa.evaluation.zeroshot import mean_accuracy, task_names
 from losa.method import adapt, dynamic_steps, put_on_grid, sparsify
 from losa.models import load
+from losa.models.opening import open_tokenizer
 from losa.models.precision import computing
 from losa.report.content import public
 from losa.session import Session
@@ -122,16 +123,22 @@ def _dense(session: Session) -> None:
 def _accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, also: Also) -> dict[str, Any] | None:
     if also.tasks is None:
         return None
-    found = score_tasks(model, tokenizer, load_tasks(also), also.limit)
+    found = score_tasks(model, tokenizer, _load_tasks(also), also.limit)
     return {"tasks": {name: score.get("acc") for name, score in found.items()}, "mean": mean_accuracy(found)}
 
 
-def load_tasks(also: Also) -> dict[str, Any]:
-    """lm-eval's tasks that are measured of every row, by name; none where none are asked for.
+def check_tasks(row: Row) -> None:
+    """Before any row is made: what is wrong with the tasks would end the first one after its training.
 
     Raises:
-        ValueError: a task that lm-eval does not know, or data that does not load.
+        ValueError: a task that lm-eval does not know, data that does not load, or a tokenizer that lacks what lm-eval needs.
     """
+    if _load_tasks(row.also):
+        harness().check_tokenizer(open_tokenizer(row.config.model, row.config.trust_remote_code))
+
+
+def _load_tasks(also: Also) -> dict[str, Any]:
+    """lm-eval's tasks that are measured of every row, by name; none where none are asked for."""
     if also.tasks is None:
         return {}
     tasks: dict[str, Any] = harness().load_tasks(task_names(also.tasks), Path(also.task_data) if also.task_data else None)

@@ -104,7 +104,7 @@ def evaluate_checkpoint(
 
     Raises:
         ValueError: nothing to measure, a text or task that is not there, a length beyond the model's, a text shorter than a
-            window, or lm-eval is needed and not installed.
+            window, or lm-eval is needed and not installed, or the tokenizer lacks what it needs.
     """
     if words and data is None:
         raise ValueError("--words measures a text; give one with --data")
@@ -121,8 +121,10 @@ def evaluate_checkpoint(
         raise ValueError(f"window length {max(lengths)} is beyond the model's {longest} tokens")
     lm_eval = harness() if words or tasks else None
     loaded = lm_eval.load_tasks(tasks, task_data) if lm_eval and tasks else {}
-    tokenizer = open_tokenizer(config.model, config.trust_remote_code) if data is not None else None
-    text = None if data is None or tokenizer is None else _read(data, tokenizer, config)
+    tokenizer = open_tokenizer(config.model, config.trust_remote_code)
+    if lm_eval:
+        lm_eval.check_tokenizer(tokenizer)
+    text = None if data is None else _read(data, tokenizer, config)
     measured = {} if text is None else {length: text.windows(tokenizer, length, most) for length in lengths}
     model, tokenizer = load(config)
     model.to(device)

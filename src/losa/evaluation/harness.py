@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from losa.evaluation.zeroshot import SPLITS, local_rows
 from losa.system.progress import Loop, progress
 
-__all__ = ["Scorer", "load_tasks", "score", "version", "word_perplexity"]
+__all__ = ["Scorer", "check_tokenizer", "load_tasks", "score", "version", "word_perplexity"]
 
 BATCH = 8
 
@@ -57,6 +57,17 @@ class Scorer(HFLM):
         cuts contexts itself, and ends at such an answer."""
         beyond = len(answer) - self.max_length
         return (texts, answer[beyond - 1 : beyond], answer[beyond:]) if beyond > 0 else (texts, context, answer)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Before anything is measured: lm-eval asks for the token that a text begins with, whatever it scores.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        found = "the tokenizer has neither BOS nor EOS, lm-eval expects one of them for tasks and word perplexity"
+        raise ValueError(f"{found}; name one in tokenizer_config.json, or measure perplexity by token alone")
 
 
 class _Ticks:
