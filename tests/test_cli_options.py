@@ -75,6 +75,9 @@ def test_a_run_is_rehearsed(folder, unsimulated, quick_probe, tmp_path, monkeypa
     short = tmp_path / "short.txt"
     short.write_text("A LAZY DOG")
     assert_one_line_error(losa_main(monkeypatch, capsys, *arguments, "--data", short), "too short to hold a part out")
+    for verb in ("run", "plan"):  # what needs no weights to be refused
+        narrow = losa_main(monkeypatch, capsys, verb, *arguments[1:], "--dtype", "float16")
+        assert_one_line_error(narrow, "dtype is 'float16', expected bfloat16 or float32")
     code, out, err = losa_main(monkeypatch, capsys, "prune", *arguments[1:], "--pruner", "wanda")
     assert code == 0, err
     assert "pruner: wanda" in out and "evaluation" in out and "120 rows" not in out, "nothing is trained on"

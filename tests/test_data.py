@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from helpers import WORDS, save_text, toy_config
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from losa.commands.toy import toy_tokenizer
@@ -178,6 +179,25 @@ def test_long_training_text_is_not(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         assert training_blocks(["A" * 99], tokenizer, 10, 4).shape == (4, 10)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("eos", "begins"), [(None, False), ("</s>", True)])
+def test_documents_that_eos_does_not_tell_apart_say_where_they_begin(eos, begins):
+    """A tokenizer without EOS, and one whose documents begin with theirs: places start anew with a document, and only there."""
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = eos
+    if begins:
+        one = tokenizer.convert_tokens_to_ids(eos)
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{eos} $A", special_tokens=[(eos, one)])
+    found = training_blocks(["HELLO WORLD", "SECOND", "THE THIRD ONE"] * 20, tokenizer, 60, 8)
+    batch = collate([found[index] for index in range(8)], eos=tokenizer.eos_token_id)
+    words = tokenizer.convert_ids_to_tokens(batch["input_ids"].flatten().tolist())
+    text, places = "", batch["position_ids"].flatten().tolist()
+    for place, word in zip(places, words, strict=True):
+        text += ("|" if place == 0 else "") + word
+    whole = {"HELLOWORLD", "SECOND", "THETHIRDONE"}
+    documents = [part.replace("</s>", "").replace(" ", "") for part in text.split("|")[1:]]
+    assert sum(document in whole for document in documents) >= len(documents) - 16, documents  # but where rows begin and end
 
 
 def test_training_text_that_fills_no_block(tokenizer):

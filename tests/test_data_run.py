@@ -14,6 +14,7 @@ from test_data_kinds import lines, zst
 from losa.cli import app
 from losa.commands.toy import toy_tokenizer
 from losa.comparison import Also, Row, measure
+from losa.config import LosaConfig
 from losa.data import hold_out, load_documents, prepare, read_run
 from losa.data.files import directory_files
 from losa.evaluation import evaluate_checkpoint
@@ -57,6 +58,32 @@ def test_a_directory_says_what_it_took_and_what_it_left(tmp_path, caplog):
     assert left.levelname == "WARNING" and "left out, as prose" in left.message
     assert "notes.txt, prose/Readme-first.md; name a file to read it" in left.message
     assert load_documents(str(tmp_path / "notes.txt")) == ["About."]  # named, it is read
+
+
+def test_what_is_measured_on_is_not_trained_on_wherever_it_lies(tmp_path, caplog):
+    words = [f"{number} SAILS AND {number * number} OARS" for number in range(3000)]
+    (tmp_path / "fold").mkdir()
+    (tmp_path / "fold" / "train.txt").write_text(" ".join(words[:2000]))
+    (tmp_path / "fold" / "valid.txt").write_text(" ".join(words[2000:]))
+    sets = {"calibration": {"length": 16, "sequences": 60}, "eval": {"length": 16}, "train": {"length": 16, "tokens": 40_000}}
+    tokenizer, fold = toy_tokenizer(), tmp_path / "fold"
+
+    def rows(part_ST):
+        return {tuple(row) for row in part_ST.unfold(1, 12, 1).flatten(0, 1).tolist()}
+
+    for data, calibration, measured in (
+        (fold, None, fold / "valid.txt"),
+        (fold / "train.txt", fold, fold / "valid.txt"),
+        (fold / "train.txt", f"{fold}/../fold/train.txt", None),  # the same text, spelt otherwise
+    ):
+        caplog.clear()
+        config = LosaConfig.from_dict(sets | {"model": "toy"})
+        config.train.data, config.calibration.data = str(data), calibration and str(calibration)
+        config.eval.data = measured and str(measured)
+        found = prepare(config.resolve(32, 64), tokenizer)
+        seen = rows(found.train) | rows(found.calibration)
+        assert len(rows(found.evaluation) & seen) < 0.1 * len(rows(found.evaluation)), (data, calibration)
+        assert ("left out, as perplexity is measured on it" in caplog.text) == (measured is not None)
 
 
 def test_many_files_are_not_all_listed(tmp_path, caplog):

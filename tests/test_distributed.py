@@ -143,7 +143,15 @@ def test_sharding_one_process_is_refused(tmp_path, monkeypatch):
         check_request(toy_config(folder, shard=True), training=True)
 
 
-def test_an_accelerate_configuration_with_fsdp_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="set shard: true"):
+@pytest.mark.parametrize(
+    ("variable", "value", "way_out"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "set shard: true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "set shard: true"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "--mixed_precision no"),
+    ],
+)
+def test_an_accelerate_configuration_of_other_engines_is_refused(tmp_path, monkeypatch, variable, value, way_out):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=way_out):
         check_request(toy_config(set_up(tmp_path)), training=True)

@@ -1,6 +1,8 @@
 """Promised: on a processor without 16-bit instructions models compute in float32 and are saved as they came, and no other tensor
 than those that were widened changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_tiny_model
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def plain_processor(monkeypatch):
     """One without instructions for 16-bit floats."""
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "multiplies", lambda dtype, device: dtype not in precision.NARROW)
 
 
 @pytest.mark.usefixtures("plain_processor")
@@ -31,9 +33,19 @@ def test_only_narrow_floats_that_nobody_asked_for_are_widened():
     assert computing_dtype(torch.bfloat16, CPU, "bfloat16") == torch.bfloat16
 
 
+def test_float16_is_asked_for_by_itself(monkeypatch):
+    """Most processors that multiply bfloat16 have nothing for float16, and take a hundred times as long."""
+    supported = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", supported)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert computing_dtype(torch.bfloat16, CPU) == torch.bfloat16
+    assert computing_dtype(torch.float16, CPU) == torch.float32
+    assert computing_dtype(torch.float16, torch.device("cuda")) == torch.float16
+
+
 def test_a_gpu_and_a_processor_with_instructions_compute_in_what_is_stored(monkeypatch):
     assert computing_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "multiplies", lambda dtype, device: True)
     assert computing_dtype(torch.bfloat16, CPU) == torch.bfloat16
 
 
@@ -96,10 +108,10 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path):
 
 def test_a_run_is_not_resumed_in_another_precision(tmp_path, monkeypatch):
     folder = set_up(tmp_path, dtype=torch.bfloat16)
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "multiplies", lambda dtype, device: True)
     with pytest.raises(Stop):
         toy_run(folder, steps=2, callbacks=(StopAtStep(2),))
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "multiplies", lambda dtype, device: False)
     with pytest.raises(ValueError, match=r"the precision \(bfloat16 -> float32\) changed; restore it, or delete"):
         toy_run(folder, steps=2, resume=True)
 
@@ -108,7 +120,7 @@ def test_a_plan_counts_what_is_computed_in(tmp_path, unsimulated, quick_probe, m
     folder = set_up(tmp_path, dtype=torch.bfloat16)
     found = {}
     for fast in (True, False):
-        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(precision, "multiplies", lambda dtype, device, fast=fast: fast)
         found[fast] = plan(toy_config(folder))
     assert (found[True].computes_in, found[False].computes_in) == ("bfloat16", "float32")
     assert found[False].weights == 2 * found[True].weights

@@ -186,6 +186,16 @@ def test_sparsegpt_meets_its_count_over_uneven_blocks(rate):
     assert int((~keep).sum()) == round(7 * 300 * rate)
 
 
+def test_sparsegpt_meets_its_count_where_the_last_columns_had_more_zeros():
+    keep = torch.rand(24, 300) > 0.2
+    keep[:, 200:] &= torch.rand(24, 100) > 0.8
+    weight, H = torch.randn(24, 300) * keep, hessian(correlated(400, 300))
+    zeros = int((~keep).sum())
+    _, found, _ = sparsegpt_one(weight, keep, H, 0.55, UNSTRUCTURED)
+    assert zeros < int((~found).sum()) == round(24 * 300 * 0.55) and not (found & ~keep).any()
+    assert torch.equal(sparsegpt_one(weight, keep, H, 0.3, UNSTRUCTURED)[1], keep), "more zeros than asked for already"
+
+
 def test_sparsegpt_masks_are_nested():
     weight, keep, H = torch.randn(24, 200), full(24, 200), hessian(correlated(400, 200)).float()
     for rate in (0.342, 0.549, 0.655, 0.694, 0.7):

@@ -10,7 +10,7 @@ from losa.api import run
 from losa.config import LosaConfig
 from losa.method import dynamic_steps
 from losa.models import find_decoder
-from losa.planning.work import evaluation_windows, remaining, stage_flops
+from losa.planning.work import evaluation_windows, evaluations, remaining, stage_flops
 from losa.session import Session
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -44,16 +44,17 @@ def test_what_nothing_tells_is_not_told():
     assert remaining(WORK, dict.fromkeys(WORK, 1.0), {}) == 0
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(1, 0), (1, 2), (3, 0), (3, 1)])
-def test_phases_cover_all_work_once(monkeypatch, steps, epochs):
+@pytest.mark.parametrize(("steps", "epochs", "values"), [(1, 0, None), (1, 2, "int4"), (3, 0, "int8"), (3, 1, None)])
+def test_phases_cover_all_work_once(monkeypatch, steps, epochs, values):
     seen = []
-    config = LosaConfig.from_dict({"steps": steps, "reconstruct": {"epochs": epochs}})
+    config = LosaConfig.from_dict({"steps": steps, "values": values, "reconstruct": {"epochs": epochs}})
     session = SimpleNamespace(config=config, go_through=seen.extend, finish=lambda name: None)
     monkeypatch.setattr(Session, "start", lambda *args, **kwargs: session)
     run(None, None, session.config)
     assert [phase.name for phase in seen[1:]] == [phase.name for phase in dynamic_steps(session.config)]
     total = {stage: sum(phase.part_of.get(stage, 0.0) for phase in seen) for stage in WORK}
-    expected = dict.fromkeys(WORK, 1.0) | {"evaluation": 2 / 3, "reconstruction": float(epochs > 0), "rounding": 0.0}
+    parts = {"reconstruction": float(epochs > 0), "rounding": float(values is not None)}
+    expected = dict.fromkeys(WORK, 1.0) | parts | {"evaluation": 1 - 1 / evaluations(config)}
     assert total == pytest.approx(expected)  # the last evaluation comes after all phases
 
 

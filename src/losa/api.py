@@ -9,7 +9,7 @@ from losa.baselines import measure_baselines, one_shot
 from losa.config import LosaConfig
 from losa.data import RunData
 from losa.method import dynamic_steps
-from losa.planning.work import MEASURED
+from losa.planning.work import evaluations
 from losa.report.page import documents
 from losa.session import Phase, Session
 from losa.system.output import claim
@@ -52,7 +52,7 @@ def run(
         options: dict[str, Any] = {"data": data, "resume": resume, "overwrite": overwrite, "callbacks": callbacks}
         session = Session.start(model, tokenizer, config, kind="run", documents=documents, **options)
         baselines = 1 if session.config.steps == 1 else 2
-        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": baselines / MEASURED})
+        first = Phase("00-baselines", measure_baselines, {"baseline": 1.0, "evaluation": baselines / evaluations(session.config)})
         session.go_through([first, *dynamic_steps(session.config)])
         return session.finish("losa")
 

@@ -24,7 +24,7 @@ from losa.adapter import collect_scores, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
 from losa.calibration import prune_blocks, rounding_visit, walk_blocks
 from losa.config import LosaConfig
-from losa.planning.work import MEASURED
+from losa.planning.work import evaluations
 from losa.pruning import Pattern, Solution, get_pruner
 from losa.pruning.grid import FORMATS
 from losa.rates import allot, block_means, measure
@@ -36,17 +36,17 @@ from losa.training import train
 
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
     """The steps 1..T of `run`, as phases: pieces that are done whole, and resumed after."""
-    phases = []
+    phases, once = [], 1 / evaluations(config)
     for step, trained in enumerate(config.train.shares(config.steps), 1):
         alike = dict.fromkeys(("importance", "pruning"), 1 / config.steps)
         if config.steps == 1:
-            alike["evaluation"] = 1 / MEASURED  # what is pruned only
+            alike["evaluation"] = once  # what is pruned only
         phases.append(Phase(f"{step:02d}-pruned", partial(sparsify, step=step), alike))
         if step == config.steps and config.reconstruct.epochs:
-            phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0}))
+            phases.append(Phase(f"{step:02d}-reconstructed", reconstruct, {"reconstruction": 1.0, "evaluation": once}))
         phases.append(Phase(f"{step:02d}-trained", partial(adapt, step=step), {"training": trained}))
     if config.values:
-        phases.append(Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0}))
+        phases.append(Phase(f"{config.steps:02d}-rounded", put_on_grid, {"rounding": 1.0, "evaluation": once}))
     return phases
 
 

@@ -271,7 +271,7 @@ def _rotate(path: ValuePath, name: str, seen: _Observed, steps: int, lr: float) 
     """Learns and merges the rotations of one block, after a trial that its function stays.
 
     Raises:
-        RuntimeError: it would not.
+        ValueError: it would not.
     """
     assert seen.G_KQdd is not None and seen.call is not None
     W_o_KQOd, W_v_KdI = _heads(path)
@@ -284,7 +284,7 @@ def _rotate(path: ValuePath, name: str, seen: _Observed, steps: int, lr: float) 
     distributed.send_(after_K, 0)
     change = distributed.max_(torch.tensor(_change(path, R_Kdd, seen.call), dtype=torch.float64, device=R_Kdd.device)).item()
     if not change <= TOLERANCE:
-        raise RuntimeError(
+        raise ValueError(
             f"rotating the values of {name} changes the output of its attention by {change:.1e} of its size; "
             f"something between v_proj and o_proj, such as a norm or a gate, forbids it"
         )

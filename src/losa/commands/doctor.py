@@ -13,7 +13,7 @@ from losa.commands.inspect import inspect
 from losa.commands.toy import TOY, toy_tokenizer
 from losa.config import LosaConfig
 from losa.models import load
-from losa.models.precision import multiplies_bfloat16
+from losa.models.precision import multiplies
 from losa.runtime.dispatch import available, choose
 from losa.runtime.files import pack_checkpoint
 from losa.system.environment import resolve_device, versions
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": "multiplied by the processor"
-        if multiplies_bfloat16(torch.device("cpu"))
+        if multiplies(torch.bfloat16, torch.device("cpu"))
         else "computed in float32, saved as it is",
         "sparse kernels": f"{choose()} (of {', '.join(available())})" + (f"; on the GPU {choose('cuda')}" if gpus else ""),
     }

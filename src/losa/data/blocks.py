@@ -81,8 +81,10 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
                 if not complete and eos is not None and ids[-1:] != [eos]:
                     ids = [*ids, eos]
                     counted.append(isinstance(document, str) or document.counted[-1][1] == len(document.text))
-                inside = [isinstance(document, str) and token == eos for token in ids[:-1]]
-                yield Encoded(ids, counted, [True, *inside][: len(ids)])
+                inside = [
+                    isinstance(document, str) and token == eos for token in ids[1:-1]
+                ]  # the first may be one that begins it
+                yield Encoded(ids, counted, [True, False, *inside][: len(ids)])
 
 
 def _in_parts(document: Document) -> bool:
@@ -194,7 +196,8 @@ def training_blocks(
     """`count` packed training blocks; if the text is shorter it is repeated, with a warning that says how often.
 
     Returns:
-        int64 `(S, T)` where every token counts; what counts too, where there are conversations.
+        int64 `(S, T)` where every token counts and documents begin behind an EOS, and nowhere else; else with what counts, and
+        where they begin.
 
     Raises:
         ValueError: the text does not fill one block, or the blocks hold nothing that counts.
@@ -208,7 +211,9 @@ def training_blocks(
     if len(rows) < count:
         logger.warning("the training text has %d tokens; seen %.1f times", rows.ids_ST.numel(), count / len(rows))
         rows = rows.repeated(count)
-    return rows if any(isinstance(document, Marked) for document in documents) else rows.ids_ST
+    marked = any(isinstance(document, Marked) for document in documents)
+    told = (rows.ids_ST[:, :-1] == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else torch.tensor(False)
+    return rows if marked or (rows.starts_ST[:, 1:] != told).any() else rows.ids_ST
 
 
 def padded_samples(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Samples:

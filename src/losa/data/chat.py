@@ -51,7 +51,11 @@ def text_of(document: Document) -> str:
 
 
 def read_documents(
-    source: str, tokenizer: PreTrainedTokenizerBase | None = None, loss_on: str = "assistant", skip: bool = False
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    loss_on: str = "assistant",
+    skip: bool = False,
+    without: str | None = None,
 ) -> list[Document]:
     """All documents of a source, blank ones too, in a fixed order.
 
@@ -59,11 +63,12 @@ def read_documents(
         tokenizer: whose chat template renders conversations; the plain form if it has none, or None.
         loss_on: "assistant", or "all" to count every token of a conversation.
         skip: leave bad records out, and say how many, instead of refusing.
+        without: see `files.read`.
 
     Raises:
         ValueError: nothing there, nothing readable in it, or bad records.
     """
-    records, policy = load_records(source, skip), Policy(source, skip)
+    records, policy = load_records(source, skip, without), Policy(source, skip)
     eos = (tokenizer.eos_token if tokenizer is not None else None) or ""
     documents: list[Document] = []
     for record in records:

@@ -43,8 +43,11 @@ class Record:
     problem: str | None = None
 
 
-def read(source: str) -> list[Record]:
+def read(source: str, without: str | None = None) -> list[Record]:
     """All records of a local file or directory or a hub dataset, in a fixed order.
+
+    Args:
+        without: another source; its files are left out of a directory that they are a part of.
 
     Raises:
         ValueError: nothing there, or a file that cannot be read at all.
@@ -53,7 +56,7 @@ def read(source: str) -> list[Record]:
     if path.is_file():
         return read_file(path, path.name)
     if path.is_dir():
-        return _read_directory(path)
+        return _read_directory(path, without)
     return _read_hub(source)
 
 
@@ -87,8 +90,12 @@ def directory_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return [file for file in files if not about(file)], [file for file in files if about(file)]
 
 
-def _read_directory(folder: Path) -> list[Record]:
+def _read_directory(folder: Path, without: str | None) -> list[Record]:
     taken, left = directory_files(folder)
+    apart = [file for file in taken if without and Path(without).resolve() in (file.resolve(), *file.resolve().parents)]
+    if 0 < len(apart) < len(taken):
+        taken = [file for file in taken if file not in apart]
+        logger.warning("%s: left out, as perplexity is measured on it: %s", folder, without)
     if not taken:
         beside = f"; {', '.join(file.name for file in left)} looks like a file about the data" if left else ""
         raise ValueError(f"no {kinds()} file in {folder}{beside}")

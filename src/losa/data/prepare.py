@@ -33,14 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 def load_documents(
-    source: str, tokenizer: PreTrainedTokenizerBase | None = None, loss_on: str = "assistant", skip: bool = False
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    loss_on: str = "assistant",
+    skip: bool = False,
+    without: str | None = None,
 ) -> list[Document]:
     """`chat.read_documents` without those that are blank.
 
     Raises:
         ValueError: as there; nothing but blanks.
     """
-    documents = [document for document in read_documents(source, tokenizer, loss_on, skip) if text_of(document).strip()]
+    found = read_documents(source, tokenizer, loss_on, skip, without)
+    documents = [document for document in found if text_of(document).strip()]
     if not documents:
         raise ValueError(f"{source} holds no text")
     return documents
@@ -101,7 +106,7 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
     began = time.perf_counter()
     how: dict[str, Any] = {"loss_on": config.train.loss_on, "skip": config.skip_bad_records}
     source = training_source(config)
-    documents = load_documents(source, tokenizer, **how)
+    documents = load_documents(source, tokenizer, **how, without=evaluating.data)
     if evaluating.data is None:
         documents, held = hold_out(documents, config.seed, tokenizer, evaluating.length)
         text = EvaluationText(held)
@@ -109,8 +114,11 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
         text = read_evaluation(evaluating.data, tokenizer, **how)
     parts = pieces(documents, config.seed)
     train = _training_rows(config, parts, tokenizer) if training else None
-    own_text = calibrating.data is not None and calibrating.data != source
-    others = pieces(load_documents(str(calibrating.data), tokenizer, **how), config.seed) if own_text else parts[::-1]
+    others = parts[::-1]
+    if calibrating.data is not None and not _same(calibrating.data, source):
+        measured = set(map(text_of, text.documents))  # of a folder that the training text is a part of, or holds
+        own = load_documents(calibrating.data, tokenizer, **how, without=evaluating.data)
+        others = pieces([document for document in own if text_of(document) not in measured] or own, config.seed)
     count = max(calibrating.sequences, config.importance_sequences)
     evaluation = text.windows(tokenizer, evaluating.length, evaluating.windows)
     return RunData(
@@ -121,6 +129,12 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
         held_out=text.fingerprint() if evaluating.data is None else None,
         seconds=time.perf_counter() - began,
     )
+
+
+def _same(source: str, other: str) -> bool:
+    """Whether two sources are one, perhaps spelt in two ways."""
+    paths = Path(source), Path(other)
+    return source == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def training_source(config: LosaConfig) -> str:

@@ -79,16 +79,17 @@ class Policy:
         logger.warning("%s: skipped %d bad records of %d; the first: %s", self.source, len(self.bad), total, self.bad[0])
 
 
-def load_records(source: str, skip: bool = False) -> list[Parsed]:
+def load_records(source: str, skip: bool = False, without: str | None = None) -> list[Parsed]:
     """Texts and conversations of a source, in a fixed order, blank texts included.
 
     Args:
         skip: leave bad records out, and say how many, instead of refusing the first.
+        without: see `files.read`.
 
     Raises:
         ValueError: nothing there, a file that cannot be read, a bad record, or none that is good.
     """
-    records, policy = read(source), Policy(source, skip)
+    records, policy = read(source, without), Policy(source, skip)
     parsed = []
     for record in records:
         try:

@@ -1,8 +1,8 @@
 """What a model computes in, where that is not what it is stored in.
 
-A processor without instructions for 16-bit floats multiplies bfloat16 an order of magnitude more slowly than float32
-(docs/LOG.md). There a model is widened to float32, which is exact, for as long as it computes, and rounded to what it came in
-before it is saved or handed back.
+A processor without instructions for a 16-bit float multiplies such an order of magnitude more slowly than float32, or two
+(docs/LOG.md); many have some for bfloat16 and none for float16. There a model is widened to float32, which is exact, for as long
+as it computes, and rounded to what it came in before it is saved or handed back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are not slower there than those of float32. Known of the processor, not timed: the same run
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of a dtype are not slower there than those of float32. Known of the processor, not timed: the same run
     must find the same answer."""
-    if device.type != "cpu":
+    if device.type != "cpu" or dtype not in NARROW:
         return True
-    mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    mkldnn = torch.ops.mkldnn
+    return bool(mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported())
 
 
 def computing_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto") -> torch.dtype:
@@ -29,7 +31,7 @@ def computing_dtype(stored: torch.dtype, device: torch.device, asked: str = "aut
     Args:
         asked: the configuration's `dtype`; any other than `auto` is obeyed.
     """
-    return torch.float32 if asked == "auto" and stored in NARROW and not multiplies_bfloat16(device) else stored
+    return torch.float32 if asked == "auto" and not multiplies(stored, device) else stored
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -20,14 +20,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from losa.config import LosaConfig
-from losa.models import Decoder, check_supported, find_decoder, max_length
+from losa.models import Decoder, max_length
 from losa.models.opening import check_model, open_config
 from losa.models.precision import computing_dtype, name_of
 from losa.planning.probe import probe, probe_bytes
 from losa.planning.simulation import simulate_calibration, simulate_evaluation, simulate_training, trained_values
 from losa.planning.work import evaluation_windows, stage_flops
 from losa.pruning import get_pruner
-from losa.session.checks import check_decoder, check_parts
+from losa.session.checks import check_architecture, check_parts
 from losa.system.environment import resolve_device
 
 LIBRARY_BYTES = (
@@ -95,9 +95,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     def build() -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code).eval()
 
-    check_supported(model)
-    decoder = find_decoder(model)
-    check_decoder(decoder, config)
+    decoder = check_architecture(model, config, training=True)
     config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
     check_parts(config, processes)
     parameters, hidden = sum(p.numel() for p in model.parameters()), model.config.get_text_config().hidden_size

@@ -26,7 +26,7 @@ from losa.config import LosaConfig
 from losa.importance import CHUNK, gram
 from losa.loss import causal_loss
 from losa.models import BlockInputs, block_inputs, find_decoder
-from losa.planning.work import MEASURED, evaluation_windows, training_rows
+from losa.planning.work import evaluation_windows, evaluations, training_rows
 from losa.pruning import Pattern, Pruner, get_pruner
 from losa.pruning.rounding import NEEDS as ROUNDING_NEEDS
 from losa.rules import get_rule
@@ -296,7 +296,7 @@ class _Probe:
         windows, shown = -(-evaluation_windows(config) // P), config.eval.length or 1
         calls = -(-windows // EVALUATION_BATCH)
         once = L * forward(calls, windows * shown) + self.head(training=False)(calls, windows * shown)
-        return found | {"evaluation": MEASURED * once}
+        return found | {"evaluation": evaluations(config) * once}
 
     def _training(self, forward: Line, processes: int) -> float:
         train, length = self.config.train, self.config.train.length or 1

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from losa.config import LosaConfig
 from losa.data import prepare
-from losa.models import check_supported, find_decoder, max_length
+from losa.models import max_length
 from losa.models.opening import check_model, open_config, open_tokenizer
-from losa.session.checks import check_decoder
+from losa.session.checks import check_architecture
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ def rehearse(config: LosaConfig, training: bool = True) -> Rehearsal:
     """
     of_model = open_config(config.model, config.trust_remote_code, packed=False)
     model = check_model(of_model, config.model, config.trust_remote_code)
-    check_supported(model)
-    check_decoder(find_decoder(model), config)
+    check_architecture(model, config, training)
     config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
     data = prepare(config, open_tokenizer(config.model, config.trust_remote_code), training)
     parts = {} if data.train is None else {"training": data.train}

@@ -10,10 +10,14 @@ from losa.config import LosaConfig
 from losa.models import Decoder
 from losa.pruning import get_pruner
 
-MEASURED = 3  # times that perplexity is measured: dense, pruned only, at the end
 ASSUMED_TOKENS = 340_000  # of an evaluation text that nobody has read yet: about what WikiText-2's test part has
 # Whose pace a stage goes at before any of it was done; all others at that of evaluation, which is nothing but products.
 LIKE = {"pruning": "baseline", "rounding": "pruning"}
+
+
+def evaluations(config: LosaConfig) -> int:
+    """Times that perplexity is measured: dense, pruned only, reconstructed, before it is rounded, at the end."""
+    return 3 + bool(config.reconstruct.epochs) + bool(config.values)
 
 
 def evaluation_windows(config: LosaConfig) -> int:
@@ -57,7 +61,7 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
         "reconstruction": (2 + 3 * config.reconstruct.epochs) * reconstructed if config.reconstruct.epochs else 0.0,
         "rounding": 2 * walk if config.values else 0.0,
         "training": training_rows(config) * length * (repeats * forward(length) + (2 * repeats - 2) * head),
-        "evaluation": MEASURED * (windows or evaluation_windows(config)) * shown * (forward(shown) + 2 * head),
+        "evaluation": evaluations(config) * (windows or evaluation_windows(config)) * shown * (forward(shown) + 2 * head),
     }
 
 

@@ -111,7 +111,9 @@ def prune(
         if not pattern.structured:
             score_OC = (W_OC / torch.diagonal(U_CC)).square().masked_fill(dead_I[start:stop], 0.0)
             for number, (new, score) in enumerate(zip(new_OI.split(heights), score_OC.split(heights), strict=True)):
-                count = pruned_count(len(new) * stop, rates[number]) - done[number]
+                later = int((~new[:, stop:]).sum())  # zeros of the step before are not to come on top
+                total = pruned_count(len(new) * columns, rates[number]) - later
+                count = min(pruned_count(len(new) * stop, rates[number]), total) - done[number]
                 new[:, start:stop] = _block_mask(score, new[:, start:stop], count)
                 done[number] += int((~new[:, start:stop]).sum())
         for c in range(stop - start):

@@ -12,14 +12,22 @@ from transformers.integrations import get_available_reporting_integrations
 from losa.allocation import layer_rates
 from losa.config import LosaConfig
 from losa.data import check_sources
-from losa.models import Decoder
+from losa.models import Decoder, check_supported, find_decoder
 from losa.models.precision import cast_, tensors_of
 from losa.pruning import Pattern, get_pruner
+from losa.rotation import find_value_paths
 from losa.system import distributed
 from losa.system.environment import check_memory
 from losa.system.output import check_free
 
 FEW_WINDOWS = 4
+LAUNCHER = {  # what `accelerate launch` may ask for and these trainings do not take: its variable, when it does not, what to do
+    "ACCELERATE_USE_FSDP": ("false", "FSDP", "leave that out and set shard: true (--shard) instead"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed", "leave that out and set shard: true (--shard) instead"),
+    "ACCELERATE_MIXED_PRECISION": (
+        "no", "mixed precision", "add --mixed_precision no to accelerate launch: --dtype says what losa computes in"
+    ),
+}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +56,9 @@ def check_parts(config: LosaConfig, processes: int, windows: int | None = None) 
             raise ValueError(f"{name} is {count}, expected {expected}")
 
 
-def check_precision(model: PreTrainedModel, config: LosaConfig) -> None:
+def check_precision(model: PreTrainedModel) -> None:
     """Trains a float16 checkpoint in bfloat16: in float16, without loss scaling, most of a token's gradient is below the
-    smallest number.
-
-    Raises:
-        ValueError: float16 was asked for.
-    """
-    if config.dtype == "float16":
-        raise ValueError("dtype is 'float16', expected bfloat16 or float32: gradients underflow in float16")
+    smallest number."""
     if model.dtype == torch.float16:
         logger.warning("the checkpoint is float16; training and saving it in bfloat16, as gradients underflow in float16")
         cast_(model, tensors_of(model, torch.float16), torch.bfloat16)
@@ -71,6 +73,24 @@ def check_reporting(name: str) -> None:
     found = ["none", "all", *get_available_reporting_integrations()]
     if name not in found:
         raise ValueError(f"train.report_to is {name!r}, expected one of those installed here: {', '.join(found)}")
+
+
+def check_architecture(model: PreTrainedModel, config: LosaConfig, training: bool) -> Decoder:
+    """Refuses what cannot be done with this model, which needs no weights for it, and returns its decoder.
+
+    Raises:
+        ValueError: as `check_supported` and `check_decoder`; rotation, activation checkpointing or a dtype that does not suit it.
+    """
+    check_supported(model)
+    decoder = find_decoder(model)
+    check_decoder(decoder, config)
+    if config.rotate:
+        find_value_paths(model)
+    if training and config.dtype == "float16":
+        raise ValueError("dtype is 'float16', expected bfloat16 or float32: gradients underflow in float16")
+    if training and config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ValueError(f"train.gradient_checkpointing is True, which {type(model).__name__} does not support; leave it out")
+    return decoder
 
 
 def check_decoder(decoder: Decoder, config: LosaConfig) -> None:
@@ -125,8 +145,9 @@ def check_request(
         )
     calibration = (config.calibration.sequences or 0) * (config.calibration.length or 1)
     check_memory({"train.tokens": 8 * config.train.tokens * training, "calibration.sequences": 8 * calibration})
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError("the accelerate configuration asks for FSDP; leave that out and set shard: true (--shard) instead")
+    for variable, (off, found, way_out) in LAUNCHER.items():
+        if os.environ.get(variable, off).lower() != off:
+            raise ValueError(f"the accelerate configuration asks for {found}; {way_out}")
     if config.shard and distributed.launched() == 1:
         raise ValueError("shard is True, expected several processes; start losa with torchrun or accelerate launch")
     if config.output is None or not distributed.is_main():

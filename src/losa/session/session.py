@@ -20,12 +20,19 @@ from losa.config import LosaConfig
 from losa.data import RunData, held_out_record, prepare, show_example
 from losa.data.evaluation import Windows
 from losa.evaluation import perplexity
-from losa.models import Decoder, block_linears, check_supported, find_decoder, max_length, place
+from losa.models import Decoder, block_linears, find_decoder, max_length, place
 from losa.models.precision import cast_, computing, computing_dtype, name_of, widen_
-from losa.planning.work import MEASURED, remaining, stage_flops
-from losa.rotation import find_value_paths, rotate_values
+from losa.planning.work import evaluations, remaining, stage_flops
+from losa.rotation import rotate_values
 from losa.session import result, stages
-from losa.session.checks import check_decoder, check_parts, check_precision, check_request, warn_of_little_text, warn_of_zeros
+from losa.session.checks import (
+    check_architecture,
+    check_parts,
+    check_precision,
+    check_request,
+    warn_of_little_text,
+    warn_of_zeros,
+)
 from losa.session.origin import changed, origin
 from losa.session.samples import answer, opening
 from losa.system import distributed
@@ -107,15 +114,11 @@ class Session:
         check_request(config, training=kind == "run", pruning=kind != "round", resume=resume, overwrite=overwrite)
         device = resolve_device(config.device)
         distributed.join(device, alone=streams(config, device))
-        check_supported(model)
-        decoder = find_decoder(model)
-        check_decoder(decoder, config)
-        if config.rotate:
-            find_value_paths(model)
+        decoder = check_architecture(model, config, training=kind == "run")
         if kind != "round":
             warn_of_zeros(decoder)
         if kind == "run":
-            check_precision(model, config)
+            check_precision(model)
         config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
         output = Path(config.output) if config.output else None
         manifest = stages.latest_stage(output, config) if output and resume else None
@@ -202,7 +205,7 @@ class Session:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall-clock seconds of a piece of work to `record["seconds"][stage]`."""
         start = time.perf_counter()
-        ratio = 1 / MEASURED if stage == "evaluation" else self.phase.get(stage, 0.0)
+        ratio = 1 / evaluations(self.config) if stage == "evaluation" else self.phase.get(stage, 0.0)
         with self.whole.inside(stage, ratio) if self.whole else nullcontext():
             yield
         seconds = self.record["seconds"]
