@@ -13,7 +13,9 @@ FEW_ZEROS = 0.2  # below, what they save hardly pays for the masks
 
 @requests("values", "data", "calibration", "eval_data", "windows", "device", layers=())
 def round_(
-    directory: Annotated[Path, typer.Argument(help="Directory of a sparse checkpoint that `losa run`, `prune` or `compare` made.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory of a sparse checkpoint that `losa run`, `prune` or `compare` made.")
+    ],
     output: Output,
     request: Request,
     overwrite: Overwrite = False,
