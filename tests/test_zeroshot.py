@@ -309,7 +309,7 @@ def test_command_measures_prints_and_keeps(toy, folder, monkeypatch, capsys):
     assert list(kept["tasks"]) == task_names("paper")
     assert kept["mean_acc"]["tasks"] == list(PAPER)
     assert set(kept["tasks"]["rte"]) == {
-        *("acc", "acc_stderr", "items", "truncated", "split", "shots", "version", "data"),
+        *("acc", "acc_stderr", "items", "truncated", "split", "shots", "version", "data", "limit"),
     }
     assert (kept["tasks"]["rte"]["data"], kept["lm_eval"]) == ("local", harness.version)
 
@@ -328,14 +328,34 @@ def test_tokenizer_without_a_beginning_is_refused_before_anything_is_measured(to
 
 
 def test_saving_replaces_what_is_measured_again(tmp_path):
-    row = {"data": "a", "definition": "token, windowed", "window": 8}
-    first = {"perplexity": [row | {"perplexity": 3.0}], "tasks": {"rte": {"acc": 0.1}}, "lm_eval": "1"}
-    second = {"perplexity": [row | {"perplexity": 2.0}, row | {"window": 9}], "tasks": {"mrpc": {"acc": 0.2}}, "lm_eval": None}
+    row = {"data": "a", "definition": "token, windowed", "window": 8, "windows": 2}
+    rte, mrpc = {"acc": 0.1, "items": 4}, {"acc": 0.2, "items": 4}
+    first = {"perplexity": [row | {"perplexity": 3.0}], "tasks": {"rte": rte}, "lm_eval": "1"}
+    second = {"perplexity": [row | {"perplexity": 2.0}, row | {"window": 9}], "tasks": {"mrpc": mrpc}, "lm_eval": None}
     save_results(str(tmp_path), first)
     save_results(str(tmp_path), second)
     kept = json.loads((tmp_path / "eval.json").read_text())
     assert [(each["window"], each.get("perplexity")) for each in kept["perplexity"]] == [(8, 2.0), (9, None)]
-    assert (kept["tasks"], kept["lm_eval"]) == ({"rte": {"acc": 0.1}, "mrpc": {"acc": 0.2}}, "1")
+    assert (kept["tasks"], kept["lm_eval"]) == ({"rte": rte, "mrpc": mrpc}, "1")
+
+
+def test_saving_a_quick_look_keeps_what_was_measured_over_more(tmp_path, caplog):
+    def result(windows, items, limit):
+        row = {"data": "a", "definition": "token, windowed", "window": 8, "windows": windows, "perplexity": 1.0}
+        tasks = {name: {"acc": 0.5, "acc_stderr": 0.1, "items": items, "limit": limit} for name in PAPER}
+        return {"perplexity": [row], "tasks": tasks, "lm_eval": "1"}
+
+    save_results(str(tmp_path), result(40, 9, None))
+    save_results(str(tmp_path), result(1, 2, 2))
+    kept = json.loads((tmp_path / "eval.json").read_text())
+    assert kept["perplexity"][0]["windows"] == 40 and kept["mean_acc"]["acc"] == 0.5
+    assert {task["items"] for task in kept["tasks"].values()} == {9}
+    assert "perplexity by token, windowed of a at 8: kept what is there, over 40 windows; this is over 1" in caplog.text
+    quick = result(1, 10, 10)
+    quick["tasks"] = {"piqa": quick["tasks"]["piqa"]}
+    save_results(str(tmp_path), quick)
+    kept = json.loads((tmp_path / "eval.json").read_text())
+    assert (kept["tasks"]["piqa"]["items"], kept["mean_acc"]) == (10, None)
 
 
 def test_packing_leaves_measurements_behind(models, tmp_path):

@@ -15,7 +15,7 @@ from losa.report.content import TITLES, gap_closed, size, speed, warning
 from losa.system.doors import printable
 from losa.system.progress import duration
 
-ABOUT = ("items", "truncated", "split", "shots", "version", "data")  # of a task, what is no metric
+ABOUT = ("items", "truncated", "split", "shots", "version", "data", "limit")  # of a task, what is no metric
 
 
 def middle(text: str, width: int = 24) -> str:

@@ -98,7 +98,7 @@ def evaluate_checkpoint(
 
         - `perplexity`: one dict a length and definition: `model`, `data`, `definition`, `window` (tokens), `windows` or
           `documents` (their number), `perplexity`;
-        - `tasks`: by name, what `harness.score` returns, and where the `data` came from, `hub` or `local`;
+        - `tasks`: by name, what `harness.score` returns, where the `data` came from, `hub` or `local`, and the `limit`;
         - `mean_acc`: see `zeroshot.mean_accuracy`;
         - `lm_eval`: its version, None when it measured nothing; `date`.
 
@@ -140,8 +140,8 @@ def evaluate_checkpoint(
                 value = lm_eval.word_perplexity(lm_eval.Scorer(model, tokenizer, length), documents, is_wikitext(str(data)))
                 rows.append({**about, "definition": BY_WORD, "documents": len(documents), "perplexity": value})
         scores = score_tasks(model, tokenizer, loaded, limit) if loaded else {}
-    source = {"data": "hub" if task_data is None else "local"}
-    return _result(rows, {name: scored | source for name, scored in scores.items()}, lm_eval.version if lm_eval else None)
+    about_tasks = {"data": "hub" if task_data is None else "local", "limit": limit}
+    return _result(rows, {name: scored | about_tasks for name, scored in scores.items()}, lm_eval.version if lm_eval else None)
 
 
 def score_tasks(
@@ -196,7 +196,7 @@ def check_savable(directory: str | Path, name: str = EVALUATION) -> None:
 
 
 def save_results(directory: str, result: dict[str, Any]) -> Path:
-    """Adds a result to `eval.json` of a checkpoint: what was measured again is replaced, the rest stays.
+    """Adds a result to `eval.json` of a checkpoint: what was measured again, over no less, is replaced; the rest stays.
 
     Beside an `eval.json` that is damaged the result is kept as `eval-2.json`, or the next number that is free.
     """
@@ -220,8 +220,28 @@ def _merged(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """
     old = read_json(path)
     with door(path, "add to"):
-        rows = {(row["data"], row["definition"], row["window"]): row for row in old["perplexity"] + result["perplexity"]}
-        return _result([*rows.values()], old["tasks"] | result["tasks"], result["lm_eval"] or old["lm_eval"])
+        rows = _on_top(_by_measure(old), _by_measure(result))
+        return _result([*rows.values()], _on_top(old["tasks"], result["tasks"]), result["lm_eval"] or old["lm_eval"])
+
+
+def _by_measure(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its perplexities by what they are of."""
+    return {f"perplexity by {row['definition']} of {row['data']} at {row['window']}": row for row in result["perplexity"]}
+
+
+def _on_top(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, by name, with `new` on top, but for what is over fewer windows, documents or items than it was."""
+    found = dict(old)
+    for name, now in new.items():
+        over = next(key for key in ("windows", "documents", "items") if key in now)
+        if name in old and old[name][over] > now[over]:
+            hint = f"remove it from {EVALUATION} to keep that"
+            logger.warning(
+                "%s: kept what is there, over %d %s; this is over %d, so %s", name, old[name][over], over, now[over], hint
+            )
+        else:
+            found[name] = now
+    return found
 
 
 def recorded_text(directory: str) -> RecordedText:

@@ -83,8 +83,8 @@ def _arrow_rows(folder: Path) -> list[Row]:
 
 
 def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Mean `acc` of the paper's seven tasks and its standard error; None unless all seven are there."""
-    if not set(PAPER) <= set(tasks):
+    """Mean `acc` of the paper's seven tasks and its standard error; None unless all seven are there, under one `limit`."""
+    if not set(PAPER) <= set(tasks) or len({tasks[name].get("limit") for name in PAPER}) > 1:
         return None
     errors = [tasks[name]["acc_stderr"] for name in PAPER]  # None of a task with one item
     return {
