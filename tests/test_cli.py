@@ -156,7 +156,8 @@ def test_inspect_of_a_dense_model_shows_no_pattern(folder, monkeypatch, capsys):
 
 
 def test_eval_json(folder, monkeypatch, capsys):
-    arguments = ["eval", folder / "sparse", "--data", folder / "text.txt", "--windows", "3", "--device", "cpu", "--json"]
+    monkeypatch.setenv("HOME", str(folder))
+    arguments = ["eval", folder / "sparse", "--data=~/text.txt", "--windows", "3", "--device", "cpu", "--json"]
     code, out, err = losa_main(monkeypatch, capsys, *arguments, "--length", "16", "--length", "32")
     assert code == 0, err
     config = LosaConfig(model=str(folder / "sparse"), device="cpu")

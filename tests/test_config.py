@@ -213,6 +213,15 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
     assert "c.yaml" in str(caught.value)
 
 
+def test_home_is_found_in_every_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {data: ~/a.txt}\neval: {data: ./~/b.txt}\n")
+    config = LosaConfig.load(str(file), overrides={"calibration.data": "~/c"})
+    assert (config.train.data, config.calibration.data) == ("/home/someone/a.txt", "/home/someone/c")
+    assert config.eval.data == "./~/b.txt"
+
+
 def test_missing_file_is_named():
     with pytest.raises(ValueError, match=r"cannot read the config nowhere\.yaml"):
         LosaConfig.load("nowhere.yaml")

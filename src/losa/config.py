@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -24,6 +25,11 @@ WHOLE_RATE = 0.576  # peak learning rate times the hidden size, where all weight
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
+def local(source: str | None) -> str | None:
+    """A text source with a `~` at its beginning made the home directory: no shell does that in YAML, nor after `--data=`."""
+    return source and os.path.expanduser(source)  # noqa: PTH111 - a Path rewrites names of the hub, and raises without a home
+
+
 @dataclass(kw_only=True, slots=True)
 class CalibrationConfig:
     """Text that importance, pruning and reconstruction errors are measured on."""
@@ -36,6 +42,7 @@ class CalibrationConfig:
     length: int | None = None  # tokens of each; min(2048, what the model allows) when None
 
     def __post_init__(self) -> None:
+        self.data = local(self.data)
         require(self.sequences is None or self.sequences >= 1, "calibration.sequences", self.sequences, "at least 1")
         require(self.rmi_sequences >= 2, "calibration.rmi_sequences", self.rmi_sequences, "at least 2")
         require(self.rmi_length >= 8, "calibration.rmi_length", self.rmi_length, "at least 8 tokens")
@@ -113,6 +120,7 @@ class TrainConfig:
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
     def __post_init__(self) -> None:
+        self.data = local(self.data)
         for name in ("tokens", "batch_size", "accumulation"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         require(self.weights in ("all", "adapters"), "train.weights", self.weights, "'all' or 'adapters'")
@@ -151,6 +159,7 @@ class EvalConfig:
     windows: int | None = None  # at most so many; all when None
 
     def __post_init__(self) -> None:
+        self.data = local(self.data)
         require(self.length is None or self.length >= 2, "eval.length", self.length, "at least 2 tokens")
         require(self.windows is None or self.windows >= 1, "eval.windows", self.windows, "at least 1")
 

@@ -219,10 +219,10 @@ def evaluate(
     from losa.evaluation.zeroshot import task_names
     from losa.system.output import claim
 
-    config = request.resolve(model=model)
+    config = request.resolve(model=model, **{"eval.data": data or eval_data})
     config.model = model  # that of a --config is another one, most likely the dense one
     config.output = None  # nothing is made: a packed checkpoint may be read
-    text: str | RecordedText | None = data or eval_data or config.eval.data
+    text: str | RecordedText | None = config.eval.data
     lengths = length or ([config.eval.length] if config.eval.length else [])
     names = task_names(tasks) if tasks is not None else []
     if save:
