@@ -342,7 +342,7 @@ BAD = [
     (["run", "MODEL", "-o", "OUT"], "--data"),
     (["run", "MODEL", "-o", "MODEL", "--data", "TEXT"], "is the model itself"),
     (["run", "no-such-model", "-o", "OUT", "--data", "TEXT"], "no-such-model"),
-    (["run", "/no/such/model", "-o", "OUT", "--data", "TEXT"], "/no/such/model"),
+    (["run", "/no/such/model", "-o", "OUT", "--data", "TEXT"], "there is no model at /no/such/model"),
     (["prune", "MODEL", "-o", "OUT"], "--calibration"),
     (["eval", "MODEL", "--data", "nowhere.txt"], "nowhere.txt"),
     (["eval", "MODEL", "--tasks", ","], "--tasks is ',', expected `paper` or names"),

@@ -148,8 +148,8 @@ def read_run(config: LosaConfig, training: bool) -> RunData:
     Raises:
         ValueError: as `prepare`; no such model.
     """
+    of_model = open_config(config.model, config.trust_remote_code, packed=False)  # says what is wrong with a path
     tokenizer = open_tokenizer(config.model, config.trust_remote_code)
-    of_model = open_config(config.model, config.trust_remote_code, packed=False)
     return prepare(config.resolve(of_model.get_text_config().hidden_size, max_length(of_model)), tokenizer, training)
 
 
