@@ -129,8 +129,14 @@ def test_checkpoint_refuses_impossible_windows(checkpoint, text, lengths, messag
 
 def test_checkpoint_refuses_a_text_shorter_than_a_window(checkpoint, tmp_path):
     short = save_text(tmp_path / "short.txt", 20)
-    with pytest.raises(ValueError, match="the text has 20 tokens, expected at least one window of 64"):
+    with pytest.raises(ValueError, match=r"the text has 20 tokens, expected at least one window of 64; .* --length"):
         evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(short), [], None)
+
+
+def test_checkpoint_refuses_a_text_of_blanks(checkpoint, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"blank\.txt holds no text"):
+        evaluate_checkpoint(LosaConfig(model=str(checkpoint), device="cpu"), str(tmp_path / "blank.txt"), [], None)
 
 
 def test_unusable_device_is_named(checkpoint, text):

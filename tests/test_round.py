@@ -102,7 +102,7 @@ def test_what_cannot_be_rounded_is_refused(folder, tmp_path):
     for directory, changes, error in (
         (folder / "model", {"values": "int4"}, r"has no losa\.json"),
         (tmp_path / "packed", {"values": "int4"}, "losa unpack gives"),
-        (folder / "sparse", {}, "values is None, expected int8 or int4"),
+        (folder / "sparse", {}, "values is None, expected int8 or int4; give one with --values"),
         (folder / "sparse", {"values": "int5"}, "expected int8 or int4"),
         (folder / "sparse", {"values": "int4", "train.data": "nowhere.txt"}, r"nowhere\.txt"),
     ):

@@ -247,7 +247,9 @@ def test_named_text_that_does_not_load_is_named(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(ValueError, match="'c4' does not load from the hub: no route"):
+    with pytest.raises(
+        ValueError, match="'c4' does not load from the hub: no route; give a local copy of the text with --eval-data"
+    ):
         evaluation_text("c4")
 
 

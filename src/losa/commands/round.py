@@ -47,7 +47,7 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
     if made.shard:  # which needs several processes, to train; one that does not train holds as little of the model by offloading
         values |= {"shard": False, "offload": True}
     config = LosaConfig.from_dict(values)
-    require(config.values is not None, "values", config.values, "int8 or int4")
+    require(config.values is not None, "values", config.values, "int8 or int4; give one with --values")
     with claim(config.output):
         check_request(config, training=False, pruning=False, overwrite=overwrite)
         data = read_run(config, training=False)

@@ -33,7 +33,8 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     Raises:
         ValueError: another command writes to the output, no model, or tasks that cannot be measured.
     """
-    require(bool(config.run.get("model")), "run.model", config.run.get("model"), "a directory or a name on the hub")
+    hint = "a directory or a name on the hub; give one as the argument MODEL"
+    require(bool(config.run.get("model")), "run.model", config.run.get("model"), hint)
     with claim(config.output):
         return _compare(config)
 

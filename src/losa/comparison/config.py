@@ -124,7 +124,8 @@ class CompareConfig:
         merge(values, {"name": Path(path).stem} | read_config(path) if path else {})
         values |= {key: value for key, value in options.items() if value is not None}
         merge(values, {"run": nested(run)})
-        require(bool(values.get("output")), "output", values.get("output"), "a directory for rows, tables and plots")
+        hint = "a directory for rows, tables and plots; give one with --output"
+        require(bool(values.get("output")), "output", values.get("output"), hint)
         made: CompareConfig = build(cls, values)
         return made
 

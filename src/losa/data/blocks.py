@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from losa.data.chat import Document, Marked
 from losa.loss import IGNORED
 
+LONGER = "give a longer text, or set eval.length (of losa eval also --length)"
 PIECE = 8192  # characters: long documents are cut at line ends near this, so that shuffling mixes books as it mixes web pages
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: in
     ids = tokenizer(text, verbose=False)["input_ids"]
     rows = min(len(ids) // length, most or len(ids))
     if not rows:
-        raise ValueError(f"the text has {len(ids)} tokens, expected at least one window of {length}; give a longer text")
+        raise ValueError(f"the text has {len(ids)} tokens, expected at least one window of {length}; {LONGER}")
     return torch.tensor(ids[: rows * length], dtype=torch.int64).view(rows, length)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from losa.data.blocks import cut, pack_marked, windows
+from losa.data.blocks import LONGER, cut, pack_marked, windows
 from losa.data.chat import Document, Marked, read_documents, text_of
 from losa.data.files import suffix
 
@@ -90,7 +90,7 @@ class EvaluationText:
         rows = pack_marked([document for document in self.documents if text_of(document).strip()], tokenizer, length, most)
         if not rows.counted_ST[:, 1:].any():
             found = f"the text has {len(rows)} windows of {length} tokens and no answer in them"
-            raise ValueError(f"{found}, expected at least one with an answer; give a longer text")
+            raise ValueError(f"{found}, expected at least one with an answer; {LONGER}")
         return Windows(rows.ids_ST, rows.counted_ST)
 
     def fingerprint(self) -> str:
@@ -130,6 +130,8 @@ def read_evaluation(
     if named := named_text(source):
         return EvaluationText(_read_named(source, named), named.joint)
     rows = read_documents(source, tokenizer, loss_on, skip)
+    if not any(text_of(row).strip() for row in rows):
+        raise ValueError(f"{source} holds no text")
     if suffix(Path(source)) == ".raw":
         lines = re.findall(r"[^\n]*\n|[^\n]+$", "".join(map(text_of, rows)))
         rows = [line if line.strip() else "" for line in lines]
@@ -173,7 +175,9 @@ def _read_named(name: str, text: NamedText) -> list[str]:
         rows = load_dataset(**text.source)
         return list(rows[: text.rows][text.field])
     except Exception as error:
-        raise ValueError(f"{name!r} does not load from the hub: {error}; give a local copy of the text with --data") from error
+        raise ValueError(
+            f"{name!r} does not load from the hub: {error}; give a local copy of the text with --eval-data"
+        ) from error
 
 
 def hold_out(

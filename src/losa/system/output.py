@@ -202,7 +202,8 @@ def check_free(output: str | Path, overwrite: bool = False, resume: bool = False
         return
     started, finished = bool(stages(final)), any((final / name).exists() for name in (RECORD, LIST))
     if started and not resume and not overwrite:
-        raise ValueError(f"output {output} holds an interrupted run; add --resume, or delete {final / WORK}, as --overwrite does")
+        way_out = f"finish it with losa run --resume, or delete {final / WORK}, as --overwrite does"
+        raise ValueError(f"output {output} holds an interrupted run; {way_out}")
     if resume and finished and not started:
         raise ValueError(f"the run in {output} is complete; there is nothing to resume")
     if finished and not resume and not overwrite:
