@@ -305,6 +305,15 @@ def test_directories_that_are_no_model_yet_say_so(folder, tmp_path, monkeypatch,
     assert_one_line_error(result, message)
 
 
+@pytest.mark.parametrize("command", ["inspect", "report", "eval"])
+def test_an_interrupted_run_is_recognised(tmp_path, monkeypatch, capsys, command):
+    stage = tmp_path / ".losa" / "01-pruned"
+    stage.mkdir(parents=True)
+    (stage / "stage.json").write_text("{}")
+    message = "holds an interrupted run, not a model yet; finish it with losa run --resume"
+    assert_one_line_error(losa_main(monkeypatch, capsys, command, tmp_path), message)
+
+
 def test_brackets_in_a_path_are_no_markup(folder, tmp_path, monkeypatch, capsys):
     text = tmp_path / "[b]a[/i]" / "t[1].txt"
     text.parent.mkdir(parents=True)

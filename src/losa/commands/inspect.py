@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from losa.system.doors import read_tensors, weight_files
+from losa.system.output import check_finished
 
 PATTERNS = ((2, 4), (4, 8))
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # torch compares none
@@ -35,7 +36,7 @@ def inspect(directory: str | Path) -> list[LayerSparsity]:
     """Every matrix that belongs to a numbered block, in the order of blocks and names.
 
     Raises:
-        ValueError: no safetensors there, one that cannot be read, or none with numbered blocks.
+        ValueError: no safetensors there, as of a run that was interrupted, one that cannot be read, or none with numbered blocks.
     """
     from losa.models.opening import check_file  # it and the next need transformers
     from losa.runtime.files import is_packed, packed_layers
@@ -44,6 +45,7 @@ def inspect(directory: str | Path) -> list[LayerSparsity]:
         check_file(Path(directory))
     files = weight_files(Path(directory))
     if not files:
+        check_finished(Path(directory))
         raise ValueError(f"no .safetensors file in {directory}; expected the directory of a checkpoint")
     packed = packed_layers(Path(directory)) if is_packed(Path(directory)) else {}
     layers = [_packed_layer(name, count, numel) for name, (count, numel) in packed.items()]

@@ -28,7 +28,7 @@ from losa.models.opening import open_config, open_tokenizer
 from losa.models.precision import computing
 from losa.system.doors import door, read_json
 from losa.system.environment import resolve_device
-from losa.system.output import EVALUATION, RECORD, read_record
+from losa.system.output import EVALUATION, RECORD, check_finished, read_record
 from losa.system.writing import replace, to_json
 
 TRIAL_BYTES = 1 << 16  # written before measuring, to see that they can be; a result has fewer
@@ -249,8 +249,9 @@ def recorded_text(directory: str) -> RecordedText:
     the checkpoint, then where it was as seen from the run.
 
     Raises:
-        ValueError: no record of a run there that names one.
+        ValueError: no record of a run there that names one; the run was interrupted.
     """
+    check_finished(Path(directory))
     record = Path(directory) / RECORD
     with door(record, "use", "; give a text with --data"):
         content = read_record(Path(directory)) if record.is_file() else {}

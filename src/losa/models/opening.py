@@ -20,7 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from losa.models.support import max_length
 from losa.runtime.header import METHOD, Packing
 from losa.system.doors import door, read_json, shown, tensor_heads, weight_files
-from losa.system.output import work_dir
+from losa.system.output import check_finished
 
 COUNT = 65_536  # layers, heads, experts or labels: more than any model has, few enough to list
 MODULES = 200_000  # of a model whose weights are not here to be counted; the largest of today have a third
@@ -179,8 +179,7 @@ def _check_directory(name: str) -> None:
         raise ValueError(
             f"{model} is an adapter, not a model; merge it into its base first (peft's merge_and_unload) and save that"
         )
-    if work_dir(model).is_dir():
-        raise ValueError(f"{model} holds an interrupted run, not a model yet; finish it with --resume")
+    check_finished(model)
     raise ValueError(f"{model} is not the directory of a model: it has no config.json")
 
 

@@ -289,13 +289,24 @@ def _sync_tree(directory: Path) -> None:
             sync(path)
 
 
+def check_finished(directory: Path) -> None:
+    """Refuses the output of a run that has made no model yet.
+
+    Raises:
+        ValueError: it holds what such a run keeps to go on, and no model.
+    """
+    if work_dir(directory).is_dir() and not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} holds an interrupted run, not a model yet; finish it with losa run --resume")
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """The `losa.json` of a finished run.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, as of a run that was interrupted, or it is damaged.
     """
     path = directory / RECORD
     if not path.is_file():
+        check_finished(directory)
         raise ValueError(f"{directory} has no {RECORD}; it is not a finished LoSA run")
     return read_json(path)
