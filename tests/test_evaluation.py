@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from losa.evaluation.checkpoint import check_savable, default_lengths, save_resu
 from losa.evaluation.perplexity import exp
 from losa.models import load
 from losa.runtime.files import pack_checkpoint
+from losa.system.progress import progress
 
 
 def reference_perplexity(model, text: str, tokenizer, length: int, most: int | None = None) -> float:
@@ -51,6 +53,18 @@ def test_equals_the_definition_in_any_batches(text, length, batch_size):
     ids = windows(document, toy_tokenizer(), length, 21)
     found = perplexity(toy_model(), ids, batch_size)
     assert found == pytest.approx(reference_perplexity(toy_model(), document, toy_tokenizer(), length, 21), rel=1e-6)
+
+
+def test_progress_counts_windows(monkeypatch):
+    loops = []
+
+    def kept(*arguments, **named):
+        loops.append(progress(*arguments, **named))
+        return loops[-1]
+
+    monkeypatch.setattr(sys.modules["losa.evaluation.perplexity"], "progress", kept)
+    perplexity(toy_model(), torch.zeros(5, 8, dtype=torch.int64), 2)
+    assert [(loop.count, loop.total) for loop in loops] == [(5, 5)]
 
 
 @pytest.mark.parametrize("length", [2, 5, 32, 33, 64])

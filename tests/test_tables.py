@@ -68,6 +68,10 @@ def test_paths_lose_their_middle_and_brackets_are_no_markup():
     assert len(middle(PATH)) == 24
 
 
+def test_a_wide_terminal_shows_the_whole_name_of_a_text():
+    assert PATH in "\n".join(lines(evaluation_tables(EVALUATION, 150), 150))
+
+
 def test_accuracies_alone_are_in_percent():
     metrics = {"exact_match,strict": 0.25, "exact_match,strict_stderr": 0.05, "bits_per_byte": 0.8712, "byte_perplexity": 1.8291}
     task = metrics | {"items": 7, "truncated": 0} | ABOUT

@@ -15,6 +15,7 @@ from losa.report.content import TITLES, gap_closed, size, speed, warning
 from losa.system.doors import printable
 from losa.system.progress import duration
 
+NARROW = 80  # columns that every table fits
 ABOUT = ("items", "truncated", "split", "shots", "version", "data", "limit")  # of a task, what is no metric
 
 
@@ -78,23 +79,24 @@ def rehearsal(found: Rehearsal) -> Group:
     return Group(escape(found.config.to_yaml()), pairs("texts", found.texts), nothing)
 
 
-def evaluation_tables(result: dict[str, Any]) -> Group:
-    """Output of `losa eval`."""
+def evaluation_tables(result: dict[str, Any], width: int = NARROW) -> Group:
+    """Output of `losa eval`, for a terminal of so many columns."""
     parts: list[Any] = []
     if result["perplexity"]:
-        parts.append(perplexity_table(result["perplexity"]))
+        parts.append(perplexity_table(result["perplexity"], width))
     if result["tasks"]:
         parts += [task_table(result), *_remarks(result["tasks"])]
     return Group(*parts)
 
 
-def perplexity_table(rows: list[dict[str, Any]]) -> Table:
-    """Perplexities, each with its definition and window."""
+def perplexity_table(rows: list[dict[str, Any]], width: int = NARROW) -> Table:
+    """Perplexities, each with its definition and window; of the text's name as much as there is room for."""
+    room = 17 + max(0, width - NARROW)
     head = ("per", "window", "over", "perplexity", "text")
     cells = []
     for row in rows:
         over = f"{row['windows']:,} windows" if "windows" in row else f"{row['documents']:,} documents"
-        cells.append((row["definition"], str(row["window"]), over, f"{row['perplexity']:.2f}", middle(row["data"], 17)))
+        cells.append((row["definition"], str(row["window"]), over, f"{row['perplexity']:.2f}", middle(row["data"], room)))
     return grid("perplexity; windows in tokens", head, cells, ("per", "text"))
 
 

@@ -232,7 +232,7 @@ def evaluate(
             text = recorded_text(model)
         heavy()
         result = evaluate_checkpoint(config, text, lengths, config.eval.windows, words, names, task_data, limit)
-        out.print_json(data=result) if as_json else out.print(evaluation_tables(result))
+        out.print_json(data=result) if as_json else out.print(evaluation_tables(result, out.width))
         if save:  # after it was printed: what was measured is not lost where this fails
             say(f"kept in {save_results(model, result)}", err)
 

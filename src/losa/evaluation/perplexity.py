@@ -51,8 +51,10 @@ def perplexity(
     labels = distributed.part(labels_ST).split(batch_size)
     batches = logits(model, mine_ST, batch_size, device)
     total = torch.zeros((), dtype=torch.float64, device=device or model.get_input_embeddings().weight.device)
-    for (ids, logits_BTV), labels_BT in zip(progress(batches, label, total=len(labels)), labels, strict=True):
-        total += causal_loss(logits_BTV, labels_BT.to(ids.device))
+    with progress(None, label, total=len(mine_ST)) as windows:
+        for (ids, logits_BTV), labels_BT in zip(batches, labels, strict=True):
+            total += causal_loss(logits_BTV, labels_BT.to(ids.device))
+            windows.update(len(ids))
     model.train(was_training)
     return exp(distributed.sum_(total).item() / int((labels_ST[:, 1:] != IGNORED).sum()))
 
