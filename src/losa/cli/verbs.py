@@ -194,7 +194,10 @@ def evaluate(
     ] = None,
     eval_data: Annotated[str | None, typer.Option(help="The same as --data, by the name that `losa run` has for it.")] = None,
     length: Annotated[list[int] | None, typer.Option(min=2, help="Window in tokens; 2048 and 4096, or what it allows.")] = None,
-    words: Annotated[bool, typer.Option("--words", help="Word perplexity of the text too, as lm-eval defines it.")] = False,
+    words: Annotated[
+        bool,
+        typer.Option("--words", help="Word perplexity too, as lm-eval defines it: of the whole text, whatever --windows is."),
+    ] = False,
     tasks: Annotated[
         str | None,
         typer.Option(
