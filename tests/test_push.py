@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from helpers import save_toy
 from test_cli import assert_one_line_error, losa_main
+from test_report import EVALUATION, made_up
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -78,6 +79,42 @@ def test_a_checkpoint_is_pushed_whole(hub, tmp_path, monkeypatch, capsys):
     assert hub.files["README.md"] == b'from_pretrained("someone/toy")\n'
     for name in ("config.json", "model.safetensors"):
         assert hub.files[name] == (directory / name).read_bytes()
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_nothing_of_others_is_pushed(hub, tmp_path, monkeypatch, capsys, lists):
+    directory = save_toy(tmp_path / "toy")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/rag.jinja").write_text("{{ documents }}")
+    mine = {path.name for path in directory.iterdir() if path.is_file()} | {"additional_chat_templates/rag.jinja", "README.md"}
+    if lists:
+        (directory / "code.txt").write_text("of the model")
+        (directory / "losa-files.json").write_text(json.dumps({"files": sorted(mine | {"code.txt"})}))
+        mine |= {"losa-files.json", "code.txt"}
+    for name in ("notes.txt", "own.json"):
+        (directory / name).write_text("mine")
+    assert losa_main(monkeypatch, capsys, "push", directory, "someone/toy")[0] == 0
+    assert hub.files.keys() == mine
+    assert hub.files["additional_chat_templates/rag.jinja"] == b"{{ documents }}"
+
+
+def test_paths_stay_private(hub, tmp_path, monkeypatch, capsys):
+    directory, home = save_toy(tmp_path / "toy"), str(tmp_path)
+    record = made_up(2)
+    record["config"] |= {"model": f"{home}/dense", "output": f"{home}/toy"}
+    record["config"]["train"]["data"] = record["evaluation"]["data"] = f"{home}/text.txt"
+    record["evaluation"]["held_out"] = {"sha256": "ab", "source": "../private/text.txt"}
+    rows = [row | {"model": f"{home}/toy", "data": f"{home}/text.txt"} for row in EVALUATION["perplexity"]]
+    (directory / "losa.json").write_text(json.dumps(record))
+    (directory / "eval.json").write_text(json.dumps(EVALUATION | {"perplexity": rows}))
+    assert losa_main(monkeypatch, capsys, "push", directory, "someone/toy")[0] == 0
+    for name in ("losa.json", "eval.json"):
+        assert home.encode() not in hub.files[name] and b"private" not in hub.files[name]
+    pushed = json.loads(hub.files["losa.json"])
+    assert (pushed["config"]["model"], pushed["config"]["train"]["data"]) == ("dense", "text.txt")
+    assert pushed["steps"] == record["steps"] and home in (directory / "losa.json").read_text(), "only the copy"
+    (directory / "losa.json").write_text("{}")
+    assert_one_line_error(losa_main(monkeypatch, capsys, "push", directory, "someone/toy"), "cannot push")
 
 
 def test_what_is_no_checkpoint_is_not_pushed(hub, tmp_path, monkeypatch, capsys):

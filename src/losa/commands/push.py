@@ -1,15 +1,31 @@
 """`losa push`: a finished checkpoint to a repository of the hub, in one commit, with a card that says how it opens there."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from losa.system.output import CARD, work_dir
+from losa.report.content import public_evaluation, public_record
+from losa.report.page import PAGE
+from losa.system.doors import INDEX, door, read_json
+from losa.system.output import BENCH, CARD, EVALUATION, LIST, RECORD, listed, work_dir
+from losa.system.writing import to_json
+
+OURS = {RECORD, EVALUATION, BENCH, LIST, CARD, PAGE}
+MODELS = {  # of a checkpoint of transformers
+    *("config.json", "generation_config.json", INDEX, "chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"),
+}
+SUFFIXES = (".safetensors", ".model", ".tiktoken", ".py")  # of what has other names: weights, vocabularies, code of a model
+PUBLIC = {RECORD: public_record, EVALUATION: public_evaluation}
 
 
 def files_to_push(directory: Path) -> list[Path]:
-    """What belongs to a finished checkpoint: its files but hidden ones, the weights last.
+    """What belongs to a finished checkpoint, the weights last: what losa lists there, what has a name of a model's files, and
+    where there is no list what has a suffix of them. Hidden files and those of others stay where they are.
 
     Raises:
         ValueError: not a finished checkpoint.
@@ -17,7 +33,13 @@ def files_to_push(directory: Path) -> list[Path]:
     if not (directory / "config.json").is_file():
         why = "holds an interrupted run" if work_dir(directory).is_dir() else "has no config.json"
         raise ValueError(f"{directory} is not a finished checkpoint: it {why}")
-    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    found, names = [*directory.iterdir(), *(directory / CHAT_TEMPLATE_DIR).glob("*.jinja")], listed(directory)
+
+    def belongs(file: Path) -> bool:
+        named = file.name in OURS | MODELS | (names or set()) or file.parent.name == CHAT_TEMPLATE_DIR
+        return file.is_file() and not file.name.startswith(".") and (named or (names is None and file.suffix in SUFFIXES))
+
+    files = sorted(file for file in found if belongs(file))
     if not any(file.suffix == ".safetensors" for file in files):
         raise ValueError(f"{directory} has no .safetensors file; expected a finished checkpoint")
     return sorted(files, key=lambda file: file.suffix == ".safetensors")
@@ -31,8 +53,22 @@ def card_for(directory: Path, repository: str) -> str:
     return text.replace(f'"{directory.resolve().name}"', f'"{repository}"')
 
 
+def _public(file: Path) -> bytes | str:
+    """A file, or the content of one in which paths were made public.
+
+    Raises:
+        ValueError: one that cannot be read as what losa wrote.
+    """
+    if file.name not in PUBLIC:
+        return str(file)
+    with door(file, "push"):
+        shown: dict[str, Any] = PUBLIC[file.name](read_json(file))
+    return to_json(shown, file.name).encode()
+
+
 def push(directory: Path, repository: str, private: bool = False, revision: str | None = None) -> str:
-    """Uploads a checkpoint; returns the address of the commit.
+    """Uploads a checkpoint; returns the address of the commit. Of local paths in what losa measured and recorded only the last
+    part is published.
 
     Args:
         repository: `owner/name`; made if it is not there.
@@ -40,10 +76,12 @@ def push(directory: Path, repository: str, private: bool = False, revision: str 
         revision: branch; the main one when None.
 
     Raises:
-        ValueError: not a finished checkpoint, or the hub refuses, with what it says.
+        ValueError: not a finished checkpoint, a damaged record, or the hub refuses, with what it says.
     """
     files = files_to_push(directory)
-    operations = [CommitOperationAdd(file.name, str(file)) for file in files if file.name != CARD]
+    operations = [
+        CommitOperationAdd(file.relative_to(directory).as_posix(), _public(file)) for file in files if file.name != CARD
+    ]
     operations.append(CommitOperationAdd(CARD, card_for(directory, repository).encode()))
     api = HfApi(library_name="losa")
     try:

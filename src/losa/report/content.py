@@ -107,6 +107,20 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
+def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `losa.json` with every path made public."""
+    used = dict(record["evaluation"]) | {"data": public(record["evaluation"]["data"])}
+    if held_out := used.get("held_out"):
+        used["held_out"] = held_out | {"source": public(held_out["source"])}
+    return dict(record) | {"config": public_config(record["config"]), "evaluation": used}
+
+
+def public_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `eval.json` with every path made public."""
+    rows = [row | {key: public(row[key]) for key in ("model", "data")} for row in evaluation["perplexity"]]
+    return dict(evaluation) | {"perplexity": rows}
+
+
 def command(record: Mapping[str, Any]) -> str:
     """The command that makes the same result again: every key that differs from the defaults, local paths without directories.
 
