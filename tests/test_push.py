@@ -10,6 +10,8 @@ from helpers import save_toy
 from test_cli import assert_one_line_error, losa_main
 from test_report import EVALUATION, made_up
 
+from losa.runtime.card import NOTE
+
 
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload of small files talks to."""
@@ -79,6 +81,14 @@ def test_a_checkpoint_is_pushed_whole(hub, tmp_path, monkeypatch, capsys):
     assert hub.files["README.md"] == b'from_pretrained("someone/toy")\n'
     for name in ("config.json", "model.safetensors"):
         assert hub.files[name] == (directory / name).read_bytes()
+
+
+def test_a_renamed_checkpoint_opens_by_its_name_there(hub, tmp_path, monkeypatch, capsys):
+    directory = save_toy(tmp_path / "renamed")
+    (directory / "README.md").write_text(f'# old\n\nfrom_pretrained("old")\n{NOTE.format(name="old", values="int8")}')
+    assert losa_main(monkeypatch, capsys, "push", directory, "someone/toy")[0] == 0
+    card = hub.files["README.md"].decode()
+    assert 'from_pretrained("someone/toy")' in card and 'losa.load("someone/toy")' in card and '"old"' not in card
 
 
 @pytest.mark.parametrize("lists", [True, False])

@@ -9,7 +9,8 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from losa.report.content import public_evaluation, public_record
 from losa.report.page import PAGE
-from losa.system.doors import INDEX, door, read_json
+from losa.runtime.card import opening
+from losa.system.doors import INDEX, door, read_json, read_text
 from losa.system.output import BENCH, CARD, EVALUATION, LIST, RECORD, listed, work_dir
 from losa.system.writing import to_json
 
@@ -49,8 +50,7 @@ def card_for(directory: Path, repository: str) -> str:
     """The model card, opening the model by the repository's name."""
     card = directory / CARD
     plain = f"---\nlibrary_name: transformers\ntags: [sparse, losa]\n---\n# {directory.resolve().name}\n"
-    text = card.read_text("utf-8") if card.is_file() else plain
-    return text.replace(f'"{directory.resolve().name}"', f'"{repository}"')
+    return opening(read_text(card) if card.is_file() else plain, repository)
 
 
 def _public(file: Path) -> bytes | str:

@@ -33,6 +33,13 @@ def with_note(card: str, note: str) -> str:
     return (card.replace(OPENS, IMPORT + OPENS, 1) if HEADING in note else card) + note
 
 
+def opening(card: str, name: str) -> str:
+    """A card whose code opens the model by `name`, whatever the name was: in transformers' way and in losa's, once each."""
+    for call in (r"from_pretrained\(", r"losa\.load\("):
+        card = re.sub(rf'(?<={call})"[^"\n]*"', lambda _: f'"{name}"', card, count=1)
+    return card
+
+
 def write_note(directory: Path, note: str, name: str) -> None:
     """Replaces what the card in a directory says of packing; a card that says nothing else comes and goes with it. That weights
     were rounded stays.
@@ -43,8 +50,7 @@ def write_note(directory: Path, note: str, name: str) -> None:
     card = directory / CARD
     text = read_text(card) if card.is_file() else ""
     old = note_of(text)
-    body = text.removesuffix(old).replace(IMPORT, "")
-    body = re.sub(r'(?<=from_pretrained\()"[^"\n]*"', lambda _: f'"{name}"', body, count=1)
+    body = opening(text.removesuffix(old).replace(IMPORT, ""), name)
     rounded = "" if ROUNDED in note else old.split(HEADING)[0]
     text = with_note(body, rounded + note)
     if text:
