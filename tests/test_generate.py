@@ -106,6 +106,16 @@ def test_chat_reads_a_pipe(folder, name, monkeypatch, capsys):
     assert "HI" not in out
 
 
+def test_a_question_beyond_the_window_is_told_of_and_forgotten(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"HI\n{'A' * 90}\nHO\n"))
+    code, out, err = losa_main(monkeypatch, capsys, "chat", folder / "chat", "--tokens", "3")
+    assert (code, len(out.splitlines()), len(err.splitlines())) == (0, 2, 1)
+    assert "the model's window 64; shorten it" in err
+    failed = []
+    turns = chat(*load(folder / "chat"), ["HI", "A" * 90, "HO"], lambda piece: None, tokens=3, fail=failed.append)
+    assert [turn["content"] for turn in turns[::2]] == ["HI", "HO"] and len(failed) == 1
+
+
 def test_chat_ends_at_ctrl_c(folder, monkeypatch, capsys):
     def interrupted(prompt):
         raise KeyboardInterrupt

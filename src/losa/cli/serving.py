@@ -66,7 +66,7 @@ def chat(
     """Talk with an instruct model in turns, dense, sparse or packed. Answers stream.
 
     `/clear` forgets the turns, `/exit` or Ctrl-D ends; Ctrl-C ends an answer, and at the prompt the conversation. Questions can
-    be piped, one a line.
+    be piped, one a line. One that does not fit into the model's window is told of and forgotten.
     """
     from losa.runtime.generate import chat as converse
     from losa.runtime.sampling import check_arguments
@@ -81,7 +81,7 @@ def chat(
 
     wishes: dict[str, Any] = {"system": system, "tokens": tokens, "temperature": temperature, "seed": seed}
     with ctrl_c_as_usual():
-        converse(loaded, tokenizer, _questions(), _show, **wishes, done=end)
+        converse(loaded, tokenizer, _questions(), _show, **wishes, done=end, fail=lambda error: say(str(error), err))
 
 
 def _questions() -> Iterator[str]:

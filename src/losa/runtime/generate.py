@@ -135,6 +135,7 @@ def chat(
     temperature: float = 0.0,
     seed: int = 0,
     done: Callable[[Generated], None] = lambda answer: None,
+    fail: Callable[[ValueError], None] | None = None,
 ) -> list[Message]:
     """Answers questions in turn, each in the knowledge of the turns before. `/clear` forgets them, `/exit` ends.
 
@@ -144,12 +145,14 @@ def chat(
         system: what the model is told before the first turn.
         tokens: of an answer, at most.
         done: called after every answer.
+        fail: called with what is wrong with a question that alone fills the window, or that the template refuses; it is
+            forgotten.
 
     Returns:
         The turns that were not forgotten.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or a question that alone fills the window.
+        ValueError: the tokenizer has no chat template, or there is no `fail` to tell of a question that cannot be asked.
     """
     if not is_chat(tokenizer):
         raise ValueError(
@@ -165,11 +168,17 @@ def chat(
             turns = []
         if not question or question == "/clear":
             continue
-        turns.append({"role": "user", "content": question})
+        asked = [*turns, {"role": "user", "content": question}]
         room = max_length(model.config) - min(tokens, max_length(model.config) // 4)
-        while len(turns) > 1 and encode(tokenizer, opening + turns)["input_ids"].shape[1] > room:
-            del turns[:2]  # a question and its answer
-        answer = generate(model, tokenizer, opening + turns, receive, tokens, temperature, seed + len(turns))
-        turns.append({"role": "assistant", "content": answer.text.strip()})
+        try:
+            while len(asked) > 1 and encode(tokenizer, opening + asked)["input_ids"].shape[1] > room:
+                del asked[:2]  # a question and its answer
+            answer = generate(model, tokenizer, opening + asked, receive, tokens, temperature, seed + len(asked))
+        except ValueError as error:
+            if fail is None:
+                raise
+            fail(error)
+            continue
+        turns = [*asked, {"role": "assistant", "content": answer.text.strip()}]
         done(answer)
     return opening + turns
