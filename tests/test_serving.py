@@ -195,6 +195,15 @@ def test_bad_completions(server, change):
     assert len(json.loads(said)["error"]["message"]) > 10
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_an_unknown_field_is_named(server, path):
+    body = {"model": server.name, "prompt": "Once", "messages": [{"role": "user", "content": "Once"}], "colour": "red"}
+    del body["prompt" if path.startswith("chat") else "messages"]
+    status, said = post(server, f"/v1/{path}", json.dumps(body).encode())
+    message = json.loads(said)["error"]["message"]
+    assert (status, message) == (400, "'colour' is no field of such a request; leave it out")
+
+
 @pytest.mark.parametrize(
     "messages",
     [

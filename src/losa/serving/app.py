@@ -24,6 +24,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState
 from losa.runtime.sampling import COLDEST, HOTTEST, settings
 from losa.serving.batches import Batches, cut
 from losa.serving.requests import Chat, Completion, check, refused
+from losa.system.doors import shown
 
 # What transformers is not told: it would seed whatever else draws, and a penalty of zero, the only one that is let through, would
 # take the place of the model's own `repetition_penalty`.
@@ -112,6 +113,9 @@ class _Checked(BaseHandler):
         return response
 
     def _validate_request(self, body: dict[str, Any]) -> None:
+        unknown = body.keys() - getattr(self._valid_params_class, "__mutable_keys__", body.keys())
+        if unknown:  # transformers' own answer is 422
+            raise refused(f"{shown(min(unknown))} is no field of such a request; leave it out")
         super()._validate_request(body)
         check(body, self.kind)
 
