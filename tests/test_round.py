@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import record_of, save_text, set_up, tensors, toy_config, toy_run
 from rich.console import Console
+from test_cli import losa_main
 
 from losa import prune
 from losa.cli.tables import summary
@@ -48,9 +49,23 @@ def test_what_pruning_left_is_rounded_too(folder, tmp_path):
     assert found["kind"] == "prune" and list(found["perplexity"]) == ["dense", "unrounded", "pruned"]
     done = pack_checkpoint(tmp_path / "int8", tmp_path / "packed", head="keep")
     assert (done["values"], done["lossless"]) == ("int8", True), "what the weights were rounded to"
+    assert not done["roundable"]
     assert pack_checkpoint(tmp_path / "int8", tmp_path / "wide", "bfloat16")["values"] == "bfloat16"
-    with pytest.raises(ValueError, match=r"values is 'int8', expected none: .*int8 was rounded by the run"):
+    with pytest.raises(ValueError, match=r"values is 'int8', expected none: its weights are rounded already"):
         round_result(tmp_path / "int8", tmp_path / "again", {"values": "int4"})
+
+
+@pytest.mark.parametrize("kind", ["not rounded", "rounded", "no record"])
+def test_pack_advises_to_round_only_what_can_be(folder, tmp_path, monkeypatch, capsys, kind):
+    directory = shutil.copytree(folder / ("model" if kind == "no record" else "sparse"), tmp_path / "made")
+    if kind == "rounded":
+        record = record_of(directory)
+        record["config"]["values"] = "int4"
+        (directory / "losa.json").write_text(json.dumps(record))
+    code, out, err = losa_main(monkeypatch, capsys, "pack", directory, tmp_path / "packed", "--values", "int8")
+    assert code == 0 and "weights were rounded" in out, err
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert ("losa round --values int8 first" in out, "rounds with less loss" in card) == (kind == "not rounded",) * 2
 
 
 def test_a_result_of_scores_from_training_is_rounded(folder, tmp_path):

@@ -77,7 +77,8 @@ def pack(
         say("the checkpoint has hardly any zeros, which is what makes it small and fast: losa run makes them")
     if done["values"] != "bfloat16":
         kept = "no weight changed: the checkpoint was on this grid already" if done["lossless"] else "weights were rounded"
-        hint = "" if done["lossless"] else f"; losa round --values {done['values']} first has other weights make up for that"
+        better = f"; losa round --values {done['values']} first has other weights make up for that"
+        hint = better if done["roundable"] and not done["lossless"] else ""
         say(f"{done['values']}: {kept}{hint}")
     if done["head_bytes"]:
         say(f"and the output head in {done['head']}: {size(done['head_bytes'])}")

@@ -41,7 +41,7 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
         raise ValueError(f"{directory} is packed; losa unpack gives the sparse checkpoint, which can be rounded")
     with door(directory / RECORD, "use"):
         made, last = LosaConfig.from_dict(record["config"]), result_name(record["perplexity"])
-    require(made.values is None, "values", made.values, f"none: {directory} was rounded by the run that made it")
+    require(made.values is None, "values", made.values, "none: its weights are rounded already, which losa pack keeps")
     values = made.to_dict()
     merge(values, nested(dict(overrides) | {"model": str(directory), "output": str(output), "rotate": False}))
     if made.shard:  # which needs several processes, to train; one that does not train holds as little of the model by offloading

@@ -11,8 +11,9 @@ OPENS = "from transformers import AutoModelForCausalLM\n"
 IMPORT = "import losa  # transformers opens packed checkpoints after this\n"
 ROUNDING = (
     ROUNDED + "`losa pack` rounded the weights to {values} when all that is said above had been measured. `losa eval` measures "
-    "what is here; `losa round` rounds with less loss.\n"
+    "what is here.{better}\n"
 )
+BETTER = " `losa round` rounds with less loss."
 NOTE = (
     HEADING + "This directory holds the model packed, with {values} values. It opens with the package `losa`:\n\n"
     '```python\nimport losa\n\nmodel, tokenizer = losa.load("{name}")\n```\n\n'

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from losa.config import LosaConfig
 from losa.models import check_supported, find_decoder
 from losa.models.opening import check_model, open_config
 from losa.models.precision import name_of
-from losa.runtime.card import NOTE, ROUNDING, write_note
+from losa.runtime.card import BETTER, NOTE, ROUNDING, write_note
 from losa.runtime.format import PARTS, PackedWeight, check, pack, unpack
 from losa.runtime.header import KEEP, METHOD, Packing, check_files, head_of, swap_in
 from losa.runtime.values import ValueType
@@ -55,9 +56,9 @@ def pack_checkpoint(
         activations: `bfloat16`, or `int8` to allow kernels to round them; see `Packing`.
 
     Returns:
-        `layers`, `sparsity` (ratio), `values`, `lossless`, whether all layers but the head unpack to themselves; `dense_bytes`
-        and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`, its values, and `head_bytes`, 0 for a head that
-        stays as it was.
+        `layers`, `sparsity` (ratio), `values`, `lossless`, whether all layers but the head unpack to themselves; `roundable`,
+        whether `losa round` takes the source; `dense_bytes` and `packed_bytes` of the blocks' layers, `ratio` of the two; `head`,
+        its values, and `head_bytes`, 0 for a head that stays as it was.
 
     Raises:
         ValueError: nothing to pack there, a layer's weight is not in the files, or the output exists.
@@ -87,6 +88,7 @@ def _pack_claimed(
         "packed_bytes": 0,
         "head_bytes": 0,
         "lossless": True,
+        "roundable": _roundable(source),
     }
     places, last = {name: name for name in linears}, head_of(model)  # layer -> whose weight it is in the files
     home = _home_of_head(model, source)
@@ -133,7 +135,8 @@ def _pack_claimed(
         if config.tied:
             changes["tie_word_embeddings"] = False
         note = ("" if sizes["lossless"] else ROUNDING) + NOTE
-        _finish(source, partial, changes, note.format(name=output.name, values=config.values), output.name)
+        note = note.format(name=output.name, values=config.values, better=BETTER if sizes["roundable"] else "")
+        _finish(source, partial, changes, note, output.name)
         commit(output)
     sizes["sparsity"] = 1 - sum(count for name, count in config.layers.items() if name not in last) / total
     return sizes | {"head": config.head, "ratio": sizes["packed_bytes"] / sizes["dense_bytes"]}
@@ -145,6 +148,13 @@ def _rounded_to(source: Path) -> str | None:
     with door(record, "use", "; say what to store with --values"):
         values: str | None = LosaConfig.from_dict(read_json(record)["config"]).values if record.is_file() else None
     return values
+
+
+def _roundable(source: Path) -> bool:
+    """Whether there is a record of a run that did not round; one that is damaged says nothing."""
+    with suppress(ValueError):
+        return (source / RECORD).is_file() and _rounded_to(source) is None
+    return False
 
 
 def _pack_layer(name: str, W_OI: Tensor, shape: torch.Size, kind: ValueType) -> tuple[PackedWeight, bool]:
