@@ -1,6 +1,8 @@
 """Promised: a model with a chat template is asked in its form and answers in turns; any other goes on with the text."""
 
 import io
+import re
+import time
 
 import pytest
 import torch
@@ -60,6 +62,17 @@ def test_stop_tokens_are_those_of_the_generation_configuration_and_of_the_tokeni
     first = generate(model, tokenizer, "HELLO", lambda piece: None, 1).text
     model.generation_config.eos_token_id = encode(tokenizer, first)["input_ids"][0].tolist()
     assert generate(model, tokenizer, "HELLO", lambda piece: None, 9).tokens == 1
+
+
+def test_the_speed_is_of_the_tokens_after_the_first(folder, monkeypatch, capsys):
+    model, tokenizer = load(folder / "plain")
+    slow = model.register_forward_pre_hook(lambda *_: (slow.remove(), time.sleep(0.5))[0])
+    answer = generate(model, tokenizer, "HELLO", lambda piece: None, 5)
+    assert 0.5 < answer.first < answer.seconds and answer.rate > answer.tokens / answer.seconds
+    answer = generate(model, tokenizer, "HELLO", lambda piece: None, 1)
+    assert (answer.tokens, answer.rate) == (1, None)
+    _, _, err = losa_main(monkeypatch, capsys, "generate", folder / "plain", "--prompt", "HELLO", "--tokens", "5")
+    assert re.search(r"\d tokens in [\d.]+ s, the first after [\d.]+ s, then [\d.]+ a second, by ", err)
 
 
 def test_turns_remember_clear_and_exit(folder):

@@ -104,8 +104,9 @@ def _show(piece: str) -> None:
 
 
 def _pace(done: "Generated") -> None:
-    rate = f", {done.tokens / done.seconds:.1f} a second" if done.seconds else ""
-    err.print(f"{done.tokens} tokens in {done.seconds:.1f} s{rate}, by {done.road}", highlight=False, style="dim")
+    first = "" if done.first is None else f", the first after {done.first:.1f} s"
+    rate = "" if done.rate is None else f", then {done.rate:.1f} a second"
+    err.print(f"{done.tokens} tokens in {done.seconds:.1f} s{first}{rate}, by {done.road}", highlight=False, style="dim")
 
 
 def serve(

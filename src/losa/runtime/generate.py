@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import BatchEncoding, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from losa.models import max_length
+from losa.runtime.bench import Clock
 from losa.runtime.decode import road
 from losa.runtime.sampling import check_arguments, for_generation, logits_processors
 
@@ -22,11 +23,14 @@ Message = dict[str, str]  # `role` (system, user or assistant) and `content`
 
 @dataclass(frozen=True)
 class Generated:
-    """The continuation, how long it took, and by which road (`decode.road`)."""
+    """The continuation, how long it took, and by which road (`decode.road`): `first`, seconds until the first token, and `rate`,
+    tokens per second after it, both as `losa bench` has them; None where there are too few tokens to say."""
 
     text: str
     tokens: int
     seconds: float
+    first: float | None
+    rate: float | None
     road: str
 
 
@@ -35,11 +39,11 @@ class _Pieces(TextStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, receive: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.receive, self.pieces, self.tokens = receive, list[str](), 0
+        self.receive, self.pieces, self.clock = receive, list[str](), Clock()
 
     def put(self, value: torch.Tensor) -> None:
         """Called by `generate` with the prompt, then with every token."""
-        self.tokens += 0 if self.next_tokens_are_prompt else 1
+        self.clock.put(value)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -118,10 +122,12 @@ def generate(
     if wanted.pad_token_id is None:
         wanted.pad_token_id = stop[0] if tokenizer.pad_token_id is None and stop else tokenizer.pad_token_id
     draw = logits_processors(wanted, temperature, seed, model.device) if temperature else []
-    start = time.perf_counter()
+    clock = streamer.clock
     with suppress(KeyboardInterrupt):  # what was shown by then is the answer
         model.generate(**inputs, streamer=streamer, logits_processor=LogitsProcessorList(draw))
-    return Generated("".join(streamer.pieces), streamer.tokens, time.perf_counter() - start, road(model))
+    seconds, made = time.perf_counter() - clock.times[0], max(len(clock.times) - 2, 0)
+    first, rate = clock.first if made else None, clock.rate if made > 1 else None
+    return Generated("".join(streamer.pieces), made, seconds, first, rate, road(model))
 
 
 def chat(
