@@ -177,9 +177,12 @@ def plan_table(plan: Plan) -> Group:
     for name in rows:
         table.add_row(name.replace("_", " "), size(getattr(plan, name)))
     table.add_section()
-    table.add_row("peak memory", f"{size(plan.peak_memory)} of {size(plan.available_memory)} available", style="bold")
-    table.add_row("host memory", f"{size(plan.host_memory)} of {size(plan.available_host)} available", style="bold")
-    table.add_row("disk", f"{size(plan.disk)} of {size(plan.available_disk)} available", style="bold")
+    for name, need, there in (
+        ("peak memory", plan.peak_memory, plan.available_memory),
+        ("host memory", plan.host_memory, plan.available_host),
+        ("disk", plan.disk, plan.available_disk),
+    ):
+        table.add_row(name, size(need) + (f" of {size(there)} available" if there is not None else ""), style="bold")
     table.add_section()
     for name, seconds in plan.stages.items():
         over = f", {plan.windows:,} windows each time" if name == "evaluation" else ""
@@ -190,13 +193,11 @@ def plan_table(plan: Plan) -> Group:
         if plan.probed
         else "Times are a lower bound: large products over the speed of one of them, without solvers."
     )
-    return Group(
-        table,
-        how,
-        "it fits"
-        if plan.fits
-        else "[bold red]it does not fit[/]; take --train adapters, or lower train.batch_size or train.length",
-    )
+    verdict = "it fits"
+    if not plan.fits:
+        memory = f"; less memory: {plan.advice}" if plan.lacking != ["disk"] else ""
+        verdict = f"[bold red]it does not fit[/]: not enough {' and '.join(plan.lacking)}{memory}"
+    return Group(table, how, verdict)
 
 
 def bench_table(result: dict[str, Any]) -> Group:

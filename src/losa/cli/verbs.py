@@ -283,7 +283,8 @@ def plan(
     for name, value in (("--memory", memory), ("--tflops", tflops)):
         if value is not None and not 0.001 <= value < 1e9:  # nor not a number
             raise ValueError(f"{name} is {value}, expected what a machine could have")
-    made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
+    with err.status("looking at the model, and trying a block of it"):
+        made = make_plan(resolved, processes, int(memory * 2**30) if memory else None, tflops * 1e12 if tflops else None)
     out.print_json(data=made.to_dict()) if as_json else out.print(plan_table(made))
     if not made.fits:
         raise typer.Exit(1)

@@ -54,21 +54,31 @@ class Plan:
     peak_memory: int
     available_memory: int
     host_memory: int  # the model is loaded here first; the same as peak_memory on a CPU
-    available_host: int
+    available_host: int | None  # None, and so of the disk, where the device is in another machine
     disk: int
-    available_disk: int
+    available_disk: int | None
     stages: dict[str, float]  # seconds, in the order of a run
     seconds: float  # of all stages
     probed: bool  # whether seconds come from a probe on this machine; if not, they are a lower bound
     windows: int  # of evaluation; assumed unless eval.windows is set
     processes: int
     device: str
+    advice: str  # what would take less memory
+
+    @property
+    def lacking(self) -> list[str]:
+        """Which of memory, on the device and on the host, and disk do not suffice, as far as they are known."""
+        needed = {
+            "peak memory": (self.peak_memory, self.available_memory),
+            "host memory": (self.host_memory, self.available_host),
+            "disk": (self.disk, self.available_disk),
+        }
+        return [name for name, (need, there) in needed.items() if there is not None and need > there]
 
     @property
     def fits(self) -> bool:
-        """Whether memory, on the device and on the host, and disk suffice."""
-        memory = self.peak_memory <= self.available_memory and self.host_memory <= self.available_host
-        return memory and self.disk <= self.available_disk
+        """Whether nothing is lacking."""
+        return not self.lacking
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, for JSON."""
@@ -114,14 +124,15 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     return Plan(
         **planned.needs(),
         available_memory=available,
-        available_host=_free_memory(torch.device("cpu")),
-        available_disk=shutil.disk_usage(existing).free,
+        available_host=None if elsewhere else _free_memory(torch.device("cpu")),
+        available_disk=None if elsewhere else shutil.disk_usage(existing).free,
         stages=stages,
         seconds=sum(stages.values()),
         probed=probed,
         windows=evaluation_windows(config),
         processes=processes,
         device=device,
+        advice=_advice(config, device),
     )
 
 
@@ -208,6 +219,17 @@ def _dtype(config: LosaConfig, model_config: Any, device: torch.device) -> torch
     assert isinstance(dtype, torch.dtype)
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as session.check_precision does
     return computing_dtype(dtype, device, config.dtype)
+
+
+def _advice(config: LosaConfig, device: str) -> str:
+    """What would take less memory, as far as it is not done yet."""
+    changes = ["--train adapters"] * config.train.whole
+    if device != "cpu":
+        changes += ["--offload"] * (not config.offload)
+        keeps = get_pruner(config.pruner).keeps_dense(config.train.whole) and config.train.distill and not config.blocks_on_host
+        changes += ["--pruner wanda (which needs no copy of the dense weights beside the sparse ones)"] * bool(keeps)
+    changes += ["train.gradient_checkpointing: true"] * (not config.train.gradient_checkpointing)
+    return ", ".join([*changes, "a lower train.batch_size or train.length"])
 
 
 def _free_memory(device: torch.device) -> int:
