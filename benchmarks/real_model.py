@@ -48,6 +48,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, object]]] = {
     "five dynamic steps": ("run", {"steps": 5}),
     "adapters instead of all weights": ("run", {"train.weights": "adapters"}),
     "no distillation": ("run", {"train.distill": 0}),
+    "half of it distillation": ("run", {"train.distill": 0.5}),
     "distillation alone": ("run", {"train.distill": 1}),
     "with reconstruction": ("run", {"reconstruct.epochs": 2}),
     "with rotation": ("run", {"rotate": True}),

@@ -112,7 +112,7 @@ class TrainConfig:
     max_grad_norm: float = 0.3
     gradient_checkpointing: bool = False
     reuse_weights: bool = False  # build effective weights once an update, not twice a forward; worth their memory if accumulating
-    distill: float = 0.5  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
+    distill: float = 0.75  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
     loss_on: str = "assistant"  # of conversations, the assistant's tokens; or "all" tokens. Of other texts all in any case
     distill_blocks: float = 0.0  # weight, added, of the relative error of every block's output against the dense model's
