@@ -1,6 +1,9 @@
 """Promised: verbs share their options; a command is planned or rehearsed by changing a word; version, help, public names."""
 
 import json
+import re
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -117,4 +120,7 @@ def test_version_names_and_completion(monkeypatch, capsys):
     assert losa.__version__[0].isdigit()
     assert set(losa.__all__) | {"__version__"} <= set(dir(losa))
     assert all(getattr(losa, name) is not None for name in losa.__all__)
+    page = Path(__file__).parents[1].joinpath("docs", "api.md").read_text()
+    for name in re.findall(r"^::: losa\.(\S+)", page, re.MULTILINE):
+        assert attrgetter(name)(losa) is not None
     assert "--show-completion" in CliRunner().invoke(app, ["--help"]).output

@@ -6,6 +6,7 @@ before transformers or after. Names are imported when first used, so that `impor
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from losa.integrations.registration import install
@@ -39,9 +40,11 @@ __all__ = ["LosaConfig", "SparseConfig", "SparseLinear", "attach", "keep_zeros",
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("losa")
-    if name not in _HOMES:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if find_spec(f"losa.{name}") is None:
         raise AttributeError(f"module 'losa' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return import_module(f"losa.{name}")  # its own modules are read when first used, too
 
 
 def __dir__() -> list[str]:
