@@ -78,6 +78,12 @@ def test_a_run_is_rehearsed(folder, unsimulated, quick_probe, tmp_path, monkeypa
     short = tmp_path / "short.txt"
     short.write_text("A LAZY DOG")
     assert_one_line_error(losa_main(monkeypatch, capsys, *arguments, "--data", short), "too short to hold a part out")
+    whole = toy_config(folder, steps=1, output=str(tmp_path / "out"))
+    (tmp_path / "whole.yaml").write_text(whole.to_yaml())
+    assert losa_main(monkeypatch, capsys, "run", "-c", tmp_path / "whole.yaml", "--dry-run")[0] == 0, "model and output are there"
+    (tmp_path / "whole.yaml").write_text("seed: 1")
+    nothing = losa_main(monkeypatch, capsys, "run", "-c", tmp_path / "whole.yaml", "--dry-run")
+    assert_one_line_error(nothing, "no model; give a directory or hub name as the first argument, or `model:` in the file")
     for verb in ("run", "plan"):  # what needs no weights to be refused
         narrow = losa_main(monkeypatch, capsys, verb, *arguments[1:], "--dtype", "float16")
         assert_one_line_error(narrow, "dtype is 'float16', expected bfloat16 or float32")

@@ -14,8 +14,13 @@ import typer
 if TYPE_CHECKING:
     from losa.config import LosaConfig
 
-Model = Annotated[str, typer.Argument(help="Local directory or hub name of a causal language model.")]
+Model = Annotated[
+    str | None, typer.Argument(help="Local directory or hub name of a causal language model; `model` of --config when not given.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the sparse checkpoint.")]
+OutputOrFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Directory of the sparse checkpoint; `output` of --config when not given.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a stopped or killed run left in --output.")]
 KeepModels = Annotated[
     bool | None,
@@ -167,13 +172,22 @@ class Request:
 
         return self.options | parse_set(self.sets)
 
-    def resolve(self, base: str | None = None, **keys: Any) -> "LosaConfig":
-        """Defaults < preset < `base`, the preset that a verb is defined by < file < `keys` and options < --set."""
+    def resolve(self, base: str | None = None, needs: Sequence[str] = (), **keys: Any) -> "LosaConfig":
+        """Defaults < preset < `base`, the preset that a verb is defined by < file < `keys` and options < --set.
+
+        Raises:
+            ValueError: as `LosaConfig.load`; one of `needs`, `model` or `output`, is named nowhere.
+        """
         from losa.config import LosaConfig
 
         given = {key: value for key, value in keys.items() if value is not None} | self.overrides
         presets = ",".join(name for name in (self.preset, base) if name)
-        return LosaConfig.load(str(self.config) if self.config else None, presets or None, given)
+        config = LosaConfig.load(str(self.config) if self.config else None, presets or None, given)
+        for name in needs:
+            if not getattr(config, name):
+                here = {"model": "a directory or hub name as the first argument", "output": "a directory with --output"}[name]
+                raise ValueError(f"no {name}; give {here}, or `{name}:` in the file of --config")
+        return config
 
 
 def requests(*names: str, layers: Sequence[str] = tuple(LAYERS)) -> Callable[[Callable[..., None]], Callable[..., None]]:

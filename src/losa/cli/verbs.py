@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from losa.cli.options import AsJson, DryRun, KeepModels, Model, Output, Overwrite, Request, Resume, requests
+from losa.cli.options import AsJson, DryRun, KeepModels, Model, OutputOrFile, Overwrite, Request, Resume, requests
 from losa.cli.serving import bench, chat, generate, push, serve
 from losa.cli.storing import pack, round_, unpack
 from losa.cli.terminal import OTHERS, err, heavy, out, quiet, say
@@ -49,7 +49,13 @@ def losa(
 @app.command()
 @requests()
 def run(
-    model: Model, output: Output, request: Request, resume: Resume = False, overwrite: Overwrite = False, dry_run: DryRun = False
+    *,
+    model: Model = None,
+    output: OutputOrFile = None,
+    request: Request,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Prune MODEL, train what is left under the mask, save a sparse checkpoint that transformers opens as it is.
 
@@ -64,7 +70,7 @@ def run(
     from losa.session import check_request
     from losa.system.output import claim
 
-    resolved = request.resolve(model=model, output=str(output))
+    resolved = request.resolve(needs=("model", "output"), model=model, output=output and str(output))
     if dry_run:
         _rehearse(resolved, training=True, resume=resume, overwrite=overwrite)
         return
@@ -74,7 +80,7 @@ def run(
         texts = read_run(resolved, training=True)
         sparse = run_losa(*load(resolved), resolved, data=texts, resume=resume, overwrite=overwrite, claimed=True)
     out.print(summary(sparse.losa_record))
-    say(f"saved and verified: {output}")
+    say(f"saved and verified: {resolved.output}")
 
 
 def _rehearse(config: "LosaConfig", training: bool, resume: bool = False, overwrite: bool = False) -> None:
@@ -90,7 +96,9 @@ def _rehearse(config: "LosaConfig", training: bool, resume: bool = False, overwr
 
 @app.command()
 @requests()
-def prune(model: Model, output: Output, request: Request, overwrite: Overwrite = False, dry_run: DryRun = False) -> None:
+def prune(
+    *, model: Model = None, output: OutputOrFile = None, request: Request, overwrite: Overwrite = False, dry_run: DryRun = False
+) -> None:
     """Prune MODEL once, at one rate for all layers, without training: the baselines to compare with.
 
     `--set rates=dlp` gives layers their own rates. Perplexity is over the first 16 windows, which takes less time
@@ -103,7 +111,7 @@ def prune(model: Model, output: Output, request: Request, overwrite: Overwrite =
     from losa.session import check_request
     from losa.system.output import claim
 
-    resolved = request.resolve("one-shot", model=model, output=str(output))
+    resolved = request.resolve("one-shot", ("model", "output"), model=model, output=output and str(output))
     if dry_run:
         _rehearse(resolved, training=False, overwrite=overwrite)
         return
@@ -113,7 +121,7 @@ def prune(model: Model, output: Output, request: Request, overwrite: Overwrite =
         texts = read_run(resolved, training=False)
         pruned = prune_once(*load(resolved), resolved, data=texts, overwrite=overwrite, claimed=True)
     out.print(summary(pruned.losa_record))
-    say(f"saved and verified: {output}")
+    say(f"saved and verified: {resolved.output}")
 
 
 @app.command()
@@ -257,7 +265,8 @@ def inspect(
 @app.command()
 @requests()
 def plan(
-    model: Model,
+    *,
+    model: Model = None,
     request: Request,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the result would go; its disk is checked.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="As many as torchrun would start, on a device each.")] = 1,
@@ -279,7 +288,7 @@ def plan(
     from losa.cli.tables import plan_table
     from losa.planning.plan import plan as make_plan
 
-    resolved = request.resolve(model=model, output=str(output) if output else None)
+    resolved = request.resolve(needs=("model",), model=model, output=output and str(output))
     for name, value in (("--memory", memory), ("--tflops", tflops)):
         if value is not None and not 0.001 <= value < 1e9:  # nor not a number
             raise ValueError(f"{name} is {value}, expected what a machine could have")
