@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -230,7 +230,8 @@ def evaluate(
     from losa.evaluation.zeroshot import task_names
     from losa.system.output import claim
 
-    config = request.resolve(model=model, **{"eval.data": data or eval_data})
+    given: dict[str, Any] = {"model": model, "eval.data": data or eval_data}
+    config = request.resolve(**given)
     config.model = model  # that of a --config is another one, most likely the dense one
     config.output = None  # nothing is made: a packed checkpoint may be read
     text: str | RecordedText | None = config.eval.data
