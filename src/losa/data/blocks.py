@@ -82,9 +82,8 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
                 if not complete and eos is not None and ids[-1:] != [eos]:
                     ids = [*ids, eos]
                     counted.append(isinstance(document, str) or document.counted[-1][1] == len(document.text))
-                inside = [
-                    isinstance(document, str) and token == eos for token in ids[1:-1]
-                ]  # the first may be one that begins it
+                # An EOS that a document begins with is its BOS.
+                inside = [isinstance(document, str) and token == eos for token in ids[1:-1]]
                 yield Encoded(ids, counted, [True, False, *inside][: len(ids)])
 
 
