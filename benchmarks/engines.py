@@ -130,7 +130,8 @@ def ours(directory: str, threads: int, contexts: bool, dtype: str) -> dict:
     import torch
 
     from losa.models import load
-    from losa.runtime.bench import Clock, bandwidth, greedy, weight_bytes
+    from losa.runtime.bench import bandwidth, greedy, weight_bytes
+    from losa.runtime.clock import Clock
     from losa.runtime.linear import SparseLinear
     from losa.runtime.memory import move_to_huge_pages, resident_bytes
 

@@ -24,8 +24,8 @@ def run(monkeypatch, capsys):
     have little calibration, and Wanda where they name no pruner."""
     load = losa.LosaConfig.load
 
-    def short(*where: object, overrides: dict[str, object], **more: object) -> losa.LosaConfig:
-        return load(*where, overrides={"pruner": "wanda"} | overrides | SHORT, **more)
+    def short(*where: object, overrides: dict[str, object] | None = None, **more: object) -> losa.LosaConfig:
+        return load(*where, overrides={"pruner": "wanda"} | (overrides or {}) | SHORT, **more)
 
     monkeypatch.setattr(losa.LosaConfig, "load", short)
 

@@ -177,11 +177,7 @@ def plan_table(plan: Plan) -> Group:
     for name in rows:
         table.add_row(name.replace("_", " "), size(getattr(plan, name)))
     table.add_section()
-    for name, need, there in (
-        ("peak memory", plan.peak_memory, plan.available_memory),
-        ("host memory", plan.host_memory, plan.available_host),
-        ("disk", plan.disk, plan.available_disk),
-    ):
+    for name, (need, there) in plan.limits.items():
         table.add_row(name, size(need) + (f" of {size(there)} available" if there is not None else ""), style="bold")
     table.add_section()
     for name, seconds in plan.stages.items():

@@ -11,7 +11,7 @@ from losa.report.content import public_evaluation, public_record
 from losa.report.page import PAGE
 from losa.runtime.card import opening
 from losa.system.doors import INDEX, door, read_json, read_text
-from losa.system.output import BENCH, CARD, EVALUATION, LIST, RECORD, listed, work_dir
+from losa.system.output import BENCH, CARD, EVALUATION, LIST, RECORD, check_finished, listed
 from losa.system.writing import to_json
 
 OURS = {RECORD, EVALUATION, BENCH, LIST, CARD, PAGE}
@@ -32,18 +32,18 @@ def files_to_push(directory: Path) -> list[Path]:
         ValueError: not a finished checkpoint.
     """
     if not (directory / "config.json").is_file():
-        why = "holds an interrupted run" if work_dir(directory).is_dir() else "has no config.json"
-        raise ValueError(f"{directory} is not a finished checkpoint: it {why}")
+        check_finished(directory)
+        raise ValueError(f"{directory} is not a finished checkpoint: it has no config.json")
     found, names = [*directory.iterdir(), *(directory / CHAT_TEMPLATE_DIR).glob("*.jinja")], listed(directory)
 
     def belongs(file: Path) -> bool:
         named = file.name in OURS | MODELS | (names or set()) or file.parent.name == CHAT_TEMPLATE_DIR
         return file.is_file() and not file.name.startswith(".") and (named or (names is None and file.suffix in SUFFIXES))
 
-    files = sorted(file for file in found if belongs(file))
+    files = [file for file in found if belongs(file)]
     if not any(file.suffix == ".safetensors" for file in files):
         raise ValueError(f"{directory} has no .safetensors file; expected a finished checkpoint")
-    return sorted(files, key=lambda file: file.suffix == ".safetensors")
+    return sorted(files, key=lambda file: (file.suffix == ".safetensors", file))
 
 
 def card_for(directory: Path, repository: str) -> str:

@@ -59,11 +59,10 @@ def round_result(directory: Path, output: Path, overrides: Mapping[str, Any], ov
         session.config = replace(session.config, model=made.model, rotate=made.rotate)
         if made.shard:
             session.config = replace(session.config, shard=True, offload=made.offload)
-        now = session.record | {"evaluation": session.measured_on()}
-        if not _comparable(record["evaluation"], now["evaluation"]):
+        if not _comparable(record["evaluation"], session.measured_on()):
             logger.warning("perplexities in %s are of another text or other windows, and are left out", directory)
             record["perplexity"] = {}
-        session.record = _continued(record, now, last)
+        session.record = _continued(record, session.record, last)
         session.finish(last)
     return session.record
 

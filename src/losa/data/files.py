@@ -92,9 +92,10 @@ def directory_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _read_directory(folder: Path, without: str | None) -> list[Record]:
     taken, left = directory_files(folder)
-    apart = [file for file in taken if without and Path(without).resolve() in (file.resolve(), *file.resolve().parents)]
-    if 0 < len(apart) < len(taken):
-        taken = [file for file in taken if file not in apart]
+    measured = Path(without).resolve() if without else None
+    others = taken if measured is None else [file for file in taken if not file.resolve().is_relative_to(measured)]
+    if 0 < len(others) < len(taken):
+        taken = others
         logger.warning("%s: left out, as perplexity is measured on it: %s", folder, without)
     if not taken:
         beside = f"; {', '.join(file.name for file in left)} looks like a file about the data" if left else ""

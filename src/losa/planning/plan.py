@@ -66,14 +66,18 @@ class Plan:
     advice: str  # what would take less memory
 
     @property
-    def lacking(self) -> list[str]:
-        """Which of memory, on the device and on the host, and disk do not suffice, as far as they are known."""
-        needed = {
+    def limits(self) -> dict[str, tuple[int, int | None]]:
+        """Memory, on the device and on the host, and disk: what is needed and what there is of it, as far as that is known."""
+        return {
             "peak memory": (self.peak_memory, self.available_memory),
             "host memory": (self.host_memory, self.available_host),
             "disk": (self.disk, self.available_disk),
         }
-        return [name for name, (need, there) in needed.items() if there is not None and need > there]
+
+    @property
+    def lacking(self) -> list[str]:
+        """Which of the limits do not suffice."""
+        return [name for name, (need, there) in self.limits.items() if there is not None and need > there]
 
     @property
     def fits(self) -> bool:

@@ -130,7 +130,7 @@ def command(record: Mapping[str, Any]) -> str:
     preset = "one-shot" if kind == "prune" else None
     given = {key: config[key] for key in ("sparsity", "pattern", "rates")}  # other defaults follow from these
     plain = LosaConfig.load(preset=preset, overrides=given).to_dict()
-    rates = LosaConfig.load(preset=preset, overrides={}).rates
+    rates = LosaConfig.load(preset=preset).rates
     defaults = dict(_leaves(plain | {"sparsity": None, "pattern": "unstructured", "rates": rates}))
     launcher = "losa" if processes == 1 else f"torchrun --nproc-per-node {processes} -m losa"
     lines = [f"{launcher} {kind} {shlex.quote(config.pop('model'))}"]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from losa.integrations.transformers import SparseConfig
 from losa.models import load, max_length
 from losa.models.opening import open_config, open_weights
+from losa.runtime.clock import Clock
 from losa.runtime.decode import road
 from losa.runtime.linear import SparseLinear
 from losa.runtime.memory import move_to_huge_pages, resident_bytes
@@ -175,7 +175,7 @@ def compare(directory: str | Path, prompt: int = 128, new: int = 32, rounds: int
 
 def take_turns(
     models: Mapping[str, PreTrainedModel], device: torch.device, prompt: int, new: int, rounds: int
-) -> "dict[str, list[Clock]]":
+) -> dict[str, list[Clock]]:
     """Has every model generate, round by round; the clocks of each, without those of the round before the first, to warm up.
 
     Args:
@@ -197,27 +197,3 @@ def take_turns(
 def greedy(new: int) -> GenerationConfig:
     """Just so many tokens, the likeliest each: no end of text, for whose sake `min_new_tokens` would look at all logits again."""
     return GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
-
-
-class Clock:
-    """A streamer that notes when `generate` hands over the prompt and then every token."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, then with every token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called at the end."""
-
-    @property
-    def first(self) -> float:
-        """Seconds until the first token."""
-        return self.times[2] - self.times[0]
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second after the first, by the median token: now and then one pays for a graph that is recorded anew."""
-        return 1 / median(after - before for before, after in pairwise(self.times[2:]))

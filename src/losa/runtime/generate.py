@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import BatchEncoding, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from losa.models import max_length
-from losa.runtime.bench import Clock
+from losa.runtime.clock import Clock
 from losa.runtime.decode import road
 from losa.runtime.sampling import check_arguments, for_generation, logits_processors
 
