@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from losa import calibration
 from losa.adapter import attach, masked_linears
-from losa.calibration import InputStatistics, ReconstructionError, block_grams
+from losa.calibration import InputStatistics, block_grams
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder
 from losa.models.blocks import Call
 from losa.pruning import PRUNERS, Pattern, get_pruner
+from losa.walk import ReconstructionError
 
 UNSTRUCTURED = Pattern()
 

@@ -310,7 +310,7 @@ def test_an_interrupted_run_is_recognised(tmp_path, monkeypatch, capsys, command
     stage = tmp_path / ".losa" / "01-pruned"
     stage.mkdir(parents=True)
     (stage / "stage.json").write_text("{}")
-    message = "holds an interrupted run, not a model yet; finish it with losa run --resume"
+    message = "holds an interrupted run, not a model yet; finish it with --resume"
     assert_one_line_error(losa_main(monkeypatch, capsys, command, tmp_path), message)
 
 

@@ -23,7 +23,7 @@ LAYERS = {
     "model": "models",
     "data and what is trained": "data adapter zeros",
     "packed models": "runtime.files runtime.generate runtime.bench integrations serving",
-    "stages": "calibration rates rotation reconstruction training evaluation",
+    "stages": "walk calibration rates rotation reconstruction training evaluation",
     "run": "method baselines session planning",
     "reports and commands": "api cost report comparison commands",
     "command line": "cli __main__",

@@ -245,7 +245,7 @@ def test_complete_run_is_not_resumed(folder, uninterrupted):
 
 def test_run_without_resume_leaves_an_interrupted_one_alone(folder, uninterrupted, output):
     before = stages(output)
-    with pytest.raises(ValueError, match="interrupted run; finish it with losa run --resume, or delete"):
+    with pytest.raises(ValueError, match="interrupted run; finish it with --resume, or delete"):
         toy_run(folder, output=str(output))
     assert stages(output) == before
     assert latest_stage(output, toy_config(folder, output=str(output)).resolve(32, 64))

@@ -7,6 +7,7 @@ import pytest
 from helpers import set_up, toy_model, toy_run
 
 from losa.api import run
+from losa.baselines import one_shot
 from losa.config import LosaConfig
 from losa.method import dynamic_steps
 from losa.models import find_decoder
@@ -56,6 +57,17 @@ def test_phases_cover_all_work_once(monkeypatch, steps, epochs, values):
     parts = {"reconstruction": float(epochs > 0), "rounding": float(values is not None)}
     expected = dict.fromkeys(WORK, 1.0) | parts | {"evaluation": 1 - 1 / evaluations(config)}
     assert total == pytest.approx(expected)  # the last evaluation comes after all phases
+
+
+@pytest.mark.parametrize(("epochs", "values"), [(0, None), (2, "int4")])
+def test_phases_of_pruning_cover_its_work_once(epochs, values):
+    config = LosaConfig.from_dict({"steps": 1, "rates": "rmi", "values": values, "reconstruct": {"epochs": epochs}})
+    phases, model = one_shot(config), toy_model()
+    total = {stage: sum(phase.part_of.get(stage, 0.0) for phase in phases) for stage in WORK}
+    work = stage_flops(config.resolve(32, 64), find_decoder(model), model.config.get_text_config(), training=False)
+    expected = {stage: float(amount > 0) for stage, amount in work.items()}
+    assert expected["training"] == expected["baseline"] == 0.0
+    assert total == pytest.approx(expected | {"evaluation": 0.5})  # the last evaluation comes after all phases
 
 
 def test_flops_follow_the_configuration():

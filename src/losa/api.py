@@ -63,6 +63,7 @@ def prune(
     config: LosaConfig,
     *,
     data: RunData | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     claimed: bool = False,
 ) -> PreTrainedModel:
@@ -71,7 +72,7 @@ def prune(
     Takes, returns and raises what `run` does.
     """
     with claim(None if claimed else config.output):
-        session = Session.start(model, tokenizer, config, kind="prune", data=data, overwrite=overwrite, documents=documents)
-        session.measure("dense")
-        one_shot(session)
+        options: dict[str, Any] = {"data": data, "resume": resume, "overwrite": overwrite}
+        session = Session.start(model, tokenizer, config, kind="prune", documents=documents, **options)
+        session.go_through(one_shot(session.config))
         return session.finish("pruned")

@@ -2,25 +2,35 @@
 once, without training; and plain LoRA on what that leaves, trained, merged and verified like any other.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from losa.adapter import masked_linears
 from losa.bits import pack_bits
+from losa.config import LosaConfig
 from losa.method import prune_to, put_on_grid, reconstruct, sparsify
+from losa.planning.work import evaluations
 from losa.rates import allot
 from losa.rules import get_rule
-from losa.session import Session
+from losa.session import Phase, Session
 
 
-def one_shot(session: Session) -> None:
-    """Prunes once, straight to the target, without training; with reconstruction and rounding where these are asked for."""
-    sparsify(session, session.config.steps)
-    if session.config.reconstruct.epochs:
-        reconstruct(session)
-    if session.config.values:
-        put_on_grid(session)
+def one_shot(config: LosaConfig) -> list[Phase]:
+    """Pruning once, straight to the target, without training, as phases; with reconstruction and rounding where these are asked
+    for."""
+    pruning = {"importance": 1.0, "pruning": 1.0}
+    phases = [
+        Phase("00-dense", partial(Session.measure, name="dense"), {"evaluation": 1 / evaluations(config, training=False)}),
+        Phase("01-pruned", partial(sparsify, step=config.steps), pruning),
+    ]
+    if config.reconstruct.epochs:
+        phases.append(Phase("01-reconstructed", reconstruct, {"reconstruction": 1.0}))
+    if config.values:
+        phases.append(Phase("01-rounded", put_on_grid, {"rounding": 1.0}))
+    return phases
 
 
 def measure_baselines(session: Session) -> None:

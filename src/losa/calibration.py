@@ -1,9 +1,6 @@
 """What calibration text tells: redundancy of blocks, input statistics, reconstruction errors. And pruning, which needs them.
 
-Hidden states stream through the decoder one block at a time. A walk (`walk_blocks`) runs two streams *in lockstep*, the dense
-model's and the sparse model's, so two activations a sequence are alive, not one per block; statistics exist for one block at a
-time. (The release keeps every block's outputs: 69 GB of RAM for a 7B model.) With `device` given and the model on the host,
-only the current block is on the device.
+Hidden states stream through the decoder one block at a time (`walk.py`), and statistics exist for one block at a time.
 
 Legend: `S` sequences, `T` tokens, `H` hidden, `L` blocks, `N` tokens of a batch, `I` in_features.
 """
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from losa.adapter import MaskedLinear, dense_mode, masked_linears
+from losa.adapter import MaskedLinear, masked_linears
 from losa.importance import CHUNK, gram
 from losa.models import BlockInputs, block_inputs, block_linears, find_decoder, on_device
 from losa.pruning import Pattern, Pruner, Solution, get_pruner
@@ -25,6 +22,7 @@ from losa.pruning.rounding import NEEDS as ROUNDING_NEEDS
 from losa.pruning.rounding import round_to
 from losa.system import distributed
 from losa.system.progress import progress
+from losa.walk import BlockKeeping, Stop, Visit, walk_blocks
 
 
 @torch.no_grad()
@@ -166,96 +164,6 @@ def input_norms(
     return norms
 
 
-class ReconstructionError:
-    """`sum_channels(sum_tokens (Y_dense - Y_sparse)^2 / ||Y_dense||^2) / H`, LoSA section 3.3, accumulated in float64."""
-
-    def __init__(self) -> None:
-        self.difference_H: Tensor | float = 0.0
-        self.norm_H: Tensor | float = 0.0
-
-    def sum_over_processes(self) -> "ReconstructionError":
-        """Adds what the other processes saw."""
-        assert isinstance(self.difference_H, Tensor) and isinstance(self.norm_H, Tensor)
-        distributed.sum_(self.difference_H)
-        distributed.sum_(self.norm_H)
-        return self
-
-    def add(self, dense: Tensor, sparse: Tensor) -> None:
-        """Adds a batch of block outputs, `(b, T, H)` each."""
-        dense, sparse = dense.flatten(0, -2).double(), sparse.flatten(0, -2).double()
-        self.difference_H = self.difference_H + (dense - sparse).square().sum(0)
-        self.norm_H = self.norm_H + dense.square().sum(0)
-
-    def value(self) -> float:
-        """The error, a ratio >= 0. Channels that are always zero in the dense model count as 0."""
-        assert isinstance(self.difference_H, Tensor) and isinstance(self.norm_H, Tensor)
-        return torch.where(self.norm_H > 0, self.difference_H / self.norm_H, 0.0).mean().item()
-
-
-@dataclass
-class Stop:
-    """A block of a walk, on its device. The dense stream is past it already, the sparse one comes when the visit is over.
-
-    Attributes:
-        name: what the walk does, for its progress bar and errors.
-        sparse: what the blocks before this one put out, as they are now: the block's inputs.
-        dense: the dense model's outputs of this block, for the first sequences of `sparse`; perhaps of none.
-    """
-
-    name: str
-    index: int
-    block: nn.Module
-    sparse: BlockInputs
-    dense: BlockInputs
-
-
-Visit = Callable[[Stop], None]
-
-
-@torch.no_grad()
-def walk_blocks(
-    model: PreTrainedModel,
-    ids_ST: Tensor,
-    visits: Sequence[Visit],
-    *,
-    label: str,
-    dense_sequences: int | None = None,
-    batch_size: int = 8,
-    device: torch.device | None = None,
-) -> list[float]:
-    """Takes two streams through the decoder in lockstep, the dense model's and the sparse model's, and stops at every block:
-    there the visits, in their order, may change it, before the sparse stream goes through it.
-
-    Args:
-        model: after `adapter.attach`.
-        ids_ST: calibration sequences; of several processes, each takes a part.
-        visits: called with every block.
-        label: of the progress bar.
-        dense_sequences: how many of the sequences also go through the dense model; all when None. With 0 there is no dense
-            stream, and no errors.
-        device: where blocks run, if not where the model is.
-
-    Returns:
-        The reconstruction error of each block.
-    """
-    sparse = block_inputs(model, distributed.part(ids_ST), batch_size)
-    dense = sparse.first(len(distributed.part(ids_ST[:dense_sequences])))
-    errors = []
-    for index, block in enumerate(progress(find_decoder(model).blocks, label)):
-        with on_device(block, device):
-            with dense_mode(block):
-                dense.advance(block, index)
-            for visit in visits:
-                visit(Stop(label, index, block, sparse, dense))
-            sparse.advance(block, index)
-        if dense.hidden:
-            error_of = ReconstructionError()
-            for dense_batch, sparse_batch in zip(dense.hidden, sparse.hidden, strict=False):
-                error_of.add(dense_batch, sparse_batch[: len(dense_batch)])
-            errors.append(error_of.sum_over_processes().value())
-    return errors
-
-
 def pruning_visit(
     pruner: Pruner,
     rates: Mapping[str, float],
@@ -320,11 +228,21 @@ def prune_blocks(
     error_sequences: int | None = None,
     device: torch.device | None = None,
     on_solution: Callable[[str, Solution], None] | None = None,
+    keeping: BlockKeeping | None = None,
 ) -> list[float]:
     """A walk that prunes every block (`pruning_visit`) and then does what else is wanted there; see `walk_blocks`."""
     visits = [pruning_visit(pruner, rates, pattern, share, on_solution), *then]
     label = f"pruning ({pruner.name})"
-    return walk_blocks(model, ids_ST, visits, label=label, dense_sequences=error_sequences, batch_size=batch_size, device=device)
+    return walk_blocks(
+        model,
+        ids_ST,
+        visits,
+        label=label,
+        dense_sequences=error_sequences,
+        batch_size=batch_size,
+        device=device,
+        keeping=keeping,
+    )
 
 
 @contextmanager

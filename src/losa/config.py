@@ -116,7 +116,7 @@ class TrainConfig:
     temperature: float = 1.0  # of that KL
     loss_on: str = "assistant"  # of conversations, the assistant's tokens; or "all" tokens. Of other texts all in any case
     distill_blocks: float = 0.0  # weight, added, of the relative error of every block's output against the dense model's
-    save_minutes: float = 15.0  # between two savings of a training under way; the result does not depend on it
+    save_minutes: float = 15.0  # between two savings of a training or a pruning under way; the result does not depend on it
     report_to: str = "none"  # any of transformers.Trainer's: wandb, tensorboard, ...
 
     def __post_init__(self) -> None:

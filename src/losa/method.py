@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 from losa.adapter import collect_scores, masked_sparsity
 from losa.allocation import allocate_ranks, cubic_sparsity
-from losa.calibration import prune_blocks, rounding_visit, walk_blocks
+from losa.calibration import prune_blocks, rounding_visit
 from losa.config import LosaConfig
 from losa.planning.work import evaluations
 from losa.pruning import Pattern, Solution, get_pruner
@@ -32,6 +32,7 @@ from losa.reconstruction import reconstruction_visit
 from losa.rules import get_rule
 from losa.session import Phase, Session
 from losa.training import train
+from losa.walk import walk_blocks
 
 
 def dynamic_steps(config: LosaConfig) -> list[Phase]:
@@ -89,6 +90,7 @@ def prune_to(
 ) -> tuple[list[float], dict[str, float]]:
     """Prunes to `rates`; returns the errors, and the damping of the layers where the solver had to raise it."""
     raised: dict[str, float] = {}
+    keeping = session.keeping_blocks("pruning", raised)
 
     def note(name: str, solution: Solution) -> None:
         if solution.raised_damping is not None:
@@ -105,6 +107,7 @@ def prune_to(
         error_sequences=config.calibration.error_sequences if with_errors else 0,
         device=session.device,
         on_solution=note,
+        keeping=keeping,
     )
     return errors, raised
 
@@ -119,6 +122,7 @@ def reconstruct(session: Session) -> None:
             [reconstruction_visit(config.reconstruct, config.seed)],
             label="reconstruction",
             device=session.device,
+            keeping=session.keeping_blocks("reconstruction"),
         )
     if session.kind == "run":
         session.measure("reconstructed")
@@ -138,6 +142,7 @@ def put_on_grid(session: Session) -> None:
             label=f"rounding to {config.values}",
             dense_sequences=0,
             device=session.device,
+            keeping=session.keeping_blocks("rounding"),
         )
 
 

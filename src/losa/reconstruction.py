@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from losa.adapter import whole_weights
-from losa.calibration import Stop, Visit
 from losa.config import ReconstructConfig
 from losa.system import distributed
+from losa.walk import Stop, Visit
 
 WARMUP = 0.1  # of the updates; the learning rate then falls to zero in a straight line
 

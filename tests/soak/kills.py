@@ -110,7 +110,7 @@ def jobs(folder: Path, models: Sequence[str]) -> list[Job]:
         made += [
             Job(f"run {model}", of("run", *run[0]), ("--resume",), True, result),
             Job(f"run, all weights {model}", of("run", *run[1], "--set", "train.save_minutes=1e-9"), ("--resume",), True, result),
-            Job(f"prune {model}", of("prune", *pruning), (), True, result),
+            Job(f"prune {model}", of("prune", *pruning, "--set", "train.save_minutes=1e-9"), ("--resume",), True, result),
             Job(f"pack {model}", lambda output, sparse=sparse: ["pack", sparse, str(output)], (), True, result),
             Job(f"unpack {model}", lambda output, packed=packed: ["unpack", packed, str(output)], (), True, result),
             Job(f"compare {model}", of("compare", "-c", str(home / "comparison.yaml")), (), False, rows),

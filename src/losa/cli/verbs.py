@@ -97,7 +97,13 @@ def _rehearse(config: "LosaConfig", training: bool, resume: bool = False, overwr
 @app.command()
 @requests()
 def prune(
-    *, model: Model = None, output: OutputOrFile = None, request: Request, overwrite: Overwrite = False, dry_run: DryRun = False
+    *,
+    model: Model = None,
+    output: OutputOrFile = None,
+    request: Request,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Prune MODEL once, at one rate for all layers, without training: the baselines to compare with.
 
@@ -113,13 +119,13 @@ def prune(
 
     resolved = request.resolve("one-shot", ("model", "output"), model=model, output=output and str(output))
     if dry_run:
-        _rehearse(resolved, training=False, overwrite=overwrite)
+        _rehearse(resolved, training=False, resume=resume, overwrite=overwrite)
         return
     with claim(resolved.output):
-        check_request(resolved, training=False, overwrite=overwrite)
+        check_request(resolved, training=False, resume=resume, overwrite=overwrite)
         heavy()
         texts = read_run(resolved, training=False)
-        pruned = prune_once(*load(resolved), resolved, data=texts, overwrite=overwrite, claimed=True)
+        pruned = prune_once(*load(resolved), resolved, data=texts, resume=resume, overwrite=overwrite, claimed=True)
     out.print(summary(pruned.losa_record))
     say(f"saved and verified: {resolved.output}")
 
@@ -357,7 +363,7 @@ def main() -> None:
     except Interrupted as stopped:
         name = signal.Signals(stopped.number).name
         if not OTHERS:
-            told = "nothing half-written is left. losa run goes on with --resume, other commands start anew"
+            told = "nothing half-written is left. losa run and losa prune go on with --resume, other commands start anew"
             say(f"stopped by {name}; {told}", err)
         sys.exit(128 + stopped.number)
     except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:

@@ -145,6 +145,10 @@ def _load_tasks(also: Also) -> dict[str, Any]:
     return tasks
 
 
+def _prune(session: Session) -> None:
+    session.go_through(one_shot(session.config)[1:])  # the dense model is a row of its own
+
+
 def _losa(session: Session) -> None:
     session.go_through(dynamic_steps(session.config))
 
@@ -166,7 +170,7 @@ def _train_and_round(session: Session) -> None:
 
 MAKERS: dict[str, Callable[[Session], dict[str, Tensor] | None]] = {
     "dense": _dense,
-    "prune": one_shot,
+    "prune": _prune,
     "losa": _losa,
     "lora": _lora,
     "round": put_on_grid,

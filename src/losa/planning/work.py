@@ -15,9 +15,10 @@ ASSUMED_TOKENS = 340_000  # of an evaluation text that nobody has read yet: abou
 LIKE = {"pruning": "baseline", "rounding": "pruning"}
 
 
-def evaluations(config: LosaConfig) -> int:
-    """Times that perplexity is measured: dense, pruned only, reconstructed, before it is rounded, at the end."""
-    return 3 + bool(config.reconstruct.epochs) + bool(config.values)
+def evaluations(config: LosaConfig, training: bool = True) -> int:
+    """Times that perplexity is measured: dense, pruned only, reconstructed, before it is rounded, at the end; without training
+    at both ends."""
+    return 3 + bool(config.reconstruct.epochs) + bool(config.values) if training else 2
 
 
 def evaluation_windows(config: LosaConfig) -> int:
@@ -30,8 +31,10 @@ def training_rows(config: LosaConfig) -> int:
     return config.train.samples or config.train.tokens // (config.train.length or 1)
 
 
-def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows: int | None = None) -> dict[str, float]:
-    """Large products and attention of `losa run`, stage by stage; solvers are not counted.
+def stage_flops(
+    config: LosaConfig, decoder: Decoder, text_config: Any, windows: int | None = None, training: bool = True
+) -> dict[str, float]:
+    """Large products and attention of `losa run`, stage by stage, or of `losa prune`; solvers are not counted.
 
     Of a token and a weight: 2 flops in a forward, 6 in training (8 with checkpointing), 2 for the teacher; the head's weight has
     no gradient: 4. Attention over half a row on average: 2 T H flops a block and forward.
@@ -39,6 +42,7 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
     Args:
         config: resolved.
         windows: of evaluation; what the configuration tells when None.
+        training: whether it is `losa run`; `losa prune` prunes once.
     """
     prunable, hidden = sum(decoder.sizes()), int(text_config.hidden_size)
     head = text_config.vocab_size * hidden
@@ -46,13 +50,13 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
     def forward(length: int) -> float:
         return 2 * prunable + 2 * length * hidden * len(decoder.blocks)
 
-    train, calibrating, steps = config.train, config.calibration, config.steps
+    train, calibrating, steps = config.train, config.calibration, config.steps if training else 1
     length, window, shown = train.length or 1, calibrating.length or 1, config.eval.length or 1
     walk = (calibrating.sequences or 1) * window * forward(window)
     pruned = (1 + (get_pruner(config.pruner).collect is not None)) * walk  # collect, advance
     errors = steps * min(calibrating.error_sequences, calibrating.sequences or 1) * window * forward(window)
     reconstructed = config.reconstruct.sequences * window * forward(window)
-    short = min(calibrating.rmi_length, window)
+    short, measured = min(calibrating.rmi_length, window), windows or evaluation_windows(config)
     repeats = 3 + train.gradient_checkpointing + bool(train.distill or train.distill_blocks)
     return {
         "baseline": pruned if steps > 1 else 0.0,
@@ -60,8 +64,8 @@ def stage_flops(config: LosaConfig, decoder: Decoder, text_config: Any, windows:
         "pruning": steps * pruned + errors,
         "reconstruction": (2 + 3 * config.reconstruct.epochs) * reconstructed if config.reconstruct.epochs else 0.0,
         "rounding": 2 * walk if config.values else 0.0,
-        "training": training_rows(config) * length * (repeats * forward(length) + (2 * repeats - 2) * head),
-        "evaluation": evaluations(config) * (windows or evaluation_windows(config)) * shown * (forward(shown) + 2 * head),
+        "training": training * training_rows(config) * length * (repeats * forward(length) + (2 * repeats - 2) * head),
+        "evaluation": evaluations(config, training) * measured * shown * (forward(shown) + 2 * head),
     }
 
 

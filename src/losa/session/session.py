@@ -41,6 +41,7 @@ from losa.system.output import work_dir
 from losa.system.progress import Whole, duration, whole_run
 from losa.training.position import Keeping, Position, put_parameters
 from losa.training.sharding import copy_trained, sharded
+from losa.walk import BlockKeeping
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,9 @@ class Session:
         manifest = stages.latest_stage(output, config) if output and resume else None
         if resume and manifest is None:
             logger.warning("there is nothing to resume in %s; starting anew", output)
+        if manifest and manifest["record"]["kind"] != kind:
+            interrupted = manifest["record"]["kind"]
+            raise ValueError(f"cannot resume {output}: it is losa {interrupted} that was interrupted, not losa {kind}")
         data = data or prepare(config, tokenizer, training=kind == "run")
         warn_of_little_text(data.evaluation, config.eval.windows)
         return_freed_memory()
@@ -190,6 +194,38 @@ class Session:
 
         return Keeping(self.config.train.save_minutes, save, position)
 
+    def keeping_blocks(self, stage: str, notes: dict[str, Any] | None = None) -> BlockKeeping | None:
+        """How the walk that comes next keeps what it does to the blocks: in a run with an output, after a stage. What an earlier
+        process did is put back into the model.
+
+        Args:
+            stage: that the walk is timed as; it gets the seconds of the earlier process.
+            notes: kept too; gets those of the earlier process.
+        """
+        if self.config.output is None or self.stage is None:
+            return None
+        output, after, notes = Path(self.config.output), self.stage, {} if notes is None else notes
+        done, values = stages.load_blocks(output, after, self.model, self.device)
+        spent = values.get("seconds", 0.0)
+        if done:
+            logger.info("resuming %s after block %d", stage, done - 1)
+            notes |= values["notes"]
+            self.record["seconds"][stage] = round(self.record["seconds"].get(stage, 0.0) + spent, 3)
+        saved, began = done, time.perf_counter() - spent
+
+        def save(now: int) -> None:
+            nonlocal saved
+            try:
+                if distributed.is_main():
+                    values = {"notes": notes, "seconds": time.perf_counter() - began}
+                    stages.save_blocks(output, after, self.model, saved, now, values)
+                    logger.info("saved after block %d", now - 1)
+                saved = now
+            except OSError as error:
+                logger.warning("%s; %s goes on, and is saved again later", error, stage)
+
+        return BlockKeeping(save, self.config.train.save_minutes, done)
+
     @property
     def kind(self) -> str:
         """What `start` was told."""
@@ -205,7 +241,7 @@ class Session:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall-clock seconds of a piece of work to `record["seconds"][stage]`."""
         start = time.perf_counter()
-        ratio = 1 / evaluations(self.config) if stage == "evaluation" else self.phase.get(stage, 0.0)
+        ratio = 1 / evaluations(self.config, self.kind == "run") if stage == "evaluation" else self.phase.get(stage, 0.0)
         with self.whole.inside(stage, ratio) if self.whole else nullcontext():
             yield
         seconds = self.record["seconds"]
@@ -227,7 +263,7 @@ class Session:
 
     def go_through(self, phases: Sequence[Phase]) -> None:
         """Does the phases that a resumed run does not have behind it, in order, and saves a stage after each."""
-        work = stage_flops(self.config, self.decoder, self.model.config.get_text_config(), len(self.data.evaluation))
+        work = self._work()
         behind = self._done(work, phases)
         with whole_run(Whole(work, behind, self.record["seconds"], remaining)) as self.whole:
             self._go_through(phases)
@@ -253,11 +289,15 @@ class Session:
 
     def progress(self, phases: Sequence[Phase]) -> str:
         """One line about the phases that are done, the time they took and, where their pace tells, the time that is left."""
-        work = stage_flops(self.config, self.decoder, self.model.config.get_text_config(), len(self.data.evaluation))
+        work = self._work()
         left = remaining(work, self._done(work, phases), self.record["seconds"]) if self.done < len(phases) else None
         so_far = duration(sum(self.record["seconds"].values()))
         ahead = "" if left is None else f", about {duration(left)} left"
         return f"{phases[self.done - 1].name} done (phase {self.done} of {len(phases)}), {so_far} so far{ahead}"
+
+    def _work(self) -> dict[str, float]:
+        text_config = self.model.config.get_text_config()
+        return stage_flops(self.config, self.decoder, text_config, len(self.data.evaluation), self.kind == "run")
 
     def _done(self, work: Mapping[str, float], phases: Sequence[Phase]) -> dict[str, float]:
         """Ratio of each stage that is behind."""

@@ -3,8 +3,10 @@
 A stage is a directory that appears whole or not at all: it is written under a temporary name, its files are flushed to disk,
 its manifest, with a checksum of every file and of itself, is written last, and only then is it renamed. It holds masks (a bit a
 weight), adapters, the base weights that differ from the source checkpoint, and the run's record so far. The newest stage replaces
-the one before it, which is set aside: where the newest is damaged, a run goes on from that. A position inside a training
-(`training/position.py`) is a stage too; it builds on the newest other one, and a new position takes its place.
+the one before it, which is set aside: where the newest is damaged, a run goes on from that.
+
+What is inside of a phase is a stage too, and builds on the newest other one: a position in a training (`training/position.py`),
+which the next position replaces; and blocks that a walk is through with (`walk.BlockKeeping`), those since the last time.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from losa.adapter import masked_linears
+from losa.adapter import MaskedLinear, masked_linears
 from losa.config import LosaConfig
+from losa.models import find_decoder
 from losa.system.output import MANIFEST, PREVIOUS, stages, work_dir
 from losa.system.writing import sync, to_json, writing
 from losa.system.yaml_tree import differences
@@ -30,7 +33,7 @@ from losa.training.position import Position
 
 FORMAT = 2
 STATE = "state.safetensors"
-INSIDE = "-update-"  # in the name of a position: that of the stage it builds on, and the number of updates
+UPDATE, BLOCK = "-update-", "-block-"  # in the name of what is inside of a phase: the stage it builds on, and how much is done
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +91,6 @@ def save_stage(
     Raises:
         OSError: it cannot be written; the stages before it are as they were.
     """
-    tensors: dict[str, Tensor] = {}
-    for key, layer in masked_linears(model).items():
-        tensors[f"{key}.mask"] = layer.keep_bits
-        tensors |= {f"{key}.{name}": parameter.data for name, parameter in layer.trained.items()}
-        if layer.dense_OI is not None:
-            tensors[f"{key}.weight"] = layer.weight.data
-        if layer.score_OI is not None:
-            tensors[f"{key}.score"] = layer.score_OI
     manifest = {
         "done": done,
         "config": config.to_dict(),
@@ -103,8 +98,76 @@ def save_stage(
         "origin": dict(origin or {}),
         "record": record,
     }
-    _write_stage(work_dir(output), name, tensors, manifest)
+    _write_stage(work_dir(output), name, _tensors(masked_linears(model)), manifest)
     _set_aside(output, work_dir(output) / name, done)
+
+
+def _tensors(layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
+    """What layers hold that the source checkpoint does not."""
+    tensors: dict[str, Tensor] = {}
+    for key, layer in layers.items():
+        tensors[f"{key}.mask"] = layer.keep_bits
+        tensors |= {f"{key}.{name}": parameter.data for name, parameter in layer.trained.items()}
+        if layer.dense_OI is not None:
+            tensors[f"{key}.weight"] = layer.weight.data
+        if layer.score_OI is not None:
+            tensors[f"{key}.score"] = layer.score_OI
+    return tensors
+
+
+@torch.no_grad()
+def _put(tensors: Mapping[str, Tensor], layers: Mapping[str, MaskedLinear], device: torch.device) -> None:
+    """The same back into layers as they were attached; scores, which are no part of a model, on the device it will be on."""
+    for key, layer in layers.items():
+        trained = {name: tensors[f"{key}.{name}"] for name in layer.trained}
+        layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"), trained)
+        score_OI = tensors.get(f"{key}.score")
+        layer.score_OI = None if score_OI is None else score_OI.to(device)
+
+
+def _layers_of(model: PreTrainedModel, blocks: Iterable[int]) -> dict[str, MaskedLinear]:
+    of = find_decoder(model).blocks
+    return {f"{index}.{name}": layer for index in blocks for name, layer in masked_linears(of[index]).items()}
+
+
+def save_blocks(output: Path, stage: str, model: PreTrainedModel, first: int, done: int, values: Mapping[str, Any]) -> None:
+    """Writes what a walk that follows a stage did to the blocks from `first` up to `done`, atomically.
+
+    Args:
+        values: what JSON holds, of the walk until then.
+
+    Raises:
+        OSError: it cannot be written; what was saved before is as it was.
+    """
+    tensors = _tensors(_layers_of(model, range(first, done)))
+    _write_stage(work_dir(output), f"{stage}{BLOCK}{done}", tensors, {"first": first, "blocks": done, "values": dict(values)})
+
+
+def load_blocks(output: Path, stage: str, model: PreTrainedModel, device: torch.device) -> tuple[int, dict[str, Any]]:
+    """Puts back what a walk that follows a stage did, into a model as that stage left it.
+
+    Returns:
+        The number of blocks that are done, and the `values` with which the last of them were saved.
+    """
+    done, values = 0, {}
+    for path, _ in _inside(output, stage + BLOCK):
+        found = _sound_manifest(path)
+        if found is None or found["first"] != done:
+            logger.warning("%s is damaged; going on from block %d", path, done)
+            break
+        _put(load_file(path / STATE), _layers_of(model, range(done, found["blocks"])), device)
+        done, values = found["blocks"], found["values"]
+    return done, values
+
+
+def _inside(output: Path, prefix: str) -> list[tuple[Path, int]]:
+    """What was saved inside of a phase, and how much was done then, in that order."""
+    parts = [(stage, stage.name.removeprefix(prefix)) for stage in stages(output) if stage.name.startswith(prefix)]
+    return sorted(((stage, int(part)) for stage, part in parts if part.isdecimal()), key=lambda pair: pair[1])
+
+
+def _is_inside(stage: Path) -> bool:
+    return UPDATE in stage.name or BLOCK in stage.name
 
 
 def save_position(output: Path, stage: str, position: Position, seconds: float) -> None:
@@ -116,17 +179,17 @@ def save_position(output: Path, stage: str, position: Position, seconds: float) 
     Raises:
         OSError: it cannot be written; the position before it is as it was.
     """
-    name = f"{stage}{INSIDE}{position.update}"
+    name = f"{stage}{UPDATE}{position.update}"
     _write_stage(work_dir(output), name, position.tensors, {"values": position.values, "seconds": seconds})
     for other in stages(output):
-        if INSIDE in other.name and other.name != name:
+        if _is_inside(other) and other.name != name:
             _remove_stage(other)
 
 
 def _set_aside(output: Path, newest: Path, done: int) -> None:
-    """Keeps the stage before the newest for the case that the newest is damaged. All others go, positions too."""
+    """Keeps the stage before the newest for the case that the newest is damaged. All others go, what is inside of phases too."""
     others = [stage for stage in stages(output) if stage != newest]
-    older = [stage for stage in others if INSIDE not in stage.name and 0 <= _done(stage) < done]
+    older = [stage for stage in others if not _is_inside(stage) and 0 <= _done(stage) < done]
     before = max(older, key=_done, default=None)
     kept = None if before is None else work_dir(output) / PREVIOUS / before.name
     if before is not None and kept is not None and before != kept:
@@ -171,7 +234,7 @@ def latest_stage(output: Path, config: LosaConfig) -> dict[str, Any] | None:
     Raises:
         ValueError: it was written with another configuration; the message lists the differences.
     """
-    found = [(stage, _load_manifest(stage) or {}) for stage in stages(output) if INSIDE not in stage.name]
+    found = [(stage, _load_manifest(stage) or {}) for stage in stages(output) if not _is_inside(stage)]
     for stage, manifest in found:
         if isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
             where = f"{stage} has format {manifest['format']}, expected {FORMAT}"
@@ -194,9 +257,7 @@ def latest_stage(output: Path, config: LosaConfig) -> dict[str, Any] | None:
 def latest_position(output: Path, manifest: Mapping[str, Any], processes: int) -> tuple[Position, float] | None:
     """The newest position inside the training that follows a stage, and the seconds it took until then; None where there is none.
     Damaged ones, and those of another number of processes, are passed over, with a warning."""
-    after = manifest["name"] + INSIDE
-    updates = {stage: stage.name.removeprefix(after) for stage in stages(output) if stage.name.startswith(after)}
-    for stage in sorted((stage for stage in updates if updates[stage].isdecimal()), key=lambda stage: -int(updates[stage])):
+    for stage, _ in reversed(_inside(output, manifest["name"] + UPDATE)):
         found = _sound_manifest(stage)
         if found is None:
             logger.warning("%s is damaged and passed over", stage)
@@ -208,16 +269,9 @@ def latest_position(output: Path, manifest: Mapping[str, Any], processes: int) -
     return None
 
 
-@torch.no_grad()
 def load_stage(manifest: Mapping[str, Any], model: PreTrainedModel, device: torch.device) -> None:
-    """Puts a stage's masks, adapters and changed weights into a freshly attached model, and its scores, which are no part of the
-    model, on the device that it will be on."""
-    tensors = load_file(Path(manifest["path"]) / STATE)
-    for key, layer in masked_linears(model).items():
-        trained = {name: tensors[f"{key}.{name}"] for name in layer.trained}
-        layer.restore(tensors[f"{key}.mask"], tensors.get(f"{key}.weight"), trained)
-        score_OI = tensors.get(f"{key}.score")
-        layer.score_OI = None if score_OI is None else score_OI.to(device)
+    """Puts a stage's masks, adapters, changed weights and scores into a freshly attached model."""
+    _put(load_file(Path(manifest["path"]) / STATE), masked_linears(model), device)
 
 
 def clear_stages(output: Path) -> None:

@@ -202,7 +202,7 @@ def check_free(output: str | Path, overwrite: bool = False, resume: bool = False
         return
     started, finished = bool(stages(final)), any((final / name).exists() for name in (RECORD, LIST))
     if started and not resume and not overwrite:
-        way_out = f"finish it with losa run --resume, or delete {final / WORK}, as --overwrite does"
+        way_out = f"finish it with --resume, or delete {final / WORK}, as --overwrite does"
         raise ValueError(f"output {output} holds an interrupted run; {way_out}")
     if resume and finished and not started:
         raise ValueError(f"the run in {output} is complete; there is nothing to resume")
@@ -296,7 +296,7 @@ def check_finished(directory: Path) -> None:
         ValueError: it holds what such a run keeps to go on, and no model.
     """
     if work_dir(directory).is_dir() and not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} holds an interrupted run, not a model yet; finish it with losa run --resume")
+        raise ValueError(f"{directory} holds an interrupted run, not a model yet; finish it with --resume")
 
 
 def read_record(directory: Path) -> dict[str, Any]:
