@@ -309,6 +309,17 @@ def test_logits_block_by_block_equal_the_models_own(family, tiny_model, token_id
         torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [family for family, own in FAMILIES.items() if "sliding_window" in own])
+@pytest.mark.parametrize("window", [8, 9, 24])
+def test_a_window_longer_than_the_tokens_of_the_trial(tiny_model, family, window):
+    """Some families make its mask only where a text is at least as long."""
+    model = tiny_model(family, sliding_window=window)
+    ids = torch.randint(3, SIZES["vocab_size"], (5, 24), generator=torch.Generator().manual_seed(1))
+    made = torch.cat([logits for _, logits in logits_by_block(model, ids, 2, torch.device("cpu"))])
+    with torch.no_grad():
+        torch.testing.assert_close(made, model(input_ids=ids, use_cache=False).logits)
+
+
 def test_placing_with_offload_keeps_blocks_on_the_host(tiny_model):
     model = tiny_model("llama")
     place(model, torch.device("meta"), offload=True)

@@ -257,8 +257,7 @@ def _options(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _calls(model: PreTrainedModel, ids_ST: Tensor) -> list[Call]:
-    """How each block is called with a few tokens of a sequence, what it returns, found by trying one of each structure, and which
-    arguments have a part for every sequence, found by comparing one sequence with two.
+    """How each block is called with a few tokens of a sequence, and what it returns, found by trying one of each structure.
 
     Raises:
         ValueError: blocks that cannot be run alone, in one sentence.
@@ -281,10 +280,7 @@ def _calls(model: PreTrainedModel, ids_ST: Tensor) -> list[Call]:
             raise ValueError(f"{trial.name} is called {trial.calls} times in a forward, expected once")
         if before is not None and trial.hidden is not before.hidden:
             raise ValueError(f"{trial.name} is called with something else than what the block before it returns")
-    doubles = [_Recorder(trial.name, trial.call) for trial in trials]
-    with _stand_ins([*decoder.blocks, *heads], [*doubles, *[lambda hidden: hidden] * len(heads)]):
-        model(input_ids=ids_1T.repeat(2, 1), **_options(model))
-    return [replace(one.call, repeated=_parts(one.call, two.call)) for one, two in zip(trials, doubles, strict=True)]
+    return [trial.call for trial in trials]
 
 
 def _parts(one: Call, two: Call) -> tuple[bool, ...]:
@@ -320,7 +316,9 @@ def block_inputs(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8) ->
 
     The model's own forward runs with every block replaced by a recorder and without its head, so it costs an embedding lookup.
     (The head of one token a sequence would cost as much as a block: torch copies a frozen weight for inputs that are slices.)
-    The arguments are recorded on one sequence: masks and positions then broadcast over any batch.
+    The arguments are recorded on one sequence: masks and positions then broadcast over any batch, or are repeated where they have
+    a part for every sequence. Which do is found by comparing one whole sequence with two: there are models that make a mask only
+    where a text is longer than their window.
 
     Args:
         ids_ST: token ids, `S` sequences of `T` tokens, no padding.
@@ -339,8 +337,13 @@ def block_inputs(model: PreTrainedModel, ids_ST: Tensor, batch_size: int = 8) ->
             model(input_ids=batch, **_options(model))
             assert recorders[0].hidden is not None
             hidden.append(recorders[0].hidden)
+        model(input_ids=ids_ST[:1].repeat(2, 1), **_options(model))
+        doubles = [recorder.call for recorder in recorders]
         model(input_ids=ids_ST[:1], **_options(model))
-    return BlockInputs(hidden, [recorder.call for recorder in recorders])
+    calls = [
+        replace(recorder.call, repeated=_parts(recorder.call, two)) for recorder, two in zip(recorders, doubles, strict=True)
+    ]
+    return BlockInputs(hidden, calls)
 
 
 @torch.no_grad()
