@@ -1,20 +1,22 @@
 """Promised: a plan's simulation equals what the same step really has alive; processes and devices elsewhere are counted; times
 come from a short probe, stage by stage."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import save_toy
+from helpers import save_toy, set_up, toy_config
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from losa.adapter import attach
+from losa.api import run
 from losa.cli.tables import plan_table
 from losa.commands.toy import TOY
 from losa.config import LosaConfig
 from losa.loss import causal_loss
-from losa.models import block_linears, find_decoder
+from losa.models import block_linears, find_decoder, load
 from losa.planning.plan import plan
 from losa.planning.probe import Line, _line, solver_cost
 from losa.planning.simulation import _Meter, simulate_evaluation, simulate_reconstruction, simulate_training
@@ -144,8 +146,35 @@ def test_dense_weights_are_kept_where_the_base_changes(model, unsimulated, prune
     kept = 2 * planned(model).prunable * get_pruner(pruner).updates_weights
     assert planned(model, pruner=pruner, train={"weights": "adapters"}).dense_copy == kept
     assert planned(model, pruner=pruner).dense_copy == 0
-    rebuilt = planned(model, pruner=pruner, train={"weights": "adapters"}, reconstruct={"epochs": 1})
-    assert rebuilt.dense_copy == 2 * rebuilt.prunable
+    for changes in ({"reconstruct": {"epochs": 1}}, {"values": "int4"}):
+        changed = planned(model, pruner=pruner, train={"weights": "adapters"}, **changes)
+        assert changed.dense_copy == 2 * changed.prunable
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"weights": "adapters"}},
+        {"train": {"weights": "adapters"}, "values": "int4"},
+        {"train": {"weights": "all"}, "values": "int8"},
+        {"train": {"weights": "adapters"}, "pruner": "movement"},
+    ],
+)
+def test_a_run_stays_within_its_disk(tmp_path, unsimulated, monkeypatch, changes):
+    """But for what says what a file holds, which counts for something in a model as small."""
+    set_up(tmp_path, hidden_size=64, intermediate_size=128)
+    most, real = [], Path.rename
+
+    def rename(path, target):  # whatever is published
+        found = real(path, target)
+        most.append(sum(file.stat().st_size for file in tmp_path.glob("**/*sparse*/**/*") if file.is_file()))
+        return found
+
+    monkeypatch.setattr(Path, "rename", rename)
+    config = toy_config(tmp_path, steps=2, **changes | {"train": changes["train"] | {"save_minutes": 1e-9}})
+    run(*load(config), config)
+    assert max(most) < 1.2 * plan(config).disk
 
 
 def test_the_simulated_reconstruction_is_what_an_update_has_alive():

@@ -171,8 +171,9 @@ class _Planned:
         trained, largest_trained = sum(of_blocks), max(of_blocks)
         weights, masks = self.parameters * size, prunable // 8
         scores = 4 * prunable * pruner.from_training
-        changes_base = pruner.keeps_dense(whole) or (bool(config.reconstruct.epochs) and not whole)
+        changes_base = pruner.keeps_dense(whole) or (bool(config.reconstruct.epochs or config.values) and not whole)
         dense_copy = prunable * size if changes_base else 0
+        rounded = prunable * size if config.values and not changes_base else 0  # a copy that the last stage makes
         resident_here = psutil.Process().memory_info().rss
         runtime = resident_here + LIBRARY_BYTES if host else CONTEXT_BYTES
         training = simulate_training(self.build, config, processes) - 4 * trained
@@ -192,11 +193,12 @@ class _Planned:
         # All blocks but one may be on the host while calibrating and evaluating.
         outside = weights - prunable * size + largest_block
         kept = masks + (outside if away else weights) + 4 * (largest_trained if away else trained)
-        kept += (dense_copy if host else 0) + scores
+        kept += (dense_copy + rounded if host else 0) + scores
         peak = runtime + max(resident + training, kept + max(calibration, evaluation))
         # What is trained is made on the host; with offload, its gradients and moments stay there too.
-        loaded = weights + dense_copy + (16 if away and config.offload else 4) * trained
-        loaded = max(loaded, dense_copy + 12 * trained)  # a position inside the training passes through the host
+        loaded = weights + dense_copy + rounded + (16 if away and config.offload else 4) * trained
+        position = 12 * trained + processes * scores
+        loaded = max(loaded, dense_copy + position)  # a position inside the training passes through the host
         return {
             "parameters": self.parameters,
             "prunable": prunable,
@@ -211,8 +213,8 @@ class _Planned:
             "evaluation": evaluation,
             "peak_memory": peak,
             "host_memory": peak if host else resident_here + loaded,
-            # Two stages are kept; beside them lies the result, or a position inside the training and the next one, of 12 each.
-            "disk": 2 * (masks + dense_copy + 4 * trained) + max(weights, 2 * 12 * trained),
+            # Two stages are kept; beside them lies the result, or a position inside the training and the next one.
+            "disk": 2 * (masks + dense_copy + 4 * trained + scores) + max(weights + rounded, 2 * position),
         }
 
 
