@@ -266,6 +266,9 @@ def test_rows_that_end_dense_are_not_rounded(folder, tmp_path):
 
 
 def test_what_is_pruned_and_trained_once_has_one_step(folder, tmp_path):
+    variants: dict = {"mine": {"method": "sparsegpt-lora", "reconstruct": {"epochs": 1}}}
+    with pytest.raises(ValueError, match=r"reconstruct\.epochs of mine is 1, expected 0: this method has no reconstruction"):
+        config(folder, tmp_path, methods=[], variants=variants).rows()
     variants = {"mine": {"method": "sparsegpt-lora", "steps": 5}}
     with pytest.raises(ValueError, match="steps of mine is 5, expected 1"):
         config(folder, tmp_path, methods=[], variants=variants)

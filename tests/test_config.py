@@ -138,6 +138,11 @@ def test_out_of_range_names_the_field(key, value):
     assert str(caught.value).startswith(f"{key} is {value!r}")
 
 
+def test_a_polynomial_schedule_begins_above_its_end():
+    with pytest.raises(ValueError, match=r"train\.lr is 1e-07, expected more than 1e-7, where a polynomial schedule ends"):
+        LosaConfig.from_dict({"train": {"schedule": "polynomial", "lr": 1e-7}})
+
+
 def test_shrinking_max_rank_names_the_mean_rank_that_no_longer_fits():
     with pytest.raises(ValueError, match=r"adapter\.mean_rank_last is 10\.0, expected 1\.\.adapter\.max_rank = 8"):
         LosaConfig.from_dict({"adapter": {"max_rank": 8}})

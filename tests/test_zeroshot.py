@@ -8,14 +8,14 @@ import sys
 
 import pytest
 import torch
-from helpers import HUB_ROWS, save_tasks, save_text, save_toy
+from helpers import HUB_ROWS, save_tasks, save_text, save_toy, set_up, toy_config
 from test_cli import assert_one_line_error, losa_main
 
 import losa.evaluation
 from losa.commands.demo import assets
 from losa.commands.toy import toy_tokenizer
 from losa.config import LosaConfig
-from losa.data import NAMED, evaluation_documents, evaluation_text, is_wikitext, wikitext_pages
+from losa.data import NAMED, evaluation_documents, evaluation_text, is_wikitext, prepare, read_evaluation, wikitext_pages
 from losa.evaluation.checkpoint import evaluate_checkpoint, save_results
 from losa.evaluation.zeroshot import MORE, PAPER, local_rows, mean_accuracy, task_names
 from losa.models import load
@@ -233,6 +233,15 @@ def test_ptb_and_c4_are_joined_as_their_papers_do(monkeypatch):
     assert evaluation_documents("c4")[-1] == "page 1099"
     assert asked[0]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
     assert NAMED["c4"].windows == 256
+
+
+def test_a_run_measures_c4_over_the_windows_of_its_papers(monkeypatch, tmp_path):
+    hub_text(monkeypatch, "text", ["THE QUICK FOX " * 20] * 1200)
+    text, tokenizer = read_evaluation("c4"), toy_tokenizer()
+    assert [len(text.windows(tokenizer, 32, most).ids_ST) for most in (None, 7, 300)] == [256, 7, 300]
+    set_up(tmp_path)
+    config = toy_config(tmp_path, eval={"data": "c4", "windows": None}).resolve(32, 64)
+    assert len(prepare(config, tokenizer).evaluation) == 256
 
 
 def test_local_file_goes_before_a_name(tmp_path, monkeypatch):

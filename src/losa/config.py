@@ -130,6 +130,8 @@ class TrainConfig:
         require(self.lr is None or 0 < self.lr < 1, "train.lr", self.lr, "a number in (0, 1)")
         require(self.loss_on in ("assistant", "all"), "train.loss_on", self.loss_on, "'assistant' or 'all'")
         require(self.schedule in SCHEDULES, "train.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
+        ends = self.schedule != "polynomial" or self.lr is None or self.lr > 1e-7
+        require(ends, "train.lr", self.lr, "more than 1e-7, where a polynomial schedule ends")
         require(0 <= self.warmup < 1, "train.warmup", self.warmup, "a ratio in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.distill <= 1, "train.distill", self.distill, "a ratio in [0, 1]")

@@ -148,8 +148,10 @@ class CompareConfig:
                 if ":" in target and not full:  # the pattern fixes all rates
                     values["rate_band"] = 0.0
                 config = LosaConfig.from_dict(values)
-                once = method.maker not in ("lora", "train and round") or config.steps == 1
-                require(once, f"steps of {name}", config.steps, "1: its pruning and its training are one step each")
+                if method.maker in ("lora", "train and round"):
+                    steps, epochs = config.steps, config.reconstruct.epochs
+                    require(steps == 1, f"steps of {name}", steps, "1: its pruning and its training are one step each")
+                    require(not epochs, f"reconstruct.epochs of {name}", epochs, "0: this method has no reconstruction")
                 yield Row(name, method.maker, "" if full else target, seed, config, also)
 
 

@@ -74,10 +74,12 @@ class EvaluationText:
     Attributes:
         documents: rows, blank ones too.
         joint: put between rows, where all are texts.
+        most: windows at most, unless more or fewer are asked for.
     """
 
     documents: Sequence[Document]
     joint: str = "\n\n"
+    most: int | None = None
 
     def windows(self, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None) -> "Windows":
         """Windows that do not overlap.
@@ -85,6 +87,7 @@ class EvaluationText:
         Raises:
             ValueError: the text is shorter than one window, or nothing in it counts.
         """
+        most = most or self.most
         if all(isinstance(document, str) for document in self.documents):
             return Windows(windows(self.joint.join(map(text_of, self.documents)), tokenizer, length, most))
         rows = pack_marked([document for document in self.documents if text_of(document).strip()], tokenizer, length, most)
@@ -128,7 +131,7 @@ def read_evaluation(
         ValueError: as `load_documents`.
     """
     if named := named_text(source):
-        return EvaluationText(_read_named(source, named), named.joint)
+        return EvaluationText(_read_named(source, named), named.joint, named.windows)
     rows = read_documents(source, tokenizer, loss_on, skip)
     if not any(text_of(row).strip() for row in rows):
         raise ValueError(f"{source} holds no text")

@@ -16,7 +16,6 @@ from losa.data import (
     EvaluationText,
     evaluation_documents,
     is_wikitext,
-    named_text,
     read_evaluation,
     read_held_out,
     training_source,
@@ -112,8 +111,6 @@ def evaluate_checkpoint(
         raise ValueError("--limit and --task-data are for tasks; give some with --tasks, such as --tasks paper")
     device = resolve_device(config.device)
     longest = max_length(open_config(config.model, config.trust_remote_code))
-    named = named_text(str(data))
-    most = most or (named.windows if named else None)
     if isinstance(data, RecordedText) and data.fingerprint is not None:
         lengths = lengths or [data.run.eval.length or longest]
     lengths = lengths or default_lengths(longest)

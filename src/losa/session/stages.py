@@ -275,7 +275,7 @@ def load_stage(manifest: Mapping[str, Any], model: PreTrainedModel, device: torc
 
 
 def clear_stages(output: Path) -> None:
-    """Forgets an earlier run in `output`."""
+    """Forgets an earlier run in `output`. The directory of its stages stays, which tells that the output is losa's."""
     for stage in stages(output):
         _remove_stage(stage)
-    shutil.rmtree(work_dir(output), ignore_errors=True)
+    shutil.rmtree(work_dir(output) / PREVIOUS, ignore_errors=True)

@@ -143,7 +143,7 @@ def _tidy(final: Path) -> None:
     for left in (old, new):
         if left.exists():
             _discard(left, final)
-    if (final / WORK).is_dir() and not stages(final):
+    if (final / WORK).is_dir() and not stages(final) and all(path.name == WORK for path in final.iterdir()):
         shutil.rmtree(final / WORK)
     for half_stage in (final / WORK).glob("tmp-*"):
         shutil.rmtree(half_stage)
@@ -210,7 +210,7 @@ def check_free(output: str | Path, overwrite: bool = False, resume: bool = False
         raise ValueError(f"output {output} holds a finished result; add --overwrite to replace it, or choose another directory")
     if finished and listed(final) is None:
         raise ValueError(f"output {output} holds a result that does not list its files; remove it, or choose another directory")
-    if not finished and not started and any(path.name != WORK for path in final.iterdir()):
+    if not finished and not (final / WORK).is_dir() and any(final.iterdir()):
         raise ValueError(f"output {output} is not empty and not an earlier run; choose another directory")
     if os.path.ismount(final) or final == Path.cwd() or final in Path.cwd().parents:
         kind = "a mount point" if os.path.ismount(final) else "the current directory or above it"
