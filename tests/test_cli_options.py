@@ -4,6 +4,7 @@ import json
 import re
 from operator import attrgetter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
@@ -45,6 +46,15 @@ def test_plan_takes_every_option_of_run():
 def test_eval_takes_what_decides_a_measurement():
     shared = {"--data", "--eval-data", "--windows", "--config", "--set", "--preset", "--dtype", "--device", "--trust-remote-code"}
     assert shared <= options("eval").keys()
+
+
+def test_defaults_that_help_texts_name_are_those_of_the_configuration():
+    named = {}
+    for shared in SHARED.values():
+        for number, name in re.findall(r"Default ([\d.]+)\.|`(\w+)` \(default", get_args(shared.annotation)[1].help):
+            named[shared.key] = number or name
+    assert {"sparsity", "train.distill", "seed", "pruner", "device"} <= named.keys()
+    assert named == {key: str(attrgetter(key)(LosaConfig())) for key in named}
 
 
 def test_every_shared_option_sets_a_key_of_the_configuration():

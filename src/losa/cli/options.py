@@ -126,7 +126,7 @@ SHARED: dict[str, Shared] = {
         "train.distill",
         Annotated[
             float | None,
-            typer.Option(help="Weight of the KL to the dense model, 0..1; the rest is cross-entropy. Default 0.5."),
+            typer.Option(help="Weight of the KL to the dense model, 0..1; the rest is cross-entropy. Default 0.75."),
         ],
     ),
     "dtype": Shared(
