@@ -235,6 +235,7 @@ ASKED = {
     "functions": (None, [{"name": "f"}]),
     "function_call": (None, "auto"),
     "reasoning_effort": (None, "high"),
+    "verbosity": (None, "low"),
     "web_search_options": (None, {}),
     "audio": (None, {"voice": "x"}),
 }

@@ -73,6 +73,7 @@ class Chat(_Asked):
     functions: None = None
     function_call: None = None
     reasoning_effort: None = None
+    verbosity: None = None
     web_search_options: None = None
     audio: None = None
 
