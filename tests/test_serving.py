@@ -214,6 +214,7 @@ def test_an_unknown_field_is_named(server, path):
         [{"role": "user", "content": 3}],
         [{"role": "user", "content": "\ud800"}],
         [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}],
     ],
 )
 def test_bad_chats(server, messages):
@@ -226,6 +227,23 @@ def test_a_chat_in_another_format_is_refused_and_the_plain_one_is_not(server):
     for kind, expected in (("text", 200), ("json_object", 400)):
         body = {**asked, "response_format": {"type": kind}}
         assert post(server, "/v1/chat/completions", json.dumps(body).encode())[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"enable_thinking": False, "documents": []}, 200),
+        ({"chat_template": "Once"}, 400),  # a loop in it would keep the server busy
+        ({"truncation": True, "max_length": 2}, 400),
+        ({"return_dict": False}, 400),
+        ({"load_audio_from_video": True}, 400),
+        ({"bos_token": "\ud800"}, 400),
+        ({"messages": []}, 400),
+    ],
+)
+def test_a_client_sets_variables_of_the_chat_template_and_nothing_else(server, options, expected):
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "chat_template_kwargs": options}
+    assert post(server, "/v1/chat/completions", json.dumps(body).encode())[0] == expected
 
 
 ASKED = {

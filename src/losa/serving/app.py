@@ -6,13 +6,13 @@ its other routes are left out, and requests are checked first.
 
 import json
 from collections.abc import AsyncIterator
+from inspect import signature
 from random import SystemRandom
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -29,6 +29,9 @@ from losa.system.doors import shown
 # What transformers is not told: it would seed whatever else draws, and a penalty of zero, the only one that is let through, would
 # take the place of the model's own `repetition_penalty`.
 KEPT = ("seed", "frequency_penalty", "presence_penalty")
+# What `chat_template_kwargs` may not name: all that rendering and tokenizing take themselves. A client's own template could keep
+# the server busy without end.
+OPTIONS = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "load_audio_from_video"} - {"documents"}
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
 
@@ -147,15 +150,17 @@ class _Chat(_Checked, ChatCompletionHandler):
         tokenizer = self.model_manager._loaded[1]
         if not tokenizer.chat_template:
             raise refused("the model has no chat template; ask /v1/completions")
+        options = body.get("chat_template_kwargs") or {}
+        if taken := options.keys() & OPTIONS:
+            raise refused(f"chat_template_kwargs: {shown(min(taken))} is no variable of the model's chat template; leave it out")
         try:
             messages = self.get_processor_inputs_from_messages(
                 body["messages"], self.model_manager.get_model_modality(None, tokenizer)
             )
-            options = body.get("chat_template_kwargs") or {}
             tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **options
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            ).encode()  # half of a character is no text
+        except Exception as error:  # a template is a program, and fails in its own ways
             raise refused(f"the model's chat template does not take these messages: {error}") from error
 
 
