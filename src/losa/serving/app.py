@@ -4,7 +4,6 @@ transformers' own server would load any model of the hub that a request names, a
 its other routes are left out, and requests are checked first.
 """
 
-import json
 from collections.abc import AsyncIterator
 from inspect import signature
 from random import SystemRandom
@@ -13,16 +12,18 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from openai.types import CompletionUsage
 from starlette.exceptions import HTTPException
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseHandler, GenerationState
+from transformers.cli.serving.utils import BaseHandler, GenerationState, ReasoningText, ToolCall, build_response_parser
 
+from losa.runtime.generate import stop_tokens
 from losa.runtime.sampling import COLDEST, HOTTEST, settings
-from losa.serving.batches import Batches, cut
+from losa.serving.batches import Batches
 from losa.serving.requests import Chat, Completion, check, refused
 from losa.system.doors import shown
 
@@ -103,18 +104,6 @@ class _Checked(BaseHandler):
 
     kind: Any
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answers a request; the text of an answer that is not streamed ends in front of the first stop string."""
-        response = await super().handle_request(body, request_id)
-        stops = _stops(body)
-        if stops and isinstance(response, JSONResponse):
-            answer = json.loads(bytes(response.body))
-            for choice in answer["choices"]:
-                holder, key = (choice["message"], "content") if "message" in choice else (choice, "text")
-                holder[key] = cut(holder.get(key) or "", stops)
-            return JSONResponse(answer)
-        return response
-
     def _validate_request(self, body: dict[str, Any]) -> None:
         unknown = body.keys() - getattr(self._valid_params_class, "__mutable_keys__", body.keys())
         if unknown:  # transformers' own answer is 422
@@ -129,7 +118,8 @@ class _Checked(BaseHandler):
         config.seed = SystemRandom().randrange(2**63) if seed is None else seed
         if body.get("temperature"):
             config.do_sample, config.temperature = True, max(float(body["temperature"]), COLDEST)
-        config.stop_strings = _stops(body)
+        stop = body.get("stop") or []
+        config.stop_strings = [stop] if isinstance(stop, str) else stop
         return config
 
     def _streaming(self, *arguments: Any, **named: Any) -> Any:
@@ -163,10 +153,49 @@ class _Chat(_Checked, ChatCompletionHandler):
         except Exception as error:  # a template is a program, and fails in its own ways
             raise refused(f"the model's chat template does not take these messages: {error}") from error
 
+    def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
+        config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
+        model, tokenizer = self.model_manager._loaded
+        config.eos_token_id = stop_tokens(model, tokenizer, answering=True)
+        return config
 
-def _stops(body: dict[str, Any]) -> list[str]:
-    stop = body.get("stop") or []
-    return [stop] if isinstance(stop, str) else stop
+    async def _non_streaming(
+        self,
+        request_id: str,
+        model: Any,
+        processor: Any,
+        model_id: str,
+        inputs: Any,
+        gen_config: Any,
+        gen_manager: Any,
+        tools: Any = None,
+    ) -> Any:
+        """As transformers' own, whose parser fails on what it cannot read. Where there is one, this is what a stream says."""
+        parser = build_response_parser(processor, model, inputs["input_ids"], tools=tools)
+        if parser is None:
+            return await super()._non_streaming(
+                request_id, model, processor, model_id, inputs, gen_config, gen_manager=gen_manager
+            )
+        said, tokens = await gen_manager.whole(model, processor, inputs, gen_config, request_id, parser)
+        calls = [
+            {
+                "id": f"{request_id}_tool_call_{n}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for n, call in enumerate(item for item in said if isinstance(item, ToolCall))
+        ]
+        given = len(inputs["input_ids"])
+        answer = self._build_completion(
+            request_id,
+            "".join(item for item in said if type(item) is str).strip(),
+            model_id,
+            finish_reason="tool_calls" if calls else "stop" if gen_config.max_new_tokens is None else "length",
+            usage=CompletionUsage(prompt_tokens=given, completion_tokens=len(tokens), total_tokens=given + len(tokens)),
+            tool_calls=calls or None,
+            reasoning_content="".join(item for item in said if isinstance(item, ReasoningText)).strip() or None,
+        )
+        return JSONResponse(answer)
 
 
 async def _ended(events: AsyncIterator[str]) -> AsyncIterator[str]:

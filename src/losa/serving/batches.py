@@ -7,6 +7,8 @@ draws, or whose model penalises repetition, brings logits processors of its own,
 
 import asyncio
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -19,7 +21,14 @@ from transformers import (
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
 )
-from transformers.cli.serving.utils import CBGenerateManager, CBStreamer, CBWorkerDeadError, _StreamError
+from transformers.cli.serving.utils import (
+    CBGenerateManager,
+    CBStreamer,
+    CBWorkerDeadError,
+    ToolCall,
+    _StreamError,
+    response_events_to_chunks,
+)
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
@@ -51,7 +60,11 @@ class Batches(CBGenerateManager):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> "tuple[asyncio.Queue[Any], Streamer]":
-        """As transformers' own; the text ends in front of the first of `gen_config.stop_strings`.
+        """As transformers' own; the text ends in front of the first of `gen_config.stop_strings`, and a parser passes on what it
+        cannot read.
+
+        `gen_config.max_new_tokens` is None once an answer has ended otherwise than by that number: transformers' handlers tell
+        "length" from "stop" by it.
 
         Raises:
             HTTPException: 400, the prompt is empty or fills the window.
@@ -64,7 +77,8 @@ class Batches(CBGenerateManager):
             )
         gen_config.max_new_tokens = min(gen_config.max_new_tokens, self.window - len(ids))
         unique = f"{request_id}-{uuid4().hex}"  # what clients call their requests need not be
-        streamer = Streamer(self.engine, unique, processor._tokenizer, gen_config.stop_strings, response_parser)
+        parser = response_parser and _Patient(response_parser)
+        streamer = Streamer(self.engine, unique, processor._tokenizer, gen_config, parser)
         self.engine.register_result_handler(unique, streamer.receive)
         steps = _steps(gen_config, self.device)
         self.engine.add_request(
@@ -80,17 +94,31 @@ class Batches(CBGenerateManager):
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, list[int]]:
-        """As transformers' own; the text ends at the token that completes the first of `gen_config.stop_strings`."""
-        queue, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        """As transformers' own; the text ends in front of the first of `gen_config.stop_strings`."""
+        _, tokens = await self.whole(model, processor, inputs, gen_config, request_id)
+        text = cut(processor.decode(tokens, skip_special_tokens=True), gen_config.stop_strings or [])
+        return text, len(inputs["input_ids"]), tokens
+
+    async def whole(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, parser: Any = None
+    ) -> tuple[list[Any], list[int]]:
+        """All that a stream says, and the tokens of it.
+
+        Raises:
+            RuntimeError: the engine failed.
+        """
+        queue, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id, parser)
+        said = []
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, _StreamError):
                     dead = self.engine.background_thread_status.fatal_error is not None
                     raise CBWorkerDeadError(item.msg) if dead else RuntimeError(item.msg)
+                said.append(item)
         except asyncio.CancelledError:
             streamer.cancel()
             raise
-        return processor.decode(streamer.tokens, skip_special_tokens=True), len(inputs["input_ids"]), streamer.tokens
+        return said, streamer.tokens
 
     def stop(self) -> None:
         """Ends the thread; requests that are under way fail."""
@@ -105,8 +133,10 @@ class Streamer(CBStreamer):
         tokens: the ids, with those of a stop string.
     """
 
-    def __init__(self, engine: Any, request_id: str, tokenizer: Any, stops: list[str] | None, parser: Any) -> None:
-        self.stops, self.held, self.open, self.tokens = stops or [], "", True, list[int]()
+    def __init__(self, engine: Any, request_id: str, tokenizer: Any, config: Any, parser: Any) -> None:
+        self.config, self.stops, self.held, self.open, self.tokens = config, config.stop_strings or [], "", True, list[int]()
+        named = config.eos_token_id
+        self.ends = named if isinstance(named, list) else [named]
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.raw: asyncio.Queue[Any] = asyncio.Queue()
         super().__init__(engine, request_id, tokenizer, asyncio.get_running_loop(), self.raw, parser)
@@ -116,9 +146,13 @@ class Streamer(CBStreamer):
         """Takes what the engine has made of the request; called on the event loop, token by token."""
         if not self.open:
             return
-        self.tokens = output.generated_tokens
+        self.tokens = said = output.generated_tokens
+        if said and said[-1] in self.ends:  # no text, though a parser is shown special tokens as well
+            self.config.max_new_tokens = None
+            output = replace(output, generated_tokens=said[:-1])
         try:
             self.put(output)
+            self.total_tokens = len(self.tokens)
             if output.error is None and output.is_finished():
                 self.end()
             while self.open and not self.raw.empty():
@@ -145,6 +179,7 @@ class Streamer(CBStreamer):
         text = self.held + item
         if (end := cut(text, self.stops)) != text:
             self._say(end)
+            self.config.max_new_tokens = None
             self._close(None)
             self.cancel()
             return
@@ -159,6 +194,45 @@ class Streamer(CBStreamer):
     def _close(self, last: Any) -> None:
         self.open = False
         self.queue.put_nowait(last)
+
+
+class _Patient:
+    """A parser of transformers; from where it fails on what a model has written, the text is passed on as it is."""
+
+    def __init__(self, parser: Any) -> None:
+        self.parser, self.initial_events, self.open = parser, parser.initial_events, True
+        self.unsaid = ""  # what the parser has taken since it last made something of it
+
+    def feed(self, text: str) -> list[dict[str, Any]]:
+        """The events that more text leads to."""
+        self.unsaid += text
+        return self._events(lambda: self.parser.feed(text))
+
+    def finalize(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """No message, and the last events."""
+        return {}, self._events(lambda: self.parser.finalize()[1])
+
+    def _events(self, step: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        if self.open:
+            try:
+                events = step()
+                for item in response_events_to_chunks(events):  # fails on a call without a name
+                    if isinstance(item, ToolCall) and not isinstance(item.name, str):
+                        raise TypeError("a call of something that is no name")
+            except Exception:  # whatever a model can write: broken JSON, a call cut off by the limit of tokens
+                self.open = False
+        if not self.open:
+            events = [{"type": "region_chunk", "field": "content", "text": self.unsaid}]
+        settled = False
+        for event in events:  # the mark that opens a region of JSON is text if the region cannot be read
+            if event["type"] != "region_chunk":
+                settled = event["type"] == "region_close"
+            elif not event.get("dirty"):
+                settled = True
+        if settled:
+            self.unsaid = ""
+        return events
 
 
 def cut(text: str, stops: list[str]) -> str:
