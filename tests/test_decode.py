@@ -216,6 +216,57 @@ def test_tensors_that_were_put_in_place_of_others_are_noticed(tmp_path, token_id
     assert not plan.holds()
 
 
+def swap_blocks(layers, decoder):
+    layers[0], layers[2] = layers[2], layers[0]
+
+
+CHANGES = {
+    "blocks in another order": swap_blocks,
+    "fewer blocks": lambda layers, decoder: setattr(decoder, "layers", layers[:1]),
+    "the last block gone": lambda layers, decoder: layers.__delitem__(2),
+    "one block more": lambda layers, decoder: layers.append(layers[0]),
+    "attention": lambda layers, decoder: setattr(layers[1], "self_attn", copy.deepcopy(layers[1].self_attn)),
+    "mlp": lambda layers, decoder: setattr(layers[1], "mlp", copy.deepcopy(layers[1].mlp)),
+    "activation": lambda layers, decoder: setattr(layers[1].mlp, "act_fn", torch.nn.GELU()),
+    "last norm": lambda layers, decoder: setattr(decoder, "norm", copy.deepcopy(decoder.norm)),
+    "epsilon": lambda layers, decoder: setattr(layers[1].input_layernorm, "variance_epsilon", 9.0),
+    "scaling": lambda layers, decoder: setattr(layers[1].self_attn, "scaling", 9.0),
+    "positions": lambda layers, decoder: setattr(decoder, "rotary_emb", copy.deepcopy(decoder.rotary_emb)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_was_changed_is_decoded_as_it_is_now(name, tmp_path, token_ids):
+    """Copies of it as well, whose step was made for the copy."""
+    packed, ids = make(tmp_path)[0], token_ids(1, 8)
+    decode(packed, ids)
+    packed = copy.deepcopy(packed)
+    assert step_of(packed).plan.holds()
+    CHANGES[name](packed.model.layers, packed.model)
+    assert not step_of(packed).plan.holds()
+    packed.generate(ids, max_new_tokens=4, pad_token_id=0)  # also where the cache has more layers than are filled
+
+
+@torch.no_grad()
+def test_frequencies_of_the_positions_may_change_between_texts(tmp_path, token_ids):
+    packed, ids = make(tmp_path)[0], token_ids(1, 8)
+    decode(packed, ids)
+    packed.model.rotary_emb.inv_freq.mul_(0.25)
+    torch.testing.assert_close(decode(packed, ids)[0], decode(packed, ids, compiled=False)[0], rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_cache_whose_layers_are_not_of_one_length_goes_the_general_road(tmp_path, token_ids):
+    packed, ids = make(tmp_path)[0], token_ids(1, 8)
+    decode(packed, ids)
+    cache = DynamicCache(config=packed.config)
+    packed(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache.layers[2].reset()
+    packed(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    assert not any(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
 def test_a_cache_that_inference_mode_began_goes_on_without_it(tmp_path, token_ids):
     packed, _ = make(tmp_path)
     ids = token_ids(1, 12)

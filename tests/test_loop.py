@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_decode import make, step_of
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -162,6 +163,19 @@ def test_who_listens_to_a_module_hears_every_token(place, kind, model, token_ids
     model.generate(ids, max_new_tokens=3, do_sample=False)
     getattr(model.get_submodule(place), kind)(lambda *_: heard.append(1))
     model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert len(heard) == 6
+
+
+def test_who_listens_to_every_module_hears_every_token(model, token_ids):
+    """As profilers do."""
+    ids, heard = token_ids(1, 8).clamp(min=1), []
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    inner = model.model.layers[1].mlp.up_proj
+    handle = register_module_forward_hook(lambda module, *_: heard.append(1) if module is inner else None)
+    try:
+        model.generate(ids, max_new_tokens=6, do_sample=False)
+    finally:
+        handle.remove()
     assert len(heard) == 6
 
 

@@ -30,6 +30,7 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 LAYERS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # in the order of csrc/decode.cpp, as the norms
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 PARTS = ("weight_mask", "weight", "weight_offsets", "weight_scale", "weight_groups", "bias")  # of each layer
+NUMBERS = ("scaling", "variance_epsilon", "sliding_window", "head_dim")
 BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # transformers' kinds of rotary positions that no length changes
 NOTES = "transformers.utils.output_capturing"  # its hooks stay once they were asked for, and note nothing unless they are again
@@ -60,9 +61,10 @@ class _Plan:
 
     tensors: list[Tensor]
     weights: list[Tensor]  # those of them that hold values, and the norms
-    places: list[tuple[dict[str, Any], str, nn.Module | Tensor]]  # where the modules and their tensors are
+    places: list[tuple[dict[str, Any], str, Any]]  # where the modules and their tensors are; None: nothing may be there
+    numbers: list[tuple[nn.Module, str, float | None]]  # which modules compute with
     modules: list[nn.Module]  # all that the step leaves out
-    blocks: list[nn.Module]
+    blocks: nn.ModuleList
     shape: list[int]
     epsilon: float
     scaling: float
@@ -71,23 +73,20 @@ class _Plan:
     laid: _Laid = field(default_factory=_Laid)
 
     @classmethod
-    def of(cls, decoder: Any, blocks: list[Any]) -> "_Plan | None":
-        """The plan for a decoder of the known structure; None for any other."""
+    def of(cls, decoder: Any, blocks: Any) -> "_Plan | None":
+        """The plan for a decoder of the known structure and the list of its blocks; None for any other."""
         final: Any = getattr(decoder, "norm", None)
         if not all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb")) or not _is_norm(final):
             return None
         tensors, weights = list[Tensor](), list[Tensor]()
-        places: list[tuple[dict[str, Any], str, nn.Module | Tensor]] = [(final._parameters, "weight", final.weight)]
         norms = [final]
         empty = torch.empty(0, dtype=torch.bfloat16)
         for block in blocks:
             for name in (*NORMS, *LAYERS):
                 parent, _, leaf = name.rpartition(".")
-                modules = block.get_submodule(parent)._modules
-                if (module := modules.get(leaf)) is None:  # a norm of queries or keys that the family does not have
+                if (module := block.get_submodule(parent)._modules.get(leaf)) is None:  # a norm that the family does not have
                     tensors.append(empty)
                     continue
-                places += [(modules, leaf, module), *((module._parameters, *item) for item in module._parameters.items())]
                 weights.append(module.weight)
                 if name in NORMS:
                     norms.append(module)
@@ -107,8 +106,7 @@ class _Plan:
         query, key = attention.q_proj, attention.k_proj
         shape = [query.in_features, query.out_features // width, key.out_features // width, width, first.mlp.up_proj.out_features]
         numbers = (values.pop().number, dispatch.COMPILED.index(kernel))
-        modules = [module for block in (*blocks, final) for module in block.modules()]
-        held = ([*tensors, final.weight], [*weights, final.weight], places, modules, list(blocks))
+        held = ([*tensors, final.weight], [*weights, final.weight], *_watched(decoder, blocks), blocks)
         return cls(*held, shape, final.variance_epsilon, attention.scaling, *numbers)
 
     def lay_out(self) -> None:
@@ -126,9 +124,23 @@ class _Plan:
         return laid
 
     def holds(self) -> bool:
-        """Whether modules and tensors are still those, on the CPU, and nobody listens to a module or gave it a `forward`."""
+        """Whether modules, tensors and numbers are still those, on the CPU, and nobody listens to a module or gave it a
+        `forward`."""
         same = all(names.get(name) is held for names, name, held in self.places)
-        return same and self.tensors[0].device.type == "cpu" and not any(map(_is_changed, self.modules))
+        same = same and all(vars(module).get(name) == number for module, name, number in self.numbers)
+        heard = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        return same and self.tensors[0].device.type == "cpu" and not heard and not any(map(_is_changed, self.modules))
+
+
+def _watched(decoder: Any, blocks: nn.ModuleList) -> tuple[list[Any], list[Any], list[nn.Module]]:
+    """The places, numbers and modules of a plan: all between the embedding, which the step asks itself, and the head."""
+    parts = [blocks, decoder.norm, decoder.rotary_emb]
+    modules = [module for part in parts for module in part.modules()]
+    places = [(decoder._modules, name, module) for name, module in decoder._modules.items() if module in parts]
+    places += [(names, *item) for module in modules for names in (module._modules, module._parameters) for item in names.items()]
+    places.append((blocks._modules, str(len(blocks)), None))  # no block more
+    numbers = [(module, name, vars(module)[name]) for module in modules for name in NUMBERS if name in vars(module)]
+    return places, numbers, modules
 
 
 def _is_changed(module: nn.Module) -> bool:
@@ -222,7 +234,10 @@ class DecodeStep:
             return False
         if not all(type(layer) is RoomyLayer or type(layer) is DynamicLayer for layer in cache.layers):
             return False
+        if len({layer.get_seq_length() for layer in cache.layers}) != 1:
+            return False
         self.plan.lay_out()
+        self.angles = torch.empty(2, 0, 0)  # of frequencies that may be others since the last text
         return True
 
     def _step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
@@ -277,7 +292,7 @@ class DecodeStep:
         if any(turned.dtype != x.dtype for turned in self._rotation(x, 0)):
             return math.inf
         return trial.difference(
-            self.decoder, plan.blocks, word, lambda block, x, layer: self._compute(plan.of_block(block), x, [layer])
+            self.decoder, list(plan.blocks), word, lambda block, x, layer: self._compute(plan.of_block(block), x, [layer])
         )
 
 
@@ -286,7 +301,7 @@ def attach(model: PreTrainedModel) -> bool:
     for name, blocks in model.named_modules():
         if isinstance(blocks, nn.ModuleList) and len(blocks) and all(map(_fits, blocks)):
             decoder: Any = model.get_submodule(name.rpartition(".")[0])
-            plan = _Plan.of(decoder, list(blocks))
+            plan = _Plan.of(decoder, blocks)
             if plan is not None:
                 decoder.forward = DecodeStep(decoder, plan)
             return plan is not None
