@@ -327,8 +327,41 @@ def test_a_roomy_layer_equals_transformers(token_ids):
     layer.reorder_cache(torch.tensor([0, 0]))
     assert layer.keys.shape == (2, 2, 310, 4)
     layer.reset()
-    assert layer.get_seq_length() == 0
+    assert layer.get_seq_length() == 0 and layer.keys is None and layer.values is None
     assert torch.equal(layer.update(*states)[0], states[0])
+
+
+@torch.no_grad()
+def test_neither_copies_nor_views_of_a_cache_are_written_over(tmp_path, token_ids):
+    packed, ids = make(tmp_path)[0], token_ids(1, 10)
+    _, cache = decode(packed, ids)
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    view, kept = cache.layers[0].keys, cache.layers[0].keys.clone()
+    one, other = ((3, cache), (5, twin))
+    for token, branch in (one, other):
+        packed(input_ids=torch.tensor([[token]]), past_key_values=branch, use_cache=True)
+    assert not torch.equal(cache.layers[0].keys, twin.layers[0].keys)
+    cache.crop(-5)
+    packed(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+    assert torch.equal(view, kept) and torch.equal(twin.layers[0].keys[:, :, :10], kept)
+    cache.reset()
+    assert [keys for keys, *_ in cache] == [None] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict", "use_cache"])
+def test_what_the_configuration_or_the_call_wants_is_transformers_to_give(name, tmp_path, token_ids, monkeypatch):
+    packed, ids = make(tmp_path)[0], token_ids(1, 10)
+    packed.set_attn_implementation("eager")  # the only one with attentions
+    _, cache = decode(packed, ids)
+    monkeypatch.setattr(DecodeStep, "_step", lambda *_: pytest.fail("the compiled step ran"))
+    wanted = name.startswith("output")
+    found = [packed.model(input_ids=ids[:, :1], past_key_values=cache, **{name: wanted})]
+    setattr(packed.config, name, wanted)
+    found.append(packed.model(input_ids=ids[:, :1], past_key_values=cache))
+    assert name != "return_dict" or all(type(one) is tuple for one in found)
+    assert not wanted or all(one[name.removeprefix("output_")] is not None for one in found)
 
 
 @torch.no_grad()

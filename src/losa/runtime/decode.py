@@ -33,6 +33,7 @@ PARTS = ("weight_mask", "weight", "weight_offsets", "weight_scale", "weight_grou
 NUMBERS = ("scaling", "variance_epsilon", "sliding_window", "head_dim")
 BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # transformers' kinds of rotary positions that no length changes
+USUAL = {"use_cache": True, "return_dict": True, "output_hidden_states": False, "output_attentions": False}  # of a token's call
 NOTES = "transformers.utils.output_capturing"  # its hooks stay once they were asked for, and note nothing unless they are again
 TOLERANCE = 0.05  # relative difference of the two roads' outputs of a block that bfloat16 explains
 
@@ -213,7 +214,8 @@ class DecodeStep:
             return False
         if torch.is_grad_enabled() or self.decoder.training:
             return False
-        if kwargs.get("inputs_embeds") is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+        unusual = any(self._asked(name, kwargs) is not usual for name, usual in USUAL.items())
+        if unusual or kwargs.get("inputs_embeds") is not None:
             return False
         if not self._follows(cache) and not self._begins(cache):
             return False
@@ -221,6 +223,11 @@ class DecodeStep:
         if length == 0 or (places is not None and int(places[0, -1]) != length):
             return False
         return mask is None or (mask.ndim == 2 and mask.shape[1] == length + 1 and bool(mask.all()))
+
+    def _asked(self, name: str, kwargs: dict[str, Any]) -> bool:
+        """What a call says, or the configuration where it says nothing."""
+        given = kwargs.get(name)
+        return bool(getattr(self.decoder.config, name, USUAL[name]) if given is None else given)
 
     def _follows(self, cache: DynamicCache) -> bool:
         """Whether the token before came this way, by the plan that holds now: then it is not asked again whether it does, which
