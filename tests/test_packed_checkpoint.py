@@ -14,7 +14,8 @@ from conftest import FAMILIES, make_tiny_model
 from helpers import tensors
 from packing import LAYER, change_header, change_tensors, make_sparse, same
 from processes import call, open_without_losa
-from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 import losa
 from losa import SparseConfig, SparseLinear
@@ -541,6 +542,53 @@ def test_a_model_without_its_head_opens(llama, tmp_path, values):
     inner.save_pretrained(tmp_path / "inner")
     with torch.no_grad():
         assert torch.equal(AutoModel.from_pretrained(tmp_path / "inner")(IDS).last_hidden_state, inner(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("values", ["bfloat16", "int8"])
+def test_a_checkpoint_opens_with_another_head_or_none_and_again_after_saving(tmp_path, values, tied):
+    make_sparse("llama", tmp_path / "sparse", tie_word_embeddings=tied)
+    pack_checkpoint(tmp_path / "sparse", tmp_path / "packed", values)
+    whole = losa.load(tmp_path / "packed")[0]
+    with torch.no_grad():
+        want = whole.model(IDS).last_hidden_state
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed", num_labels=3, pad_token_id=0)
+    whole.model.save_pretrained(tmp_path / "part")
+    AutoModel.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "inner")
+    other.save_pretrained(tmp_path / "other")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "other")
+    inner = [AutoModel.from_pretrained(tmp_path / name) for name in ("part", "inner", "other")]
+    causal = AutoModelForCausalLM.from_pretrained(tmp_path / "inner")
+    with torch.no_grad():
+        assert all(torch.equal(model(IDS).last_hidden_state, want) for model in (*inner, other.model, again.model, causal.model))
+        assert other(IDS).logits.shape == (2, 3) and torch.equal(other(IDS).logits, again(IDS).logits)
+        if tied:  # the embedding is the head
+            torch.testing.assert_close(causal(IDS).logits, whole(IDS).logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("values", ["packed", "int4"])
+def test_parts_of_a_layer_may_be_in_several_files(llama, tmp_path, values):
+    """As `save_pretrained` puts them; a part that is in none is missing."""
+    losa.load(llama / values)[0].save_pretrained(tmp_path / "shards", max_shard_size=9)
+    homes = {key: file for file in (tmp_path / "shards").glob("*.safetensors") for key in load_file(file)}
+    assert homes[f"{LAYER}.weight"] != homes[f"{LAYER}.weight_offsets"]
+    unpack_checkpoint(llama / values, tmp_path / "whole")
+    unpack_checkpoint(tmp_path / "shards", tmp_path / "again")
+    assert same(tensors(tmp_path / "again"), tensors(tmp_path / "whole"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    file = homes[f"{LAYER}.weight_offsets"]
+    save_file({key: tensor for key, tensor in load_file(file).items() if key != f"{LAYER}.weight_offsets"}, file)
+    with pytest.raises(ValueError, match=f"lacks a part of {LAYER}; it is damaged"):
+        unpack_checkpoint(tmp_path / "shards", tmp_path / "damaged")
+
+
+def test_an_old_name_of_the_dtype_does_not_stay_beside_the_new(llama, tmp_path):
+    shutil.copytree(llama / "sparse", tmp_path / "sparse")
+    config = json.loads((tmp_path / "sparse" / "config.json").read_text())
+    (tmp_path / "sparse" / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    pack_checkpoint(tmp_path / "sparse", tmp_path / "packed")
+    packed = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert packed["dtype"] == "bfloat16" and "torch_dtype" not in packed
 
 
 def test_all_chat_templates_go_along(llama, tmp_path):

@@ -79,7 +79,7 @@ class SparseQuantizer(HfQuantizer):
 
         self.files = checkpoint_files or []
         if self.pre_quantized:
-            check_files(self.files, swap_in(model, self.quantization_config))
+            check_files(self.files, swap_in(model, self.quantization_config), model.base_model_prefix)
             return
         with torch.device("meta"):
             check_supported(type(model)(without_header(model.config)))

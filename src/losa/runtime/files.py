@@ -131,7 +131,7 @@ def _pack_claimed(
             )
         for dtype in cast.keys() - {torch.bfloat16}:
             logger.info("%d layers rounded from %s to bfloat16", cast[dtype], name_of(dtype))
-        changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": config.to_dict()}
+        changes: dict[str, Any] = {"dtype": "bfloat16", "torch_dtype": None, "quantization_config": config.to_dict()}
         if config.tied:
             changes["tie_word_embeddings"] = False
         note = ("" if sizes["lossless"] else ROUNDING) + NOTE
@@ -209,6 +209,7 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
     wrong = config.layers.keys() - shapes.keys()
     if wrong:
         raise ValueError(f"the packed header names {shown(min(wrong))}, which is no linear layer of the model")
+    homes = {key: file for file in weight_files(source) for key in tensor_heads(file)}
     unpacked = set()
     partial = fresh(output)
     with writing(output), progress(None, "unpacking", total=len(config.layers)) as bar:
@@ -218,7 +219,8 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
             made = {key: tensor for key, tensor in tensors.items() if key not in packed}
             for name in config.layers:
                 if f"{name}.weight" in tensors:
-                    W_OI = _unpack_layer(name, tensors, shapes[name], config.type_of(name in head), config.layers[name])
+                    parts = _parts_of(name, tensors, homes)
+                    W_OI = _unpack_layer(name, parts, shapes[name], config.type_of(name in head), config.layers[name])
                     if not (config.tied and name in head):  # the embedding is its dense weight
                         made[f"{name}.weight"] = W_OI
                     unpacked.add(name)
@@ -235,6 +237,16 @@ def _unpack_claimed(source: Path, output: Path, trust_remote_code: bool, overwri
         _finish(source, partial, changes, "", output.name)
         commit(output)
     return len(config.layers) - (config.head != KEEP)
+
+
+def _parts_of(name: str, tensors: dict[str, Tensor], homes: dict[str, Path]) -> dict[str, Tensor]:
+    """The tensors of a packed layer: of the file at hand, and of those where `save_pretrained` may have put some of them."""
+    wanted = {f"{name}.{part}" for part in PARTS}
+    found = {key: tensors[key] for key in wanted & tensors.keys()}
+    elsewhere = (wanted & homes.keys()) - found.keys()
+    for file in {homes[key] for key in elsewhere}:
+        found |= dict(read_tensors(file, lambda key, _: key in elsewhere))
+    return found
 
 
 def _unpack_layer(name: str, tensors: dict[str, Tensor], shape: torch.Size, kind: ValueType, claimed: int) -> Tensor:
@@ -262,7 +274,7 @@ def packed_layers(directory: Path) -> dict[str, tuple[int, int]]:
     config, model = read_header(directory), _skeleton(directory, False)
     weights = {name: linear.weight.numel() for name, linear in find_decoder(model).linears().items()}
     files = weight_files(directory)
-    check_files(files, swap_in(model, config))
+    check_files(files, swap_in(model, config), model.base_model_prefix)
     counts: dict[str, int] = {}
     for file in files:
         for key, mask in read_tensors(file, lambda key, _: key.endswith(".weight_mask")):
@@ -312,7 +324,8 @@ def _convert_files(source: Path, output: Path, convert: Any) -> None:
     weight_map: dict[str, str] = {}
     size = 0
     for file in files:
-        made = convert(dict(read_tensors(file)))
+        if not (made := convert(dict(read_tensors(file)))):  # but parts of layers whose values are in another file
+            continue
         save_file({key: tensor.contiguous() for key, tensor in made.items()}, output / file.name, metadata={"format": "pt"})
         (output / file.name).chmod(file.stat().st_mode)
         weight_map |= dict.fromkeys(made, file.name)

@@ -119,7 +119,7 @@ def head_of(model: "PreTrainedModel") -> dict[str, nn.Linear]:
 
 def swap_in(model: "PreTrainedModel", config: Packing) -> dict[str, SparseLinear]:
     """Replaces the layers that the header names by empty `SparseLinear`s, on the model's (meta) device; returns them by the names
-    that they have in the files. The header then has those that they have in the model.
+    that they have there. The header then has those that they have in the model.
 
     Raises:
         ValueError: a name that the model has no linear layer for, or more values than the layer has weights.
@@ -144,17 +144,28 @@ def swap_in(model: "PreTrainedModel", config: Packing) -> dict[str, SparseLinear
 
 
 def _names(model: "PreTrainedModel", config: Packing) -> dict[str, str]:
-    """The packed layers' names in the files, and in the model: one without a head, as `AutoModel` opens, is what another kind has
-    under a prefix."""
-    prefix = f"{model.base_model_prefix}."
-    if hasattr(model, model.base_model_prefix) or not any(name.startswith(prefix) for name in config.layers):
-        return {name: name for name in config.layers}
-    headless = config.head != KEEP
-    return {name: name.removeprefix(prefix) for name in config.layers if name.startswith(prefix) or not headless}
+    """The packed layers' names in the header, and in the model. One without a head, as `AutoModel` opens and saves, has them
+    without the prefix that they have in others. A packed head that the model has none for is left out, of the header as well."""
+    prefix, modules = f"{model.base_model_prefix}.", dict(model.named_modules())
+    names = {}
+    for stored in config.layers:
+        options = (stored, prefix + stored, stored.removeprefix(prefix))
+        names[stored] = next((name for name in options if name in modules), stored)
+    if config.head == KEEP or head_of(model):
+        return names
+    if config.tied:  # what is saved without it has a head again where it is opened with one
+        model.config.tie_word_embeddings = True
+    config.head, config.tied = KEEP, False
+    return {stored: name for stored, name in names.items() if name in modules or name.startswith(prefix)}
 
 
-def check_files(files: Iterable[str | Path], layers: Mapping[str, SparseLinear]) -> None:
+def check_files(files: Iterable[str | Path], layers: Mapping[str, SparseLinear], prefix: str) -> None:
     """Compares the safetensors files' own headers with what the packed layers need. No tensor is read.
+
+    Args:
+        files: of the checkpoint.
+        layers: by their names in the header.
+        prefix: of the model's inner one, which names in the files may have where those in the header do not, or the reverse.
 
     Raises:
         ValueError: a file that is not safetensors or was cut short, a tensor that is missing, of another dtype or shape.
@@ -165,8 +176,9 @@ def check_files(files: Iterable[str | Path], layers: Mapping[str, SparseLinear])
         for key, parameter in layer.named_parameters()
         if key != "bias"
     }
+    bare = {key.removeprefix(f"{prefix}."): key for key in expected}
     for file in files:
-        heads = tensor_heads(Path(file))
+        heads = {bare.get(key.removeprefix(f"{prefix}."), key): head for key, head in tensor_heads(Path(file)).items()}
         for key in expected.keys() & heads.keys():
             if heads[key] != expected[key]:
                 found = f"{heads[key][0]} {heads[key][1]}"
