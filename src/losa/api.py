@@ -67,9 +67,9 @@ def prune(
     overwrite: bool = False,
     claimed: bool = False,
 ) -> PreTrainedModel:
-    """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature (with `rate_band: 0`).
+    """Prunes once, straight to `config.sparsity`, without training: the baselines of the literature, with `rates: uniform`.
 
-    Takes, returns and raises what `run` does.
+    Takes, returns and raises what `run` does; `config` needs `calibration.data` or `train.data`, and there are no callbacks.
     """
     with claim(None if claimed else config.output):
         options: dict[str, Any] = {"data": data, "resume": resume, "overwrite": overwrite}

@@ -1,7 +1,7 @@
 """The configuration of a run: one dataclass tree, YAML in and out, checked before any weight is loaded.
 
-`--sparsity` is the one dial; every other field has a default that follows from it or from the paper. Fields that are None are
-decided when the model is known, and the resolved configuration is what gets printed, saved and hashed.
+`--sparsity` is the one dial; every other field has a default. Fields that are None are decided when the model is known, and the
+resolved configuration is what gets printed, saved and hashed.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ class CalibrationConfig:
     """Text that importance, pruning and reconstruction errors are measured on."""
 
     data: str | None = None  # a text source (see data/); the training text when None
-    sequences: int | None = None  # for pruning; 128, but no more than make the tokens that the pruner wants, when None
-    rmi_sequences: int = 64  # of these, for representation mutual information
+    sequences: int | None = None  # for pruning; when None as many as make the tokens that the pruner wants, at most 128
+    rmi_sequences: int = 64  # for layer rates by rmi, owl, dlp or error
     rmi_length: int = 512  # at most so many tokens of each of those
-    error_sequences: int = 16  # of these, for reconstruction errors
+    error_sequences: int = 16  # of those for pruning, for reconstruction errors
     length: int | None = None  # tokens of each; min(2048, what the model allows) when None
 
     def __post_init__(self) -> None:
@@ -54,8 +54,9 @@ class CalibrationConfig:
 class AdapterConfig:
     """Ranks of the low-rank adapters."""
 
-    # Mean rank, the paper's Omega: in the first dynamic step, and in the last; linear in between, so 6, 7, 8, 9, 10 over five.
+    # Mean rank, the paper's Omega, in the first dynamic step; linear up to the last, so 6, 7, 8, 9, 10 over five.
     mean_rank_first: float = field(default=6.0, metadata=renamed_from("omega_first"))
+    # The same in the last step, or in the only one.
     mean_rank_last: float = field(default=10.0, metadata=renamed_from("omega_last"))
     max_rank: int = 16  # of any block
     scale: float = 2.0  # alpha / r
@@ -101,16 +102,16 @@ class TrainConfig:
     data: str | None = None  # a text source; required by `losa run`
     tokens: int = 2_200_000  # over all dynamic steps; the released recipe sees about as many
     samples: int | None = None  # instead of tokens: documents, one a row, padded, not packed (the released recipe)
-    last_share: float = 0.9  # of them in the last dynamic step; the earlier steps share the rest evenly. Released recipe: 0.6
+    last_share: float = 0.9  # of tokens or samples, in the last dynamic step; the others share the rest. Released recipe: 0.6
     length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
     batch_size: int = 8  # rows of one forward, of all processes together
     accumulation: int = 1  # forwards of one optimizer step
-    lr: float | None = None  # peak; when None 0.576 / hidden size, at most 3e-3, or of adapters 2e-4 * 4096 / hidden size, 5e-3
-    weight_decay: float = 0.001
+    lr: float | None = None  # peak; when None 0.576 / hidden size, at most 3e-3; of adapters 0.8192 / hidden size, at most 5e-3
+    weight_decay: float = 0.001  # of AdamW
     warmup: float = 0.3  # ratio of a step's updates
-    schedule: str = "linear"
-    max_grad_norm: float = 0.3
-    gradient_checkpointing: bool = False
+    schedule: str = "linear"  # or cosine, constant, constant_with_warmup, polynomial, inverse_sqrt
+    max_grad_norm: float = 0.3  # gradients are clipped to it
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     reuse_weights: bool = False  # build effective weights once an update, not twice a forward; worth their memory if accumulating
     distill: float = 0.75  # weight of the KL to the dense model in the loss; the rest is cross-entropy. Released recipe: 0
     temperature: float = 1.0  # of that KL
@@ -183,12 +184,12 @@ class LosaConfig:
     rate_band: float | None = field(default=None, metadata=renamed_from("delta"))
     values: str | None = None  # int8 or int4: surviving weights lie on a grid that `losa pack --values` stores without loss
     rotate: bool = False  # turn the values of every attention head first, so that pruning finds more small weights; rotation.py
-    seed: int = 0
-    device: str = "auto"  # cuda if there is one, else cpu
+    seed: int = 0  # of everything random
+    device: str = "auto"  # cpu or cuda; auto: cuda if there is one
     dtype: str = "auto"  # of the base weights; auto: the checkpoint's, computing in float32 on CPUs without 16-bit instructions
     offload: bool = False  # for models larger than the device: decoder blocks stay on the host and visit it one at a time
     shard: bool = False  # of several processes, each holds a part of the weights while training (FSDP2)
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run Python code that comes with the model
     skip_bad_records: bool = False  # of any text; leave them out and say how many, instead of refusing the first
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -88,7 +88,7 @@ SHARED: dict[str, Shared] = {
             str | None,
             typer.Option(
                 help="`alps` (default, recovers most), `sparsegpt`, `wanda` (fastest), `magnitude`, or `movement`: scores "
-                "collected while the model trains."
+                "collected while the model trains, so it needs training and `--set steps=2` or more."
             ),
         ],
     ),
@@ -141,7 +141,13 @@ SHARED: dict[str, Shared] = {
     ),
     "device": Shared("device", Device),
     "offload": Shared(
-        "offload", Annotated[bool | None, typer.Option("--offload", help="Calibrate with one block at a time on the device.")]
+        "offload",
+        Annotated[
+            bool | None,
+            typer.Option(
+                "--offload", help="For a model larger than the GPU: blocks stay on the host and visit it one at a time."
+            ),
+        ],
     ),
     "shard": Shared(
         "shard",

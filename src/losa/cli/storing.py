@@ -62,7 +62,7 @@ def pack(
     """Store a sparse checkpoint small: one bit for every weight, one number for every weight that is not zero.
 
     At 70 % zeros that is 0.36 of the dense linear layers (0.21 with int8 values, 0.15 with int4). `losa.load`, `losa generate`,
-    `losa eval` and transformers with `losa.SparseConfig` run it packed; `losa unpack` gives the checkpoint back.
+    `losa eval` and, after `import losa`, transformers run it packed; `losa unpack` gives the checkpoint back.
     """
     from losa.report.content import size
     from losa.runtime.files import pack_checkpoint

@@ -160,9 +160,10 @@ def compare(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")] = None,
     keep_models: KeepModels = None,
 ) -> None:
-    """One table of methods on one model: the same texts, tokens and seeds for dense, magnitude, Wanda, SparseGPT, each with LoRA
-    (merged, so dense again), with masked LoRA (one shot, uniform: the missing baseline), with LoSA whole and without each of its
-    parts, full fine-tuning under the mask, and dense models of few bits (GPTQ), with what each takes in bytes.
+    """One table of methods on one model, on the same texts, tokens and seeds: dense; magnitude, Wanda, SparseGPT and ALPS, pruned
+    only; Wanda and SparseGPT with LoRA (merged, so dense again), with masked LoRA (one shot, uniform) and with the paper's LoSA;
+    that without each of its parts; full fine-tuning under the mask; what `losa run` does by default; and dense models of few bits
+    (GPTQ). With what each takes in bytes.
 
     Rows that are there are not made again, so a comparison that was stopped goes on. Writes a CSV file, tables in Markdown and
     LaTeX, and plots of quality against bytes, speed, time and sparsity; ends with what to use for which quality.
@@ -207,7 +208,14 @@ def evaluate(
         ),
     ] = None,
     eval_data: Annotated[str | None, typer.Option(help="The same as --data, by the name that `losa run` has for it.")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=2, help="Window in tokens; 2048 and 4096, or what it allows.")] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=2,
+            help="Window in tokens; may be given several times. By default 2048 and 4096 as far as the model allows, or, of a "
+            "text that the run held out, the run's.",
+        ),
+    ] = None,
     words: Annotated[
         bool,
         typer.Option("--words", help="Word perplexity too, as lm-eval defines it: of the whole text, whatever --windows is."),

@@ -1,4 +1,4 @@
-"""The plug-in for vLLM: `pip install "losa[vllm]"`, then `vllm serve DIRECTORY`.
+"""The plug-in for vLLM: `pip install ".[vllm]"` in the sources, then `vllm serve DIRECTORY`.
 
 vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in every process. From then on
 

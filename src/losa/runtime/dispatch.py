@@ -34,7 +34,7 @@ def available() -> tuple[str, ...]:
         reason = "were not built when losa was installed" if isinstance(error, IndexError) else f"do not load ({error})"
         logger.warning(
             "losa's CPU kernels %s: packed layers are unpacked at every call, slower than dense ones. With torch and a C++ "
-            "compiler installed, build them: pip install --no-build-isolation --force-reinstall --no-deps losa",
+            "compiler installed, build them, in losa's sources: pip install --no-build-isolation --force-reinstall --no-deps .",
             reason,
         )
         return (REFERENCE,)
