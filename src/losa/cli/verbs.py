@@ -63,27 +63,30 @@ def run(
 
     Several GPUs: `torchrun --nproc-per-node 8 -m losa run ...`, or `accelerate launch -m losa run ...`; the same result, sooner.
     """
-    from losa.api import run as run_losa
+    resolved = request.resolve(needs=("model", "output"), model=model, output=output and str(output))
+    (_rehearse if dry_run else _make)(resolved, training=True, resume=resume, overwrite=overwrite)
+
+
+def _make(config: "LosaConfig", training: bool, resume: bool, overwrite: bool) -> None:
+    """What `run` and `prune` do once they know what is wanted."""
+    from losa import api
     from losa.cli.tables import summary
     from losa.data import read_run
     from losa.models import load
     from losa.session import check_request
     from losa.system.output import claim
 
-    resolved = request.resolve(needs=("model", "output"), model=model, output=output and str(output))
-    if dry_run:
-        _rehearse(resolved, training=True, resume=resume, overwrite=overwrite)
-        return
-    with claim(resolved.output):
-        check_request(resolved, training=True, resume=resume, overwrite=overwrite)
+    with claim(config.output):
+        check_request(config, training=training, resume=resume, overwrite=overwrite)
         heavy()
-        texts = read_run(resolved, training=True)
-        sparse = run_losa(*load(resolved), resolved, data=texts, resume=resume, overwrite=overwrite, claimed=True)
+        texts = read_run(config, training)
+        make = api.run if training else api.prune
+        sparse = make(*load(config), config, data=texts, resume=resume, overwrite=overwrite, claimed=True)
     out.print(summary(sparse.losa_record))
-    say(f"saved and verified: {resolved.output}")
+    say(f"saved and verified: {config.output}")
 
 
-def _rehearse(config: "LosaConfig", training: bool, resume: bool = False, overwrite: bool = False) -> None:
+def _rehearse(config: "LosaConfig", training: bool, resume: bool, overwrite: bool) -> None:
     """`--dry-run`."""
     from losa.cli.tables import rehearsal
     from losa.planning.rehearsal import rehearse
@@ -110,24 +113,8 @@ def prune(
     `--set rates=dlp` gives layers their own rates. Perplexity is over the first 16 windows, which takes less time
     than pruning does; `losa eval OUTPUT --data TEXT` measures over all.
     """
-    from losa.api import prune as prune_once
-    from losa.cli.tables import summary
-    from losa.data import read_run
-    from losa.models import load
-    from losa.session import check_request
-    from losa.system.output import claim
-
     resolved = request.resolve("one-shot", ("model", "output"), model=model, output=output and str(output))
-    if dry_run:
-        _rehearse(resolved, training=False, resume=resume, overwrite=overwrite)
-        return
-    with claim(resolved.output):
-        check_request(resolved, training=False, resume=resume, overwrite=overwrite)
-        heavy()
-        texts = read_run(resolved, training=False)
-        pruned = prune_once(*load(resolved), resolved, data=texts, resume=resume, overwrite=overwrite, claimed=True)
-    out.print(summary(pruned.losa_record))
-    say(f"saved and verified: {resolved.output}")
+    (_rehearse if dry_run else _make)(resolved, training=False, resume=resume, overwrite=overwrite)
 
 
 @app.command()
