@@ -363,6 +363,23 @@ def test_damaged_stages_all_of_them_start_anew(folder, uninterrupted, output, ca
     assert_same_result(output, uninterrupted("wanda"))
 
 
+def test_a_new_run_killed_early_leaves_an_output_beside_files_of_others(folder, uninterrupted, output, monkeypatch):
+    (output / "notes.txt").write_text("mine")
+
+    def stop(session):
+        raise Stop
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr("losa.api.measure_baselines", stop)
+        toy_run(folder, output=str(output), overwrite=True)
+    assert stages(output) == []
+    toy_run(folder, output=str(output), resume=True)
+    assert (output / "notes.txt").read_text() == "mine"
+    (output / "notes.txt").unlink()
+    assert_same_result(output, uninterrupted("wanda"))
+    assert not (output / ".losa").exists()
+
+
 def test_overwrite_starts_anew(folder, uninterrupted, output):
     toy_run(folder, output=str(output), overwrite=True, seed=5)
     assert comparable(output)["config"]["seed"] == 5

@@ -143,8 +143,10 @@ def _tidy(final: Path) -> None:
     for left in (old, new):
         if left.exists():
             _discard(left, final)
-    if (final / WORK).is_dir() and not stages(final) and all(path.name == WORK for path in final.iterdir()):
-        shutil.rmtree(final / WORK)
+    if (final / WORK).is_dir() and not stages(final):
+        others = [path.name for path in final.iterdir() if path.name != WORK]
+        if not others or LIST in others:  # else it alone tells that what lies there lies in an output
+            shutil.rmtree(final / WORK)
     for half_stage in (final / WORK).glob("tmp-*"):
         shutil.rmtree(half_stage)
     for half in (*final.glob(f".*{HALF}"), *final.glob(f"*/.*{HALF}")):
