@@ -229,11 +229,12 @@ class Soak:
         """One of a kind, on the toy."""
         return next(job for job in self.jobs if job.name == f"{kind} toy")
 
-    def go(self, kills: int, deadline: float = float("inf")) -> int:
-        """Goes on until so many kills are done, or until a moment. Returns how many there were."""
+    def go(self, kills: int, deadline: float = float("inf"), kinds: Sequence[str] = ()) -> int:
+        """Kills jobs of these kinds, or of all, until so many are done or until a moment. Returns how many there were."""
+        chosen = [self.job(kind) for kind in kinds] or self.jobs
         done = 0
         while done < kills and time.monotonic() < deadline:
-            done += self.torture(self.random.choice(self.jobs), min(4, kills - done))
+            done += self.torture(self.random.choice(chosen), min(4, kills - done))
         return done
 
 
