@@ -296,8 +296,11 @@ def main() -> None:
         else:
             print(json.dumps(ours(file, args.threads, args.contexts, kind)))
         return
+    import torch
+
     from losa.system.environment import machine
 
+    torch.set_num_threads(args.threads)
     engines = prepare(args)
     runs: dict[str, list[dict]] = {name: [] for name in engines}
     llama = [name for name, (kind, _) in engines.items() if kind == "llama"]
@@ -306,7 +309,7 @@ def main() -> None:
             runs[name].append(measure(args, *engines[name]))
             print(turn + 1, name, json.dumps(runs[name][-1]), flush=True)
     shape = args.model.name if args.model else "TinyLlama's shape"
-    write(args, table(engines, runs), f"{shape}, {args.threads} threads, {machine('cpu')}, {time.strftime('%Y-%m-%d')}")
+    write(args, table(engines, runs), f"{shape}, {machine('cpu')}, {time.strftime('%Y-%m-%d')}")
 
 
 if __name__ == "__main__":
