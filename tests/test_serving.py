@@ -390,4 +390,4 @@ def test_a_port_that_is_taken(monkeypatch, capsys):
 
 def test_what_serving_needs_is_said(monkeypatch, capsys):
     monkeypatch.setattr(start, "is_serve_available", lambda: False)
-    assert_one_line_error(losa_main(monkeypatch, capsys, "serve", "nowhere"), 'pip install "losa[serve]"')
+    assert_one_line_error(losa_main(monkeypatch, capsys, "serve", "nowhere"), 'pip install ".[serve]"')

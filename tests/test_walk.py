@@ -8,10 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import Stop, comparable, file_bytes, record_of, set_up, toy_config
 from processes import call, losa
 
 import losa as package
+from losa import method
+from losa.data import prepare
 from losa.models import load
 from losa.session import stages as files
 from losa.walk import BlockKeeping
@@ -72,6 +75,24 @@ def stop_in(monkeypatch, visit: str, block: int, walk: int = 1) -> None:
         return visiting
 
     monkeypatch.setattr(module, visit, stopping)
+
+
+def test_reconstruction_sees_more_text_than_pruning_in_shorter_pieces(folder, tmp_path, monkeypatch):
+    seen, real = {}, method.walk_blocks
+
+    def walking(model, ids_ST, visits, **options):
+        seen["pieces"] = ids_ST
+        return real(model, ids_ST, visits, **options)
+
+    monkeypatch.setattr(method, "walk_blocks", walking)
+    text = {"calibration": {"sequences": 2, "length": 32}, "reconstruct": {"epochs": 1, "sequences": 6, "length": 12}}
+    config = toy_config(folder, output=str(tmp_path / "sparse"), **WHOLE | text)
+    loaded = load(config)
+    config = config.resolve(loaded[0].config.hidden_size, 64)
+    package.prune(*loaded, config)
+    ids_ST = prepare(config, loaded[1], training=False).calibration
+    assert ids_ST.shape == (6, 32) and config.reconstructed_pieces == 12
+    assert torch.equal(seen["pieces"], torch.cat([ids_ST[:, :12], ids_ST[:, 12:24]], 1).reshape(12, 12))
 
 
 def left(output: Path) -> list[str]:
@@ -179,11 +200,11 @@ def test_what_cannot_be_saved_is_saved_later(folder, whole, tmp_path, monkeypatc
 
 def test_an_end_without_anything_new_saves_nothing():
     saved = []
-    keeping = BlockKeeping(saved.append, math.inf, done=2)
+    keeping = BlockKeeping(lambda *blocks: not saved.append(blocks), math.inf, done=2)
     with pytest.raises(Stop), keeping.walking():
         raise Stop
     assert saved == []
     with pytest.raises(Stop), keeping.walking():
         keeping.did(2)
         raise Stop
-    assert saved == [3]
+    assert saved == [(2, 3)]

@@ -379,7 +379,7 @@ def test_missing_lm_eval_is_one_line(toy, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "losa.evaluation.harness")
     monkeypatch.delattr(losa.evaluation, "harness")
-    assert_one_line_error(losa_main(monkeypatch, capsys, "eval", toy, "--tasks", "rte"), 'pip install "losa[eval]"')
+    assert_one_line_error(losa_main(monkeypatch, capsys, "eval", toy, "--tasks", "rte"), 'pip install ".[eval]"')
 
 
 def test_tasks_alone_measure_no_perplexity(toy, folder):

@@ -82,13 +82,15 @@ class ReconstructConfig:
     """Block-wise reconstruction: each block's surviving weights are trained to put out what the dense block does."""
 
     epochs: int = 0  # over the sequences; 0: no reconstruction
-    sequences: int = 64  # of the calibration sequences
-    batch_size: int = 1  # sequences of one update, of all processes together
+    sequences: int = 64  # of calibration text, calibration.length tokens each; may be more than pruning sees
+    length: int = 256  # tokens of the pieces that those are cut into, at most calibration.length; more updates, and faster ones
+    batch_size: int = 1  # pieces of one update, of all processes together
     lr: float | None = None  # peak; that of training all weights when None
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, "reconstruct.epochs", self.epochs, "at least 0")
         require(self.sequences >= 1, "reconstruct.sequences", self.sequences, "at least 1")
+        require(self.length >= 8, "reconstruct.length", self.length, "at least 8 tokens")
         require(self.batch_size >= 1, "reconstruct.batch_size", self.batch_size, "at least 1")
         require(self.lr is None or 0 < self.lr < 1, "reconstruct.lr", self.lr, "a number in (0, 1)")
 
@@ -237,6 +239,17 @@ class LosaConfig:
         """Sequences that one dynamic step measures importance on; 0 where the rule needs none."""
         return self.calibration.rmi_sequences if self.rate_band and RULES[self.rates].needs != "nothing" else 0
 
+    @property
+    def calibration_sequences(self) -> int:
+        """Sequences of calibration text that are read: as many as the stage that uses most."""
+        reconstructed = self.reconstruct.sequences if self.reconstruct.epochs else 0
+        return max(self.calibration.sequences or 0, self.importance_sequences, reconstructed)
+
+    @property
+    def reconstructed_pieces(self) -> int:
+        """Pieces of `reconstruct.length` tokens that one epoch of reconstruction sees."""
+        return self.reconstruct.sequences * ((self.calibration.length or 0) // self.reconstruct.length)
+
     def resolve(self, hidden_size: int, max_length: int) -> "LosaConfig":
         """A copy with every field decided that depends on the model.
 
@@ -252,7 +265,7 @@ class LosaConfig:
             # The literature's 128 x 2048 tokens would take a third of a small model's run, and it does not need them (LOG.md).
             tokens = get_pruner(config.pruner).calibration_tokens(hidden_size)
             config.calibration.sequences = min(128, max(1, tokens // (config.calibration.length or 1)))
-        config.reconstruct.sequences = min(config.reconstruct.sequences, config.calibration.sequences)
+        config.reconstruct.length = min(config.reconstruct.length, config.calibration.length or 1)
         # The released 2e-4 was set for adapters and a hidden size of 4096. Adam's steps scale with 1 / width (muP,
         # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweeps that agree. Capped for toy widths.
         whole = min(3e-3, round(WHOLE_RATE / hidden_size, 8))

@@ -115,10 +115,12 @@ def prune_to(
 def reconstruct(session: Session) -> None:
     """After the last pruning: each block's surviving weights learn to put out what the dense block does."""
     config = session.config
+    length, ids_ST = config.reconstruct.length, session.data.calibration[: config.reconstruct.sequences]
+    pieces_ST = ids_ST[:, : ids_ST.shape[1] // length * length].reshape(-1, length)
     with session.timed("reconstruction"):
         session.record["steps"][-1]["reconstructed"] = walk_blocks(
             session.model,
-            session.data.calibration[: config.reconstruct.sequences],
+            pieces_ST,
             [reconstruction_visit(config.reconstruct, config.seed)],
             label="reconstruction",
             device=session.device,

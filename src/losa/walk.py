@@ -74,12 +74,12 @@ class BlockKeeping:
     """How a walk keeps what it did to the blocks, for another process to go on from there.
 
     Attributes:
-        save: called with the number of blocks that are done.
+        save: called with the first block that is not saved and the first that is not done; says whether it could.
         minutes: between two times.
         done: blocks that are done; at first those that an earlier process did, which the model has as that left them.
     """
 
-    save: Callable[[int], None]
+    save: Callable[[int, int], bool]
     minutes: float
     done: int = 0
 
@@ -100,9 +100,9 @@ class BlockKeeping:
             self._save()
 
     def _save(self) -> None:
-        if self.done > self.saved:
-            self.save(self.done)
-        self.saved, self.last = self.done, time.monotonic()
+        if self.done > self.saved and self.save(self.saved, self.done):
+            self.saved = self.done
+        self.last = time.monotonic()
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def walk_blocks(
     """
     sparse = block_inputs(model, distributed.part(ids_ST), batch_size)
     dense = sparse.first(len(distributed.part(ids_ST[:dense_sequences])))
-    keeping = keeping or BlockKeeping(lambda done: None, math.inf)
+    keeping = keeping or BlockKeeping(lambda begin, end: True, math.inf)
     errors = []
     with keeping.walking():
         for index, block in enumerate(progress(find_decoder(model).blocks, label)):

@@ -120,7 +120,7 @@ def serve(
 ) -> None:
     """Serve MODEL to OpenAI's clients: chat, completions, streaming, many requests at a time; until SIGTERM or Ctrl-C.
 
-    The name to ask for is MODEL as it is given here. Needs `pip install "losa[serve]"`.
+    The name to ask for is MODEL as it is given here. Needs `pip install ".[serve]"`, in a clone.
 
     Example: `losa serve llama-packed`, then `curl localhost:8000/v1/completions -H "Content-Type: application/json" -d
     '{"model": "llama-packed", "prompt": "The old man", "max_tokens": 20}'`

@@ -221,7 +221,7 @@ def evaluate(
     """Perplexity of a checkpoint on a text, and its accuracy on tasks, without examples in the prompt.
 
     Perplexity by token is over windows of a named length, as pruning papers report it; `--words` adds lm-eval's, by word. Tasks
-    and words are measured by lm-eval: `pip install "losa[eval]"`. The mean accuracy is over the paper's seven tasks.
+    and words are measured by lm-eval: `pip install ".[eval]"`, in a clone. The mean accuracy is over the paper's seven tasks.
     Of a --config or --set, what says what is measured counts: `eval.data`, `eval.length`, `eval.windows`, `dtype`, `device`.
 
     Example: `losa eval llama-sparse --data wikitext2 --tasks paper --save`

@@ -102,7 +102,7 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
         ValueError: a text is missing, unreadable, bad or too short.
     """
     calibrating, evaluating = config.calibration, config.eval
-    assert calibrating.length is not None and calibrating.sequences is not None and evaluating.length is not None
+    assert calibrating.length is not None and evaluating.length is not None
     began = time.perf_counter()
     how: dict[str, Any] = {"loss_on": config.train.loss_on, "skip": config.skip_bad_records}
     source = training_source(config)
@@ -119,11 +119,10 @@ def prepare(config: LosaConfig, tokenizer: PreTrainedTokenizerBase, training: bo
         measured = set(map(text_of, text.documents))  # of a folder that the training text is a part of, or holds
         own = load_documents(calibrating.data, tokenizer, **how, without=evaluating.data)
         others = pieces([document for document in own if text_of(document) not in measured] or own, config.seed)
-    count = max(calibrating.sequences, config.importance_sequences)
     evaluation = text.windows(tokenizer, evaluating.length, evaluating.windows)
     return RunData(
         train=train,
-        calibration=calibration_windows(others, tokenizer, calibrating.length, count),
+        calibration=calibration_windows(others, tokenizer, calibrating.length, config.calibration_sequences),
         evaluation=evaluation.ids_ST,
         counted=evaluation.counted_ST,
         held_out=text.fingerprint() if evaluating.data is None else None,

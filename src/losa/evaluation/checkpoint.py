@@ -167,7 +167,7 @@ def harness() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise ValueError('tasks and word perplexity need lm-eval, which is not installed: pip install "losa[eval]"') from error
+        raise ValueError('tasks and word perplexity need lm-eval: pip install ".[eval]" in a clone of losa') from error
     return module
 
 

@@ -282,11 +282,12 @@ class _Probe:
         found["pruning"] = config.steps * walk + L * forward(0, errors / P * window)
         found["reconstruction"] = 0.0
         if reconstruct.epochs:
-            line, update = self.backward(True, reconstruct.batch_size, window), self.update(whole=True)
-            seen = -(-reconstruct.sequences // P)  # by both streams once more, and in every epoch
-            updates = reconstruct.epochs * -(-reconstruct.sequences // reconstruct.batch_size)  # a batch is of all processes
-            trained = line(updates, reconstruct.epochs * seen * window)
-            found["reconstruction"] = L * (trained + 2 * forward(-(-seen // BATCH), seen * window))
+            length, pieces = reconstruct.length, config.reconstructed_pieces
+            line, update = self.backward(True, reconstruct.batch_size, length), self.update(whole=True)
+            seen = -(-pieces // P)  # by both streams once more, and in every epoch
+            updates = reconstruct.epochs * -(-pieces // reconstruct.batch_size)  # a batch is of all processes
+            trained = line(updates, reconstruct.epochs * seen * length)
+            found["reconstruction"] = L * (trained + 2 * forward(-(-seen // BATCH), seen * length))
             found["reconstruction"] += updates * update
         found["rounding"] = 0.0
         if config.values:  # every process rounds all layers

@@ -154,7 +154,7 @@ def simulate_block(build: Callable[[], PreTrainedModel], config: LosaConfig) -> 
 
 def simulate_reconstruction(build: Callable[[], PreTrainedModel], config: LosaConfig) -> int:
     """Peak bytes of an update of the largest block: activations, and 16 a weight that is trained."""
-    rows, length = config.reconstruct.batch_size, config.calibration.length or 0
+    rows, length = config.reconstruct.batch_size, config.reconstruct.length
     with FakeTensorMode(), torch.device("cpu"):
         model = attach(build(), whole=True)
         index, block = _largest_block(model)
@@ -204,12 +204,12 @@ def simulate_calibration(
     state = (calibrating.length or 0) * hidden  # numbers of a sequence
     sparse = -(-calibrating.sequences // processes)
     dense = -(-min(calibrating.error_sequences, calibrating.sequences) // processes)
-    reconstructing = 0
-    if reconstruct.epochs:
-        dense = max(dense, -(-reconstruct.sequences // processes))
-        both = (sparse + dense) * state * itemsize  # inputs and targets in one piece each, beside their streams
-        update = simulate_reconstruction(build, config)
-        if config.train.whole:  # its values are what is trained anyway
-            update -= 4 * max(decoder.sizes())
-        reconstructing = both + max(16 * dense * state, update)  # 16: targets in float64 and their squares
-    return (sparse + dense) * state * itemsize + max(simulate_block(build, config), _solver_bytes(build, config), reconstructing)
+    pruning = (sparse + dense) * state * itemsize + max(simulate_block(build, config), _solver_bytes(build, config))
+    if not reconstruct.epochs:
+        return pruning
+    pieces = -(-config.reconstructed_pieces // processes) * reconstruct.length * hidden  # numbers of a stream
+    update = simulate_reconstruction(build, config)
+    if config.train.whole:  # its values are what is trained anyway
+        update -= 4 * max(decoder.sizes())
+    # Two streams, their inputs and targets in one piece each beside them, targets in float64 and their squares.
+    return max(pruning, 4 * pieces * itemsize + max(16 * pieces, update))

@@ -55,7 +55,8 @@ def stage_flops(
     walk = (calibrating.sequences or 1) * window * forward(window)
     pruned = (1 + (get_pruner(config.pruner).collect is not None)) * walk  # collect, advance
     errors = steps * min(calibrating.error_sequences, calibrating.sequences or 1) * window * forward(window)
-    reconstructed = config.reconstruct.sequences * window * forward(window)
+    piece = config.reconstruct.length
+    reconstructed = config.reconstructed_pieces * piece * forward(piece)
     short, measured = min(calibrating.rmi_length, window), windows or evaluation_windows(config)
     repeats = 3 + train.gradient_checkpointing + bool(train.distill or train.distill_blocks)
     return {

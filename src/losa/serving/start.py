@@ -13,7 +13,7 @@ GRACE = 20  # seconds for answers that are under way when a signal comes; schedu
 def check_installed() -> None:
     """Raises ValueError where the packages of `losa[serve]` are missing."""
     if not is_serve_available():
-        raise ValueError('serving needs fastapi, uvicorn and openai: pip install "losa[serve]"')
+        raise ValueError('serving needs fastapi, uvicorn and openai: pip install ".[serve]" in a clone of losa')
 
 
 def listen(host: str, port: int) -> socket.socket:

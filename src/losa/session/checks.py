@@ -46,7 +46,7 @@ def check_parts(config: LosaConfig, processes: int, windows: int | None = None) 
     for name, count, evenly in (
         ("calibration.sequences", calibrating.sequences, False),
         ("calibration.error_sequences", min(calibrating.error_sequences, calibrating.sequences), False),
-        ("reconstruct.sequences", config.reconstruct.sequences, False),
+        ("reconstruct.sequences", config.reconstructed_pieces, False),
         ("calibration.rmi_sequences", config.importance_sequences or processes, True),
         ("train.batch_size", config.train.batch_size, True),
         ("eval.windows", processes if windows is None else windows, False),
@@ -143,7 +143,7 @@ def check_request(
         raise ValueError(
             f"pruner is {config.pruner!r}, whose scores come from training, but {found}; expected `run` with steps >= 2"
         )
-    calibration = (config.calibration.sequences or 0) * (config.calibration.length or 1)
+    calibration = config.calibration_sequences * (config.calibration.length or 1)
     check_memory({"train.tokens": 8 * config.train.tokens * training, "calibration.sequences": 8 * calibration})
     for variable, (off, found, way_out) in LAUNCHER.items():
         if os.environ.get(variable, off).lower() != off:

@@ -211,18 +211,18 @@ class Session:
             logger.info("resuming %s after block %d", stage, done - 1)
             notes |= values["notes"]
             self.record["seconds"][stage] = round(self.record["seconds"].get(stage, 0.0) + spent, 3)
-        saved, began = done, time.perf_counter() - spent
+        start = time.perf_counter() - spent
 
-        def save(now: int) -> None:
-            nonlocal saved
+        def save(begin: int, end: int) -> bool:
             try:
                 if distributed.is_main():
-                    values = {"notes": notes, "seconds": time.perf_counter() - began}
-                    stages.save_blocks(output, after, self.model, saved, now, values)
-                    logger.info("saved after block %d", now - 1)
-                saved = now
+                    values = {"notes": notes, "seconds": time.perf_counter() - start}
+                    stages.save_blocks(output, after, self.model, begin, end, values)
+                    logger.info("saved after block %d", end - 1)
             except OSError as error:
                 logger.warning("%s; %s goes on, and is saved again later", error, stage)
+                return False
+            return True
 
         return BlockKeeping(save, self.config.train.save_minutes, done)
 
