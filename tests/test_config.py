@@ -251,10 +251,28 @@ def test_resolve_takes_the_learning_rate_from_the_width():
     assert adapters.resolve(4096, 2048).train.lr == 2e-4
     assert adapters.resolve(1024, 2048).train.lr == pytest.approx(8e-4)
     assert adapters.resolve(32, 64).train.lr == 5e-3  # capped
-    assert LosaConfig().resolve(576, 2048).train.lr == pytest.approx(1e-3)  # all weights
-    assert LosaConfig().resolve(1152, 2048).train.lr == pytest.approx(5e-4)
-    assert LosaConfig().resolve(32, 64).train.lr == 3e-3
+    assert LosaConfig().resolve(576, 2048).train.lr == pytest.approx(5e-4)  # all weights
+    assert LosaConfig().resolve(1152, 2048).train.lr == pytest.approx(2.5e-4)
+    assert LosaConfig().resolve(32, 64).train.lr == 3e-3  # capped
+    assert LosaConfig().resolve(576, 2048).reconstruct.lr == pytest.approx(1e-3)
     assert LosaConfig.load(overrides={"train.lr": 3e-5}).resolve(64, 64).train.lr == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("train", "processes", "rows"),
+    [
+        ({}, 1, 1),  # rows of 1,024 tokens
+        ({"length": 256}, 1, 4),
+        ({"length": 4096}, 1, 1),
+        ({"length": 256}, 3, 6),
+        ({}, 8, 8),
+        ({"weights": "adapters"}, 1, 8),
+        ({"weights": "adapters"}, 3, 9),
+        ({"batch_size": 5}, 2, 5),  # what is given stays
+    ],
+)
+def test_resolve_takes_the_rows_of_an_update_from_their_length_and_the_processes(train, processes, rows):
+    assert LosaConfig.from_dict({"train": train}).resolve(576, 8192, processes).train.batch_size == rows
 
 
 def test_resolve_leaves_the_original_alone_and_is_idempotent():

@@ -92,7 +92,8 @@ def model(tmp_path):
 
 @pytest.mark.slow
 def test_processes_share_the_work(model):
-    values = {"model": model, "train": {"tokens": 6400, "length": 64}, "calibration": {"sequences": 64}, "device": "cpu"}
+    train = {"tokens": 6400, "length": 64, "batch_size": 8}
+    values = {"model": model, "train": train, "calibration": {"sequences": 64}, "device": "cpu"}
     state = torch.random.get_rng_state()
     one, four = (plan(LosaConfig.from_dict(values), processes, 2**30, 1e12) for processes in (1, 4))
     assert torch.equal(torch.random.get_rng_state(), state)

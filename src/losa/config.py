@@ -21,7 +21,10 @@ from losa.rules import RULES
 from losa.system.yaml_tree import build, current_names, merge, nested, parse_yaml, read_config, renamed_from, require
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-WHOLE_RATE = 0.576  # peak learning rate times the hidden size, where all weights are trained: 1e-3 at 576 (docs/LOG.md)
+UPDATE_TOKENS = 1024  # that one forward in training sees where all weights are trained
+ADAPTER_ROWS = 8  # where adapters are, as in the release
+WHOLE_RATE = 0.288  # peak learning rate times the hidden size, where all weights are trained: 5e-4 at 576 (docs/LOG.md)
+RECONSTRUCTION_RATE = 0.576  # the same of block-wise reconstruction
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
@@ -85,7 +88,7 @@ class ReconstructConfig:
     sequences: int = 64  # of calibration text, calibration.length tokens each; may be more than pruning sees
     length: int = 256  # tokens of the pieces that those are cut into, at most calibration.length; more updates, and faster ones
     batch_size: int = 1  # pieces of one update, of all processes together
-    lr: float | None = None  # peak; that of training all weights when None
+    lr: float | None = None  # peak; 0.576 / hidden size when None, at most 3e-3
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, "reconstruct.epochs", self.epochs, "at least 0")
@@ -106,9 +109,9 @@ class TrainConfig:
     samples: int | None = None  # instead of tokens: documents, one a row, padded, not packed (the released recipe)
     last_share: float = 0.9  # of tokens or samples, in the last dynamic step; the others share the rest. Released recipe: 0.6
     length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
-    batch_size: int = 8  # rows of one forward, of all processes together
+    batch_size: int | None = None  # rows of one forward, of all processes together; when None 1,024 tokens, of adapters 8 rows
     accumulation: int = 1  # forwards of one optimizer step
-    lr: float | None = None  # peak; when None 0.576 / hidden size, at most 3e-3; of adapters 0.8192 / hidden size, at most 5e-3
+    lr: float | None = None  # peak; when None 0.288 / hidden size, at most 3e-3; of adapters 0.8192 / hidden size, at most 5e-3
     weight_decay: float = 0.001  # of AdamW
     warmup: float = 0.3  # ratio of a step's updates
     schedule: str = "linear"  # or cosine, constant, constant_with_warmup, polynomial, inverse_sqrt
@@ -124,8 +127,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.data = local(self.data)
-        for name in ("tokens", "batch_size", "accumulation"):
+        for name in ("tokens", "accumulation"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require(self.batch_size is None or self.batch_size >= 1, "train.batch_size", self.batch_size, "at least 1")
         require(self.weights in ("all", "adapters"), "train.weights", self.weights, "'all' or 'adapters'")
         require(self.samples is None or self.samples >= 1, "train.samples", self.samples, "at least 1")
         require(0 < self.last_share <= 1, "train.last_share", self.last_share, "a ratio in (0, 1]")
@@ -250,8 +254,8 @@ class LosaConfig:
         """Pieces of `reconstruct.length` tokens that one epoch of reconstruction sees."""
         return self.reconstruct.sequences * ((self.calibration.length or 0) // self.reconstruct.length)
 
-    def resolve(self, hidden_size: int, max_length: int) -> "LosaConfig":
-        """A copy with every field decided that depends on the model.
+    def resolve(self, hidden_size: int, max_length: int, processes: int = 1) -> "LosaConfig":
+        """A copy with every field decided that depends on the model, or on how many processes train it.
 
         Raises:
             ValueError: a length is longer than the model allows.
@@ -266,13 +270,16 @@ class LosaConfig:
             tokens = get_pruner(config.pruner).calibration_tokens(hidden_size)
             config.calibration.sequences = min(128, max(1, tokens // (config.calibration.length or 1)))
         config.reconstruct.length = min(config.reconstruct.length, config.calibration.length or 1)
+        if config.train.batch_size is None:  # updates of few tokens learn more from as many (LOG.md); a row for every process
+            rows = UPDATE_TOKENS // (config.train.length or 1) if config.train.whole else ADAPTER_ROWS
+            config.train.batch_size = max(1, -(-rows // processes)) * processes
         # The released 2e-4 was set for adapters and a hidden size of 4096. Adam's steps scale with 1 / width (muP,
         # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweeps that agree. Capped for toy widths.
-        whole = min(3e-3, round(WHOLE_RATE / hidden_size, 8))
         if config.train.lr is None:
-            config.train.lr = whole if config.train.whole else min(5e-3, round(2e-4 * 4096 / hidden_size, 8))
+            rate, most = (WHOLE_RATE, 3e-3) if config.train.whole else (2e-4 * 4096, 5e-3)
+            config.train.lr = min(most, round(rate / hidden_size, 8))
         if config.reconstruct.lr is None:
-            config.reconstruct.lr = whole
+            config.reconstruct.lr = min(3e-3, round(RECONSTRUCTION_RATE / hidden_size, 8))
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
         return AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code).eval()
 
     decoder = check_architecture(model, config, training=True)
-    config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
+    config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config), processes)
     check_parts(config, processes)
     parameters, hidden = sum(p.numel() for p in model.parameters()), model.config.get_text_config().hidden_size
     planned = _Planned(config, build, decoder, parameters, hidden, dtype, processes, device)
@@ -119,7 +119,7 @@ def plan(config: LosaConfig, processes: int = 1, memory: int | None = None, flop
     if probed:
         stages = probe(build, config, processes, torch.device(device))
     else:
-        tokens = config.train.batch_size * (config.train.length or 0) // processes
+        tokens = (config.train.batch_size or 1) * (config.train.length or 0) // processes
         speed = flops or _speed(decoder, min(tokens, 8192), dtype, resolve_device(config.device))
         counted = stage_flops(config, decoder, model.config.get_text_config())
         stages = {name: count / speed / processes for name, count in counted.items()}

@@ -195,7 +195,7 @@ class _Probe:
 
             return work
 
-        rows, length = (train.batch_size, train.length) if training else (EVALUATION_BATCH, self.config.eval.length)
+        rows, length = (train.batch_size or 1, train.length) if training else (EVALUATION_BATCH, self.config.eval.length)
         found, times = _line(prepare, rows, length or 1, self.device), self.vocabulary / len(W_VH)
         return Line(found.call * times, found.token * times)
 
@@ -302,8 +302,9 @@ class _Probe:
     def _training(self, forward: Line, processes: int) -> float:
         train, length = self.config.train, self.config.train.length or 1
         rows = training_rows(self.config)
-        calls, tokens = -(-rows // train.batch_size), rows * length / processes
-        each = self.backward(self.whole, -(-train.batch_size // processes), length)
+        batch = train.batch_size or 1
+        calls, tokens = -(-rows // batch), rows * length / processes
+        each = self.backward(self.whole, -(-batch // processes), length)
         seconds = self.blocks * each(calls, tokens) + self.head(training=True)(calls, tokens)
         if train.gradient_checkpointing:
             seconds += self.blocks * forward(calls, tokens)

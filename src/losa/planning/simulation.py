@@ -108,7 +108,7 @@ def _simulate(build: Callable[[], PreTrainedModel], config: LosaConfig, work: Ca
 
 def simulate_training(build: Callable[[], PreTrainedModel], config: LosaConfig, processes: int = 1) -> int:
     """Peak bytes of a training step's activations, gradients and transients: forward, teacher's forward, backward."""
-    rows = -(-config.train.batch_size // processes)
+    rows = -(-(config.train.batch_size or 1) // processes)
     simulated = min(rows, SIMULATED_ROWS)
 
     def step(model: PreTrainedModel) -> None:

@@ -42,7 +42,7 @@ def check_parts(config: LosaConfig, processes: int, windows: int | None = None) 
         ValueError: fewer rows than processes, or rows that do not divide by them.
     """
     calibrating = config.calibration
-    assert calibrating.sequences is not None
+    assert calibrating.sequences is not None and config.train.batch_size is not None
     for name, count, evenly in (
         ("calibration.sequences", calibrating.sequences, False),
         ("calibration.error_sequences", min(calibrating.error_sequences, calibrating.sequences), False),

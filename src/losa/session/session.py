@@ -120,7 +120,8 @@ class Session:
             warn_of_zeros(decoder)
         if kind == "run":
             check_precision(model)
-        config = config.resolve(model.config.get_text_config().hidden_size, max_length(model.config))
+        hidden_size = model.config.get_text_config().hidden_size
+        config = config.resolve(hidden_size, max_length(model.config), distributed.world_size())
         output = Path(config.output) if config.output else None
         manifest = stages.latest_stage(output, config) if output and resume else None
         if resume and manifest is None:

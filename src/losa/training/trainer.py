@@ -111,7 +111,7 @@ class LosaTrainer(Trainer):
 
 
 def _arguments(config: TrainConfig, device: torch.device, name: str, seed: int, work_dir: Path, rows: int) -> TrainingArguments:
-    assert config.lr is not None, "resolve the configuration first"
+    assert config.lr is not None and config.batch_size is not None, "resolve the configuration first"
     updates = math.ceil(math.ceil(rows / config.batch_size) / config.accumulation)
     args = TrainingArguments(
         output_dir=str(work_dir),
