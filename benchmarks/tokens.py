@@ -2,8 +2,8 @@
 
     python benchmarks/tokens.py docs/benchmarks/tokens.csv
 
-The columns are `zeros`, `text`, `tokens`, `perplexity` and `dense`, the dense model's perplexity; a row is a run of its own, with
-a schedule as long as its tokens, so a line is not the course of one training.
+The columns are `zeros` (and what else is different), `text`, `tokens`, `perplexity` and `dense`, the dense model's perplexity.
+A row is a run of its own, with a schedule as long as its tokens, so a line is not the course of one training.
 """
 
 import argparse
@@ -30,14 +30,14 @@ def main() -> None:
         mine = [row for row in rows if (row["zeros"], row["text"]) == name]
         tokens = [int(row["tokens"]) / MINUTE for row in mine]
         nats = [math.log(float(row["perplexity"]) / float(row["dense"])) for row in mine]
-        axes.plot(tokens, nats, "o-", markersize=4, label=f"{name[0]} zeros, {name[1]}")
+        axes.plot(tokens, nats, "o-", markersize=4, label=f"{name[0]}, {name[1]}")
     axes.axhline(math.log(1.1), color="#999999", linewidth=1, linestyle="--", label="10 % above dense")
     ticks = [0, 1, 3, 10, 30, 60]
     axes.set(xscale="symlog", xlim=(0, 70), ylim=(0, None), ylabel="nats above dense")
     axes.set_xticks(ticks, map(str, ticks))
     axes.set_xlabel("minutes of training on two cores (224 tokens a second)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper right", frameon=False, fontsize=8)
     figure.savefig(table.with_suffix(".svg"))
 
 

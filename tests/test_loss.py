@@ -115,7 +115,7 @@ def loss_of(model, ids, tmp_path, monkeypatch, items, **changes):
         "train",
         lambda self: seen.append(self.compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=items)),
     )
-    train(model, ids, TrainConfig(lr=1e-3, **changes), name="test", seed=0, work_dir=tmp_path)
+    train(model, ids, TrainConfig(lr=1e-3, batch_size=8, **changes), name="test", seed=0, work_dir=tmp_path)
     return seen[0]
 
 

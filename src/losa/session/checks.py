@@ -46,7 +46,7 @@ def check_parts(config: LosaConfig, processes: int, windows: int | None = None) 
     for name, count, evenly in (
         ("calibration.sequences", calibrating.sequences, False),
         ("calibration.error_sequences", min(calibrating.error_sequences, calibrating.sequences), False),
-        ("reconstruct.sequences", config.reconstructed_pieces, False),
+        ("reconstruct.sequences", config.reconstruct.sequences, False),
         ("calibration.rmi_sequences", config.importance_sequences or processes, True),
         ("train.batch_size", config.train.batch_size, True),
         ("eval.windows", processes if windows is None else windows, False),
