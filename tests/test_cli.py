@@ -242,7 +242,7 @@ def test_plan_counts_what_a_choice_costs(weightless, monkeypatch, capsys):
     changing, keeping = plan("--pruner", "sparsegpt", *adapters), plan("--pruner", "wanda", *adapters)
     assert changing["peak_memory"] - changing["runtime"] > keeping["peak_memory"] - keeping["runtime"]
     assert plan("--set", "train.gradient_checkpointing=true")["training"] < base["training"]
-    assert plan("--set", "train.batch_size=16")["training"] > 1.9 * base["training"]
+    assert plan("--set", "train.batch_size=32")["training"] > 1.9 * base["training"]  # 16 rows of 64 tokens by default
     assert plan("--set", "adapter.max_rank=32", *adapters)["trained"] == 2 * plan(*adapters)["trained"]
     assert plan("--set", "adapter.max_rank=32")["trained"] == base["trained"] == 16 * base["prunable"]
     assert plan("--set", "dtype=bfloat16")["weights"] == base["weights"] / 2
