@@ -37,7 +37,7 @@ def main() -> None:
     axes.set_xticks(ticks, map(str, ticks))
     axes.set_xlabel("minutes of training on two cores (224 tokens a second)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(table.with_suffix(".svg"))
 
 
