@@ -77,24 +77,6 @@ def stop_in(monkeypatch, visit: str, block: int, walk: int = 1) -> None:
     monkeypatch.setattr(module, visit, stopping)
 
 
-def test_reconstruction_sees_more_text_than_pruning_in_shorter_pieces(folder, tmp_path, monkeypatch):
-    seen, real = {}, method.walk_blocks
-
-    def walking(model, ids_ST, visits, **options):
-        seen["pieces"] = ids_ST
-        return real(model, ids_ST, visits, **options)
-
-    monkeypatch.setattr(method, "walk_blocks", walking)
-    text = {"calibration": {"sequences": 2, "length": 32}, "reconstruct": {"epochs": 1, "sequences": 6, "length": 12}}
-    config = toy_config(folder, output=str(tmp_path / "sparse"), **WHOLE | text)
-    loaded = load(config)
-    config = config.resolve(loaded[0].config.hidden_size, 64)
-    package.prune(*loaded, config)
-    ids_ST = prepare(config, loaded[1], training=False).calibration
-    assert ids_ST.shape == (6, 32) and config.reconstructed_pieces == 12
-    assert torch.equal(seen["pieces"], torch.cat([ids_ST[:, :12], ids_ST[:, 12:24]], 1).reshape(12, 12))
-
-
 def left(output: Path) -> list[str]:
     return sorted(path.parent.name for path in (output / ".losa").glob("*/stage.json"))
 
@@ -208,3 +190,21 @@ def test_an_end_without_anything_new_saves_nothing():
         keeping.did(2)
         raise Stop
     assert saved == [(2, 3)]
+
+
+def test_reconstruction_sees_more_text_than_pruning_in_shorter_pieces(folder, tmp_path, monkeypatch):
+    seen, real = {}, method.walk_blocks
+
+    def walking(model, ids_ST, visits, **options):
+        seen["pieces"] = ids_ST
+        return real(model, ids_ST, visits, **options)
+
+    monkeypatch.setattr(method, "walk_blocks", walking)
+    text = {"calibration": {"sequences": 2, "length": 32}, "reconstruct": {"epochs": 1, "sequences": 6, "length": 12}}
+    config = toy_config(folder, output=str(tmp_path / "sparse"), **WHOLE | text)
+    loaded = load(config)
+    config = config.resolve(loaded[0].config.hidden_size, 64)
+    package.prune(*loaded, config)
+    ids_ST = prepare(config, loaded[1], training=False).calibration
+    assert ids_ST.shape == (6, 32) and config.reconstructed_pieces == 12
+    assert torch.equal(seen["pieces"], torch.cat([ids_ST[:, :12], ids_ST[:, 12:24]], 1).reshape(12, 12))
