@@ -7,8 +7,9 @@
 Every measurement rotates over copies of the weight that together are several times the last-level cache, all in huge pages, and
 dense and packed layers take turns, so that both see the same clock and the same neighbours. Times are medians. One of the turns
 only reads the dense weight (`amax`): no dense engine is faster with one token, so `best dense` is the fastest of that, `F.linear`
-and `torch.mv`, and the share of bandwidth is the packed layer's bytes per second over that read's. Writes layers.csv and
-layers.svg.
+and `torch.mv`, and the share of bandwidth is the packed layer's bytes per second over that read's. `cached_us` is the packed
+layer's time with the same copy again and again: where that fits into a cache (2048 x 2048), what its instructions take without
+waiting for memory. Writes layers.csv and layers.svg.
 """
 
 import argparse
@@ -39,7 +40,7 @@ SHAPES = {  # rows x columns of q/o, gate/up and down projections
 ROTATED = 256 << 20  # bytes of copies of a weight
 COLUMNS = [
     "model", "rows", "columns", "sparsity", "tokens", "threads", "values", "kernel", "dense_us", "best_dense_us", "sparse_us",
-    "speedup", "speedup_best_dense", "gb_per_s", "share_of_bandwidth",
+    "speedup", "speedup_best_dense", "gb_per_s", "share_of_bandwidth", "cached_us",
 ]  # fmt: skip
 
 
@@ -111,6 +112,7 @@ def measure(
         for values, weight in found.items():
             size = sum(tensor.nbytes for tensor in weight.tensors().values())
             rate = size / times[values] / 1e3
+            again = in_turns({values: lambda x=x, weight=weight: dispatch.linear(x, weight, None, kernel)}, budget / 4)
             results.append(
                 dict(
                     zip(
@@ -119,6 +121,7 @@ def measure(
                             model, rows, columns, sparsity, batch, count, values, kernel, round(times["dense"]), round(best),
                             round(times[values]), round(times["dense"] / times[values], 2), round(best / times[values], 2),
                             round(rate, 1), round(size / times[values] / (W_OI.nbytes / times["read"]), 2),
+                            round(again[values]),
                         ],
                         strict=True,
                     )

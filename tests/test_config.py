@@ -254,8 +254,8 @@ def test_resolve_takes_the_learning_rate_from_the_width_and_the_zeros():
     assert LosaConfig().resolve(576, 2048).train.lr == 5e-4  # all weights
     assert LosaConfig().resolve(1152, 2048).train.lr == pytest.approx(2.5e-4)
     assert LosaConfig().resolve(32, 64).train.lr == 3e-3  # capped
-    assert LosaConfig(sparsity=0.5).resolve(576, 2048).train.lr == 2.14e-4  # 3/7 of that at 70 %
-    assert LosaConfig(pattern="2:4").resolve(576, 2048).train.lr == 2.14e-4
+    assert LosaConfig(sparsity=0.5).resolve(576, 2048).train.lr == 3.27e-4  # sqrt(3/7) of that at 70 %
+    assert LosaConfig(pattern="2:4").resolve(576, 2048).train.lr == 3.27e-4
     assert LosaConfig().resolve(576, 2048).reconstruct.lr == pytest.approx(1e-3)
     assert LosaConfig.load(overrides={"train.lr": 3e-5}).resolve(64, 64).train.lr == 3e-5
 
