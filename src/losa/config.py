@@ -23,10 +23,8 @@ from losa.system.yaml_tree import build, current_names, merge, nested, parse_yam
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 UPDATE_TOKENS = 1024  # that one forward in training sees where all weights are trained
 ADAPTER_ROWS = 8  # where adapters are, as in the release
-# Peak learning rate times the hidden size, where all weights are trained, for the square root of zeros per surviving weight: 5e-4
-# at 576 and 70 % zeros, 3.3e-4 at 50 %. What is nearer to dense has less to learn and more to forget (docs/LOG.md).
-WHOLE_RATE = 0.1885
-RECONSTRUCTION_RATE = 0.576  # peak learning rate times the hidden size, of block-wise reconstruction
+WHOLE_RATE = 0.288  # peak learning rate times the hidden size, where all weights are trained: 5e-4 at 576 (docs/LOG.md)
+RECONSTRUCTION_RATE = 0.576  # the same of block-wise reconstruction
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
@@ -113,9 +111,7 @@ class TrainConfig:
     length: int | None = None  # tokens of a row; min(1024, what the model allows) when None
     batch_size: int | None = None  # rows of one forward, of all processes together; when None 1,024 tokens, of adapters 8 rows
     accumulation: int = 1  # forwards of one optimizer step
-    # Peak; when None 0.1885 / hidden size * sqrt(sparsity / (1 - sparsity)), at most 3e-3; of adapters 0.8192 / hidden size, at
-    # most 5e-3.
-    lr: float | None = None
+    lr: float | None = None  # peak; when None 0.288 / hidden size, at most 3e-3; of adapters 0.8192 / hidden size, at most 5e-3
     weight_decay: float = 0.001  # of AdamW
     warmup: float = 0.3  # ratio of a step's updates
     schedule: str = "linear"  # or cosine, constant, constant_with_warmup, polynomial, inverse_sqrt
@@ -280,10 +276,8 @@ class LosaConfig:
         # The released 2e-4 was set for adapters and a hidden size of 4096. Adam's steps scale with 1 / width (muP,
         # https://arxiv.org/abs/2203.03466); docs/LOG.md has the sweeps that agree. Capped for toy widths.
         if config.train.lr is None:
-            assert config.sparsity is not None
-            whole = WHOLE_RATE * math.sqrt(config.sparsity / (1 - config.sparsity))
-            rate, most = (whole, 3e-3) if config.train.whole else (2e-4 * 4096, 5e-3)
-            config.train.lr = min(most, float(f"{rate / hidden_size:.3g}"))
+            rate, most = (WHOLE_RATE, 3e-3) if config.train.whole else (2e-4 * 4096, 5e-3)
+            config.train.lr = min(most, round(rate / hidden_size, 8))
         if config.reconstruct.lr is None:
             config.reconstruct.lr = min(3e-3, round(RECONSTRUCTION_RATE / hidden_size, 8))
         return config
