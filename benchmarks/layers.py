@@ -112,7 +112,7 @@ def measure(
         for values, weight in found.items():
             size = sum(tensor.nbytes for tensor in weight.tensors().values())
             rate = size / times[values] / 1e3
-            again = in_turns({values: lambda x=x, weight=weight: dispatch.linear(x, weight, None, kernel)}, budget / 4)
+            again = in_turns({values: lambda x=x, weight=weight: dispatch.linear(x, weight, None, kernel)}, budget / 16)
             results.append(
                 dict(
                     zip(
