@@ -127,8 +127,7 @@ void configure_bytes(int64_t tokens) {
 }
 
 // Expanded words of integers are what the unit wants of its second factor: 16 of them are 64 columns.
-bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  if (!is_integer(p.type) || in.tokens <= kFew) return avx512_kernels().stream(p, in, strip, out);
+bool stream_strip(const Packed& p, const Activations& in, int64_t strip, float* out) {
   const int64_t drain = row_of(p.type).grouped ? kBlock : kFeed, digit = in.tokens * kGroup;
   alignas(64) int8_t bytes[kFeed * kWordBits8];
   alignas(64) int32_t sums[3][kIntegerTokens * kStrip];
@@ -164,6 +163,11 @@ bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   _tile_release();
   times_units(in, out);
   return cursor.ok && cursor.value == p.offsets[strip + 1];
+}
+
+bool stream(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out) {
+  const bool unit = is_integer(p.type) && in.tokens > kFew;
+  return (unit ? each_strip<stream_strip> : avx512_kernels().stream)(p, in, strip, n, out);
 }
 
 }  // namespace

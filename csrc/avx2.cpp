@@ -140,7 +140,8 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
   return end.ok && end.value == p.offsets[strip + 1];
 }
 
-constexpr decltype(Kernels::stream) kStream[4] = {stream_as<1>, stream_as<2>, stream_as<3>, stream_as<4>};
+using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
+constexpr Stream kStream[4] = {stream_as<1>, stream_as<2>, stream_as<3>, stream_as<4>};
 
 bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   if (is_integer(p.type)) return avx2_stream_integers(p, in, strip, out);
@@ -304,7 +305,7 @@ void dots(const bf16* x, const bf16* rows, int64_t n, int64_t width, float* foun
 // weights besides.
 const Kernels& avx2_kernels() {
   static constexpr Kernels kernels{
-      "avx2",      4,     kAvx2IntegerTokens, 1 << 30,           false, 2, false, stream, decode, multiply,
+      "avx2",      4,     kAvx2IntegerTokens, 1 << 30,           false, 2, false, each_strip<stream>, decode, multiply,
       avx2_digits, round, gate_block,         each_head<attend>, dots};
   return kernels;
 }

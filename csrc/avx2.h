@@ -16,8 +16,8 @@ namespace losa {
 constexpr int64_t kAvx2IntegerTokens = 4;  // that are multiplied in fixed point
 bool avx2_stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out);
 void avx2_decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
-void avx2_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
-                 int32_t* starts);
+void avx2_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int64_t span,
+                 int8_t* bytes, int32_t* starts);
 
 }  // namespace losa
 

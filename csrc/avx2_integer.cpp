@@ -185,8 +185,8 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
 }
 
 template <ValueType V, int D>
-constexpr decltype(Kernels::stream) kStream[kAvx2IntegerTokens] = {stream_as<V, 1, D>, stream_as<V, 2, D>,
-                                                                   stream_as<V, 3, D>, stream_as<V, 4, D>};
+constexpr bool (*kStream[kAvx2IntegerTokens])(const Packed&, const Activations&, int64_t, float*) = {
+    stream_as<V, 1, D>, stream_as<V, 2, D>, stream_as<V, 3, D>, stream_as<V, 4, D>};
 
 }  // namespace
 
@@ -201,7 +201,8 @@ void avx2_decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_
 }
 
 // Digits of 15 bits, signed as the weights are, so that nobody needs the sums.
-void avx2_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes, int32_t*) {
+void avx2_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int64_t, int8_t* bytes,
+                 int32_t*) {
   const __m256 times = _mm256_set1_ps(steps);
   for (int64_t from = 0; from < columns; from += kGroup) {
     alignas(32) bf16 block[kGroup] = {};

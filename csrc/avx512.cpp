@@ -51,9 +51,9 @@ inline uint32_t pair_of(const bf16* x, int64_t i) { return load32(x + 2 * i); }
 
 template <int T>
 struct Sums16 {
-  static constexpr int kChains = T == 1   ? 4
-                                 : T == 2 ? 2
-                                          : 1;  // enough independent sums to hide the dot product's latency
+  static constexpr int kChains = T <= 4   ? 4
+                                 : T <= 8 ? 2
+                                          : 1;  // enough independent sums to hide the dot product's latency, 6 cycles
   __m512 a[T][kChains];
 };
 
@@ -107,8 +107,12 @@ constexpr Stream kStream16[16] = {stream16<1>,  stream16<2>,  stream16<3>,  stre
                                   stream16<7>,  stream16<8>,  stream16<9>,  stream16<10>, stream16<11>, stream16<12>,
                                   stream16<13>, stream16<14>, stream16<15>, stream16<16>};
 
-bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  return is_integer(p.type) ? stream_integers(p, in, strip, out) : kStream16[in.tokens - 1](p, in, strip, out);
+bool stream_pairs(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  return kStream16[in.tokens - 1](p, in, strip, out);
+}
+
+bool stream(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out) {
+  return (is_integer(p.type) ? stream_integers : each_strip<stream_pairs>)(p, in, strip, n, out);
 }
 
 // ---- more tokens: decode a tile, then multiply -------------------------------------------------------------------

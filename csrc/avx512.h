@@ -13,10 +13,10 @@
 namespace losa {
 
 // Values that are integers (avx512_integer.cpp).
-bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out);
+bool stream_integers(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out);
 void decode_integers(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
-void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
-                    int32_t* starts);
+void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int64_t span,
+                    int8_t* bytes, int32_t* starts);
 void integer_bytes(const bf16* x, int64_t columns, int64_t tokens, int8_t* bytes, int32_t* starts, float* scales);
 // The next `words` of a strip, at most 64, as as many registers of 64 int8.
 void expand_integers(const Packed& p, Cursor& cursor, const uint8_t* mask, int64_t words, int8_t* bytes);

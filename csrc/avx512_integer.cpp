@@ -14,18 +14,20 @@
 
 #include "avx512.h"
 LOSA_TARGET_BEGIN(LOSA_AVX512)
+#include "avx512_sums.h"
 
 namespace losa {
 namespace {
 
-// Reads codes for Feed, in order; numbers come xor `flip`.
+// Reads codes for Feed, in order, and asks for later ones; numbers come xor `flip`.
+template <bool kAsk = true>
 struct Unpack {
   __m512i flip;
   inline void operator()(Bits<4>, const uint8_t* codes, int64_t n, int8_t* out) const {
     const __m512i table = _mm512_xor_si512(
         _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNumbers<4>.of))), flip);
     for (int64_t i = 0; i < n; i += 32) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + i + kAhead, _MM_HINT_T0);
+      if constexpr (kAsk) _mm_prefetch(reinterpret_cast<const char*>(codes) + i + kAhead, _MM_HINT_T0);
       const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
       const __m512i apart = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
       _mm512_storeu_si512(out + 2 * i, _mm512_shuffle_epi8(table, apart));
@@ -33,41 +35,52 @@ struct Unpack {
   }
 };
 
-// The next word, expanded, every weight xor `flip`; and asks for values that come later. What shares bytes was flipped
-// when it was unpacked, and its codes were asked for then.
+// The next word, expanded, every weight xor `flip`. What shares bytes was flipped when it was unpacked.
 template <ValueType V>
 inline __m512i expanded(const uint8_t* mask, const int8_t*& v, __m512i flip) {
   const uint64_t m = load64(mask);
   __m512i packed = _mm512_loadu_si512(v);
-  if constexpr (row_of(V).bits == 8) {
-    _mm_prefetch(reinterpret_cast<const char*>(v) + kAhead, _MM_HINT_T0);
-    packed = _mm512_xor_si512(opaque(packed), flip);
-  }
+  if constexpr (row_of(V).bits == 8) packed = _mm512_xor_si512(opaque(packed), flip);
   v += __builtin_popcountll(m);
   return _mm512_mask_expand_epi8(opaque(flip), m, opaque(packed));
 }
 
-// Asks for masks that come after those of a block, further on than Feed counts next.
-inline void masks_ahead(const uint8_t* mask) {
-  _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304 + 64, _MM_HINT_T0);
-}
-
-// Sums of the digits as one float, times the group's scales.
-template <ValueType V, int D>
-inline __m512 drained(const __m512i* a, __m512 level, __m512 total) {
-  __m512 sum = _mm512_cvtepi32_ps(a[D - 1]);
-  for (int d = D - 2; d >= 0; --d) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(a[d]));
-  if constexpr (row_of(V).grouped) return _mm512_fmadd_ps(sum, level, total);
-  return _mm512_add_ps(sum, total);
-}
-
+// Asks for what comes after word i of a block: for masks further on than Feed counts next, and for values that it does
+// not unpack, a cache line for two words.
 template <ValueType V>
-inline __m512 levels_of(const Packed& p, int64_t strip, int64_t word) {  // level_of of 16 rows
-  if constexpr (!row_of(V).grouped) return _mm512_setzero_ps();
-  const __m512i bytes =
-      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.groups_of(strip, word / kBlock))));
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bytes, 19), _mm512_set1_epi32((127 - 15) << 23)));
+inline void ask_after(int64_t i, const uint8_t* mask, const int8_t* v) {
+  if (i == 0) {
+    _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(mask) + 2304 + 64, _MM_HINT_T0);
+  }
+  if (row_of(V).bits == 8 && i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(v) + kAhead, _MM_HINT_T0);
+}
+
+// What a strip reads next, in shares. Asked for at once, while words are expanded, it would fill the queue of cache
+// misses, and nothing while others are multiplied by them.
+struct Ahead {
+  const char *values, *masks;
+  int64_t value_lines, mask_lines;  // cache lines of a share
+  inline void ask() {
+    for (int64_t i = 0; i < value_lines; ++i, values += 64) _mm_prefetch(values, _MM_HINT_T0);
+    for (int64_t i = 0; i < mask_lines; ++i, masks += 64) _mm_prefetch(masks, _MM_HINT_T0);
+  }
+};
+
+// After the words before `end`, `fed` of which had `n` values: up to `most` words that follow, or the first ones of the
+// strip that is next.
+template <ValueType V>
+inline Ahead ahead_of(const Packed& p, int64_t strip, int64_t end, int64_t value, int64_t fed, int64_t n, int64_t most,
+                      int64_t shares) {
+  constexpr int64_t kBits = row_of(V).bits, kLine = 64;
+  if (end == p.words) {
+    strip = std::min(strip + kStrips, (p.rows + kStrip - 1) / kStrip);
+    value = p.offsets[strip];
+    end = 0;
+  }
+  const int64_t mask_lines = most * p.word_bytes() / kLine, value_lines = n * most / fed * kBits / 8 / kLine + 1;
+  return {static_cast<const char*>(p.values) + value * kBits / 8, reinterpret_cast<const char*>(p.mask_of(strip, end)),
+          (value_lines + shares - 1) / shares, (mask_lines + shares - 1) / shares};
 }
 
 // The instruction multiplies unsigned by signed bytes: the weights become w + 128, which is w xor -128, the activations
@@ -75,145 +88,85 @@ inline __m512 levels_of(const Packed& p, int64_t strip, int64_t word) {  // leve
 // sums begin at its negative, Activations::starts.
 inline __m512i unsigned_flip() { return _mm512_set1_epi8(-128); }
 
-// ---- one to four tokens: sums in registers -----------------------------------------------------------------------
+// ---- sums in registers -------------------------------------------------------------------------------------------
 
-// Adds a block of up to 16 words, whose digits are `x`, to the tokens' totals.
+constexpr int64_t kTogether = 4;  // tokens at once
+
+// More are multiplied part by part, the largest first: 9 tokens are 3 + 3 + 3, 10 are 4 + 3 + 3. Where a part begins.
+constexpr int64_t parts_of(int64_t tokens) { return (tokens + kTogether - 1) / kTogether; }
+constexpr int64_t part_of(int64_t tokens, int64_t part) {
+  return (tokens * part + parts_of(tokens) - 1) / parts_of(tokens);
+}
+
+// Tokens from t_0 on by words of two strips that were kept, expanded, when the first ones were multiplied by them.
 template <ValueType V, int T, int D>
-inline void add_block(const uint8_t* mask, const int8_t*& v, int64_t n, const int8_t* x, const int32_t* starts,
-                      const float* scales, __m512 level, __m512 (&total)[T]) {
-  constexpr int kChains = T == 1 ? 2 : 1;  // enough independent sums to hide the dot product's latency
-  const __m512i flip = unsigned_flip();
-  __m512i a[kChains][T][D];
-  for (int t = 0; t < T; ++t)
-    for (int d = 0; d < D; ++d) {
-      a[0][t][d] = _mm512_set1_epi32(starts[d * T + t]);
-      if constexpr (kChains == 2) a[1][t][d] = _mm512_setzero_si512();
-    }
-  const auto add = [&](int64_t word, int chain) __attribute__((always_inline)) {
-    const __m512i weights = expanded<V>(mask + 8 * word, v, flip);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 3
-      for (int d = 0; d < D; ++d) {
-        const int32_t digits = int32_t(load32(x + (d * T + t) * kGroup + 4 * word));
-        a[chain][t][d] = _mm512_dpbusd_epi32(a[chain][t][d], weights, _mm512_set1_epi32(digits));
-      }
+void add_kept(const int8_t* kept, Ahead* ahead, int64_t first, int64_t end, const Packed& p, const int64_t* strips,
+              const Activations& in, int64_t t_0, float* out) {
+  Product<V, kStrips, T, D> product(p, strips, in, t_0, out);
+  const auto next = [&](auto s, int64_t b, int64_t i) LOSA_ALWAYS {
+    if (i == 0) ahead[s].ask();
+    return _mm512_load_si512(kept + (s * kFeed + b * kBlock - first + i) * kWordBits8);
   };
-  if (n == kBlock) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kBlock; ++i) add(i, i % kChains);
-  } else {
-    for (int64_t i = 0; i < n; ++i) add(i, 0);
-  }
-  for (int t = 0; t < T; ++t) {
-    if constexpr (kChains == 2)
-      for (int d = 0; d < D; ++d) a[0][t][d] = _mm512_add_epi32(a[0][t][d], a[1][t][d]);
-    if constexpr (D == 1) {
-      const __m512 scale = _mm512_set1_ps(scales[t]);
-      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[0][t][0]),
-                                 row_of(V).grouped ? _mm512_mul_ps(level, scale) : scale, total[t]);
-    } else {
-      total[t] = drained<V, D>(a[0][t], level, total[t]);
-    }
-  }
+  product.add(next, first, end);
+  product.store();
 }
 
+// T tokens, and more of them part by part, T or T - 1 at a time. One token: a strip after the other. More: two at once,
+// so that what is loaded of a token serves both. Words are expanded for the first part, whose dot products hide it, and
+// kept for the others. Without a second strip `last` is `strip`, which is multiplied twice.
 template <ValueType V, int T, int D>
-bool stream_few(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  Feed feed(p, p.offsets[strip]);
-  __m512 total[T];
-  for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-  for (int64_t first = 0; first < p.words; first += kFedMost) {
-    const int64_t end = std::min(p.words, first + kFedMost);
-    feed.next<V>(p.mask_of(strip, first), end - first, Unpack{unsigned_flip()});
-    const int8_t* v = feed.values;
-    for (int64_t w = first; w < end; w += kBlock) {
-      const uint8_t* mask = feed.mask + 8 * (w - first);
-      const int64_t block = w / kBlock * D * T;
-      masks_ahead(mask);
-      add_block<V, T, D>(mask, v, std::min(kBlock, end - w), in.bytes + block * kGroup, in.starts + block,
-                         D == 1 ? in.scales + block : nullptr, levels_of<V>(p, strip, w), total);
-    }
-  }
-  for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(total[t], _mm512_set1_ps(in.unit[t])));
-  return feed.ok && feed.value == p.offsets[strip + 1];
-}
-
-// ---- up to sixteen: words expanded once, into the L1 cache -------------------------------------------------------
-
-template <ValueType V>
-inline void expand(Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
-  feed.next<V>(from, words, Unpack{flip});
-  const int8_t* v = feed.values;
-  for (int64_t i = 0; i < words; ++i) {
-    if (i % kBlock == 0) masks_ahead(from + 8 * i);
-    _mm512_store_si512(bytes + i * kWordBits8, expanded<V>(feed.mask + 8 * i, v, flip));
-  }
-}
-
-// Words between two conversions of so many tokens' integer sums to floats: a group of int4 values, all that was fed of
-// int8.
-template <ValueType V>
-constexpr int64_t kDrain = row_of(V).grouped ? kBlock : kFeed;
-
-// N tokens from token t on, by the words [w, end) of which `bytes` are the first.
-template <ValueType V, int N, int D>
-void add_words(const int8_t* bytes, int64_t w, int64_t end, const Activations& in, int64_t t_0, __m512 level,
-               float* out) {
-  __m512i a[N][D];
-  for (int t = 0; t < N; ++t)
-    for (int d = 0; d < D; ++d) {
-      int32_t start = 0;
-      for (int64_t block = w / kBlock; block * kBlock < end; ++block)
-        start += in.starts[(block * D + d) * in.tokens + t_0 + t];
-      a[t][d] = _mm512_set1_epi32(start);
-    }
-  const int64_t digit = in.tokens * kGroup;
-  for (; w < end; w += kBlock) {
-    const int8_t* x = in.bytes + (w / kBlock * D * in.tokens + t_0) * kGroup;
-    for (const int8_t* last = bytes + std::min(kBlock, end - w) * kWordBits8; bytes < last;
-         bytes += kWordBits8, x += 4) {
-      const __m512i weights = _mm512_load_si512(bytes);
-#pragma GCC unroll 8
-      for (int t = 0; t < N; ++t)
-#pragma GCC unroll 3
-        for (int d = 0; d < D; ++d)
-          a[t][d] =
-              opaque(_mm512_dpbusd_epi32(a[t][d], weights, _mm512_set1_epi32(int(load32(x + d * digit + t * kGroup)))));
-    }
-  }
-  for (int t = 0; t < N; ++t)
-    _mm512_storeu_ps(out + (t_0 + t) * kStrip, drained<V, D>(a[t], level, _mm512_loadu_ps(out + (t_0 + t) * kStrip)));
-}
-
-template <ValueType V, int D>
-bool stream_many(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  constexpr int kTokens = 8;
-  using Add = void (*)(const int8_t*, int64_t, int64_t, const Activations&, int64_t, __m512, float*);
-  static constexpr Add kAdd[kTokens] = {add_words<V, 1, D>, add_words<V, 2, D>, add_words<V, 3, D>, add_words<V, 4, D>,
-                                        add_words<V, 5, D>, add_words<V, 6, D>, add_words<V, 7, D>, add_words<V, 8, D>};
-  alignas(64) int8_t bytes[kFeed * kWordBits8];
-  Feed feed(p, p.offsets[strip]);
-  std::fill(out, out + in.tokens * kStrip, 0.0f);
-  const int64_t parts = (in.tokens + kTokens - 1) / kTokens;
-  for (int64_t first = 0; first < p.words; first += kFeed) {
-    const int64_t fed = std::min(kFeed, p.words - first);
-    expand<V>(feed, p.mask_of(strip, first), fed, bytes, unsigned_flip());
-    for (int64_t w = first; w < first + fed; w += kDrain<V>) {
-      const __m512 level = levels_of<V>(p, strip, w);
-      for (int64_t part = 0; part < parts; ++part) {  // even parts: 10 tokens are 5 + 5
-        const int64_t from = in.tokens * part / parts, n = in.tokens * (part + 1) / parts - from;
-        kAdd[n - 1](bytes + (w - first) * kWordBits8, w, std::min(first + fed, w + kDrain<V>), in, from, level, out);
+bool stream_as(const Packed& p, const Activations& in, int64_t strip, int64_t last, float* out) {
+  constexpr int S = T > 1 ? kStrips : 1;
+  constexpr bool kKeep = T > 2;  // 5 tokens are 3 + 2
+  constexpr int64_t kMost = kKeep ? kFeed : kFedMost;
+  alignas(64) int8_t kept[kKeep ? S * kMost * kWordBits8 : 1];
+  const __m512i flip = unsigned_flip();
+  const int64_t strips[kStrips] = {strip, last}, parts = parts_of(in.tokens);
+  Feed feeds[kStrips] = {{p, p.offsets[strip]}, {p, p.offsets[last]}};
+  std::fill(out, out + S * in.tokens * kStrip, 0.0f);
+  Product<V, S, T, D> product(p, strips, in, 0, out);
+  for (int64_t first = 0; first < p.words; first += kMost) {
+    const int64_t end = std::min(p.words, first + kMost);
+    const int8_t* v[S];
+    const uint8_t* masks[S];
+    Ahead ahead[kStrips];
+    each<S>([&](auto s) LOSA_ALWAYS {
+      Feed& feed = feeds[s];
+      const int64_t n = feed.template next<V>(p.mask_of(strips[s], first), end - first, Unpack<S == 1>{flip});
+      v[s] = feed.values;
+      masks[s] = feed.mask;
+      ahead[s] = ahead_of<V>(p, strips[s], end, feed.value, end - first, n, kMost, parts * kMost / kBlock);
+    });
+    const auto next = [&](auto s, int64_t b, int64_t i) LOSA_ALWAYS {
+      const uint8_t* mask = masks[s] + 8 * (b * kBlock - first);
+      if constexpr (S == 1)
+        ask_after<V>(i, mask, v[s]);
+      else if (i == 0)
+        ahead[s].ask();
+      const __m512i weights = expanded<V>(mask + 8 * i, v[s], flip);
+      if constexpr (kKeep) _mm512_store_si512(kept + (s * kMost + b * kBlock - first + i) * kWordBits8, weights);
+      return weights;
+    };
+    product.add(next, first, end);
+    if constexpr (kKeep)
+      for (int64_t part = 1; part < parts; ++part) {
+        const int64_t t = part_of(in.tokens, part);
+        const auto add = part_of(in.tokens, part + 1) - t == T ? add_kept<V, T, D> : add_kept<V, T - 1, D>;
+        add(kept, ahead, first, end, p, strips, in, t, out);
       }
-    }
   }
-  times_units(in, out);
-  return feed.ok && feed.value == p.offsets[strip + 1];
+  product.store();
+  bool ok = true;
+  each<S>([&](auto s) LOSA_ALWAYS {
+    times_units(in, out + s * in.tokens * kStrip);
+    ok = ok && feeds[s].ok && feeds[s].value == p.offsets[strips[s] + 1];
+  });
+  return ok;
 }
 
 template <ValueType V, int D>
 void add_sums_as(const Packed& p, const Activations& in, int64_t strip, int64_t word, const int32_t* sums, float* out) {
-  const __m512 level = levels_of<V>(p, strip, word);
+  const __m512 level = levels_of<V>(p, strip, word / kBlock);
   for (int64_t t = 0; t < in.tokens; ++t) {
     __m512i a[D];
     for (int d = 0; d < D; ++d) a[d] = _mm512_load_si512(sums + (d * kIntegerTokens + t) * kStrip);
@@ -221,19 +174,19 @@ void add_sums_as(const Packed& p, const Activations& in, int64_t strip, int64_t 
   }
 }
 
-using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
+using Stream = bool (*)(const Packed&, const Activations&, int64_t, int64_t, float*);
 
-template <ValueType V>
-bool stream_bytes(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  static constexpr Stream kFew[kByteTokens] = {stream_few<V, 1, 1>, stream_few<V, 2, 1>, stream_few<V, 3, 1>};
-  return kFew[in.tokens - 1](p, in, strip, out);
-}
+// By the tokens of the first part.
+template <ValueType V, int D>
+constexpr Stream kStream[kTogether] = {stream_as<V, 1, D>, stream_as<V, 2, D>, stream_as<V, 3, D>, stream_as<V, 4, D>};
 
 template <ValueType V, int D>
-bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  static constexpr Stream kFew[4] = {stream_few<V, 1, D>, stream_few<V, 2, D>, stream_few<V, 3, D>,
-                                     stream_few<V, 4, D>};
-  return in.tokens <= 4 ? kFew[in.tokens - 1](p, in, strip, out) : stream_many<V, D>(p, in, strip, out);
+bool stream_digits(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out) {
+  const Stream stream = kStream<V, D>[part_of(in.tokens, 1) - 1];
+  if (in.tokens > 1) return stream(p, in, strip, strip + n - 1, out);
+  bool ok = true;
+  for (int64_t s = strip; s < strip + n; ++s, out += kStrip) ok = stream(p, in, s, s, out) && ok;
+  return ok;
 }
 
 // Sixteen activations from `from` on, zeros past the last column.
@@ -249,6 +202,16 @@ inline int32_t start_of(__m512i digits) {
 }
 
 // ---- tiles of bfloat16 -------------------------------------------------------------------------------------------
+
+template <ValueType V>
+inline void expand(Feed& feed, const uint8_t* from, int64_t words, int8_t* bytes, __m512i flip) {
+  feed.next<V>(from, words, Unpack<>{flip});
+  const int8_t* v = feed.values;
+  for (int64_t i = 0; i < words; ++i) {
+    ask_after<V>(i % kBlock, from + 8 * i, v);
+    _mm512_store_si512(bytes + i * kWordBits8, expanded<V>(feed.mask + 8 * i, v, flip));
+  }
+}
 
 // 32 int8 -> 32 bfloat16, times the scales of their rows. Exact: every integer of 8 bits is a bfloat16, and so are the
 // products.
@@ -272,7 +235,7 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
     const int64_t fed = std::min(kFeed, pairs / 2 - i);
     expand<V>(feed, p.mask_of(strip, first / 2 + i), fed, bytes, _mm512_setzero_si512());
     for (int64_t j = 0; j < fed; j += kBlock) {
-      const __m512 level = levels_of<V>(p, strip, first / 2 + i + j);
+      const __m512 level = levels_of<V>(p, strip, (first / 2 + i + j) / kBlock);
       const __m512 low = _mm512_permutexvar_ps(low_rows, level);
       const __m512 high = _mm512_permutexvar_ps(_mm512_add_epi32(low_rows, _mm512_set1_epi32(8)), level);
       for (int64_t k = j; k < std::min(fed, j + kBlock); ++k) {
@@ -289,10 +252,11 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
 
 }  // namespace
 
-bool stream_integers(const Packed& p, const Activations& in, int64_t strip, float* out) {
+bool stream_integers(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out) {
   return with_type<ValueType::kInt8>(p.type, [&](auto type) {
-    static constexpr Stream kBy[3] = {stream_bytes<type>, stream_as<type, 2>, stream_as<type, 3>};
-    return kBy[in.digits - 1](p, in, strip, out);
+    static constexpr decltype(Kernels::stream) kBy[3] = {stream_digits<type, 1>, stream_digits<type, 2>,
+                                                         stream_digits<type, 3>};
+    return kBy[in.digits - 1](p, in, strip, n, out);
   });
 }
 
@@ -311,8 +275,8 @@ void times_units(const Activations& in, float* out) {
     _mm512_storeu_ps(out + t * kStrip, _mm512_mul_ps(_mm512_loadu_ps(out + t * kStrip), _mm512_set1_ps(in.unit[t])));
 }
 
-void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
-                    int32_t* starts) {
+void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int64_t span,
+                    int8_t* bytes, int32_t* starts) {
   const float most =
       digits == 2 ? 127 * 256 + 127 : 127 * 65536 + 127 * 256 + 127;  // a largest activation may round to a step more
   const __m512 low = _mm512_set1_ps(-most), high = _mm512_set1_ps(most), times = _mm512_set1_ps(steps);
@@ -329,7 +293,7 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
                          _mm512_cvtepi32_epi8(q[i]));  // the low bytes
         q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], _mm512_set1_epi32(128)), 8);
       }
-      starts[place] = start_of(_mm512_loadu_si512(bytes + place * kGroup));
+      starts[(b / span * digits + d) * tokens] += start_of(_mm512_loadu_si512(bytes + place * kGroup));
     }
   }
 }

@@ -18,6 +18,7 @@
 namespace losa {
 
 constexpr int64_t kStrip = 16;       // rows of a strip
+constexpr int64_t kStrips = 2;       // strips that few tokens are multiplied by at once
 constexpr int64_t kBlock = 16;       // words decoded between two bounds checks; 64 columns of int8 and int4 values
 constexpr int64_t kTilePairs = 128;  // column pairs of a decoded tile: 8 KiB per strip, so that two fit in the L1 cache
 constexpr int64_t kTileTokens = 256;  // tokens that share a decoded tile; the next ones decode it again
@@ -56,6 +57,10 @@ constexpr TypeRow kTypeRows[] = {{16, 2, false, false}, {8, 4, true, false}, {4,
 constexpr int64_t kTypes = std::size(kTypeRows);
 constexpr TypeRow row_of(ValueType type) { return kTypeRows[int64_t(type)]; }
 constexpr bool is_integer(ValueType type) { return row_of(type).scaled; }
+
+// Blocks of kGroup columns that are summed as integers, weights times so many bytes: one, where a group of either has a
+// scale. Of four, sums are below 2^24, so that they are exact as floats too.
+constexpr int64_t span_of(ValueType type, int64_t digits) { return row_of(type).grouped || digits == 1 ? 1 : 4; }
 
 // f(the type, as a constant): for what is compiled once for every type from kFirst on.
 template <ValueType kFirst, typename F>
@@ -138,7 +143,7 @@ struct Activations {
   // digit_2)); of two: x = unit * (digit_0 + 32768 * digit_1).
   int64_t digits;         // for numbers of 15 and of 23 bits: 2 or 3 of one byte, 1 or 2 of two
   const int8_t* bytes;    // [blocks of 64 columns, digits, tokens, 64 of digit_bytes]
-  const int32_t* starts;  // [blocks, digits, tokens] -128 times the sum of a block's digits, where they are bytes
+  const int32_t* starts;  // [spans, digits, tokens] -128 times the sum of a span's digits, where they are bytes
   const float* unit;      // [tokens] value of one fixed-point step
   // Or as one byte, rounded, with a scale for 64 columns: digits is 1, x = scale * byte, unit is 1.
   const float* scales;  // [blocks, tokens]
@@ -153,9 +158,9 @@ struct Kernels {
   int64_t digit_bytes;  // of a digit of activations in fixed point
   bool skips_zeros;     // stream does not multiply weights that are zero, so that NaN and infinity would get lost
   int64_t stream_tokens(ValueType type) const { return is_integer(type) ? integer_tokens : bf16_tokens; }
-  // out_TS [tokens, 16] = x_TI W_SI^T for one strip, without the rows' scales, float32. Returns false if masks and
-  // values disagree.
-  bool (*stream)(const Packed&, const Activations&, int64_t strip, float* out_TS);
+  // out [strips, tokens, 16] = x_TI W_SI^T for `n` strips from `strip` on, up to kStrips, without the rows' scales,
+  // float32; there is room for kStrips. Returns false if masks and values disagree.
+  bool (*stream)(const Packed&, const Activations&, int64_t strip, int64_t n, float* out);
   // Decode `pairs` column pairs from pair `first` on, as [pairs, 16 rows, 2 columns] bfloat16, without the rows'
   // scales. `first` is a multiple of kTilePairs.
   void (*decode)(const Packed&, Cursor&, int64_t strip, int64_t first, int64_t pairs, bf16* tile);
@@ -163,9 +168,10 @@ struct Kernels {
   void (*multiply)(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16* x, int64_t tokens,
                    bool accumulate, float* sum_TS);
   // One token as `digits` digits of `steps` * x, rounded to nearest: bytes [blocks, digits, tokens, 64] and starts
-  // [blocks, digits, tokens] of Activations, from the token's own places on. Null: stream takes bfloat16 only.
-  void (*digits)(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int8_t* bytes,
-                 int32_t* starts);
+  // [spans of so many blocks, digits, tokens], zeros before, of Activations, from the token's own places on. Null:
+  // stream takes bfloat16 only.
+  void (*digits)(const bf16* x, int64_t columns, float steps, int64_t digits, int64_t tokens, int64_t span,
+                 int8_t* bytes, int32_t* starts);
   // y of 16 rows: sum * scale + shift, rounded to nearest, ties to even.
   void (*round)(const float* sum, const float* scale, const float* shift, bf16* y);
   // What else a decoder computes, for one token: see block.h.
@@ -178,6 +184,14 @@ struct Kernels {
   void (*bytes)(const bf16* x, int64_t columns, int64_t tokens, int8_t* bytes, int32_t* starts,
                 float* scales) = nullptr;
 };
+
+// Kernels::stream, by what takes one strip at a time.
+template <auto kOne>
+bool each_strip(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out) {
+  bool ok = true;
+  for (int64_t i = 0; i < n; ++i) ok = kOne(p, in, strip + i, out + i * in.tokens * kStrip) && ok;
+  return ok;
+}
 
 const Kernels& portable_kernels();
 #if defined(__x86_64__)

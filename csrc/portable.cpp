@@ -98,9 +98,10 @@ void round(const float* sum, const float* scale, const float* shift, bf16* y) {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", 2,      2,        16,      false, 1,          true,
-                                   stream,     decode, multiply, nullptr, round, gate_block, each_head<attend_block>,
-                                   dots_block};
+  static constexpr Kernels kernels{
+      "portable",         2,      2,        16,      false, 1,          true,
+      each_strip<stream>, decode, multiply, nullptr, round, gate_block, each_head<attend_block>,
+      dots_block};
   return kernels;
 }
 

@@ -66,10 +66,11 @@ struct FixedPoint {
   std::vector<int32_t> starts;
   std::vector<float> unit, scales;
 
-  FixedPoint(const Kernels& k, const bf16* x, int64_t tokens, int64_t columns, int bits, const Parallel& parallel)
+  FixedPoint(const Kernels& k, ValueType type, const bf16* x, int64_t tokens, int64_t columns, int bits,
+             const Parallel& parallel)
       : digits(divide_up(bits, 8 * k.digit_bytes)),
         bytes(size_t(divide_up(columns, kGroup) * digits * tokens * kGroup * k.digit_bytes)),
-        starts(size_t(divide_up(columns, kGroup) * digits * tokens)),
+        starts(size_t(divide_up(columns, kGroup * span_of(type, digits)) * digits * tokens)),
         unit(size_t(tokens), 1.0f),
         scales(bits == kByte ? starts.size() : 0) {
     parallel(0, tokens, token_grain(columns), [&](int64_t begin, int64_t end) {
@@ -84,7 +85,7 @@ struct FixedPoint {
         std::frexp(to_float(bf16(top)), &exponent);  // |x| < 2^exponent
         exponent = std::max(exponent, -100);         // of zeros: keeps the unit and its inverse normal floats
         unit[size_t(t)] = std::ldexp(1.0f, exponent - bits);
-        k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens,
+        k.digits(x + t * columns, columns, std::ldexp(1.0f, bits - exponent), digits, tokens, span_of(type, digits),
                  bytes.data() + t * kGroup * k.digit_bytes, starts.data() + t);
       }
     });
@@ -126,12 +127,13 @@ struct Job {
     int64_t strips = 0;
     for (const Part* part = parts; part < parts + n_parts; ++part) strips += divide_up(part->p.rows, kStrip);
     parallel(0, strips, grain(parts->p, kStrip), [&](int64_t begin, int64_t end) {
-      std::vector<float> out(size_t(in.tokens * kStrip));
+      std::vector<float> out(size_t(kStrips * in.tokens * kStrip));
       for (const Part* part = parts; part < parts + n_parts; ++part) {
         const int64_t mine = divide_up(part->p.rows, kStrip);
-        for (int64_t s = std::max<int64_t>(0, begin); s < std::min(mine, end); ++s) {
-          if (!k.stream(part->p, in, s, out.data())) ok = false;
-          store(*part, s, in.tokens, out.data(), kStrip);
+        for (int64_t s = std::max<int64_t>(0, begin); s < std::min(mine, end); s += kStrips) {
+          const int64_t n = std::min(kStrips, std::min(mine, end) - s);
+          if (!k.stream(part->p, in, s, n, out.data())) ok = false;
+          for (int64_t i = 0; i < n; ++i) store(*part, s + i, in.tokens, &out[size_t(i * in.tokens * kStrip)], kStrip);
         }
         begin -= mine;
         end -= mine;
@@ -140,7 +142,7 @@ struct Job {
   }
 
   void by_digits(const bf16* x, int64_t tokens, int bits) {
-    const FixedPoint fixed(k, x, tokens, columns(), bits, parallel);
+    const FixedPoint fixed(k, parts->p.type, x, tokens, columns(), bits, parallel);
     stream({tokens, nullptr, fixed.digits, fixed.bytes.data(), fixed.starts.data(), fixed.unit.data(),
             fixed.scales.data()});
   }

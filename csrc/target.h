@@ -14,3 +14,6 @@
 #define LOSA_TARGET_BEGIN(isa) _Pragma("GCC push_options") LOSA_PRAGMA(GCC target(isa))
 #define LOSA_TARGET_END _Pragma("GCC pop_options")
 #endif
+
+// Of an `inline` function, and of a lambda before its body.
+#define LOSA_ALWAYS __attribute__((always_inline))

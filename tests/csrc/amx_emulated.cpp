@@ -36,7 +36,7 @@ bool streams(std::mt19937& random, ValueType type, int64_t tokens, int64_t words
     }
   const Activations in{tokens, pairs.data(), digits, bytes.data(), sums.data(), unit.data(), nullptr};
   std::vector<float> found(size_t(tokens * kStrip)), expected(found);
-  const bool ok = amx_kernels().stream(p, in, 0, found.data()) && portable_kernels().stream(p, in, 0, expected.data());
+  const bool ok = amx_kernels().stream(p, in, 0, 1, found.data()) && portable_kernels().stream(p, in, 0, 1, expected.data());
   return ok && found == expected && !amx_emulator::state.configured;
 }
 

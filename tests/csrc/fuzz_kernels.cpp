@@ -81,10 +81,10 @@ struct Inputs {
   std::vector<int32_t> sums;
   std::vector<float> unit, scales;
   Activations in;
-  Inputs(const Kernels& k, int64_t tokens, int64_t words, int64_t group, int64_t digits, bool guarded)
+  Inputs(const Kernels& k, ValueType type, int64_t tokens, int64_t words, int64_t group, int64_t digits, bool guarded)
       : pairs(size_t(words * group * tokens) * sizeof(bf16), guarded),
         bytes(size_t(blocks(words * group) * digits * tokens * kGroup * k.digit_bytes), guarded),
-        sums(size_t(blocks(words * group) * digits * tokens)), unit(size_t(tokens), 1.0f), scales(sums.size()),
+        sums(size_t(blocks(words * group, span_of(type, digits)) * digits * tokens)), unit(size_t(tokens), 1.0f), scales(sums.size()),
         in{tokens, pairs.as<bf16>(), digits, bytes.as<int8_t>(), sums.data(), unit.data(), scales.data()} {
     const int64_t columns = words * group;
     const bool rounds = k.bytes && digits == 1;
@@ -95,9 +95,9 @@ struct Inputs {
             to_bf16(rounds && c % kGroup == 0 ? 127 : float(pick(-8, 8)));
     for (int64_t t = 0; t < tokens && rounds; ++t) k.bytes(&x[size_t(t * columns)], columns, tokens, bytes.as<int8_t>() + t * kGroup, &sums[size_t(t)], &scales[size_t(t)]);
     for (int64_t t = 0; t < tokens && k.digits && !rounds; ++t)
-      k.digits(&x[size_t(t * columns)], columns, 1.0f, digits, tokens, bytes.as<int8_t>() + t * kGroup * k.digit_bytes, &sums[size_t(t)]);
+      k.digits(&x[size_t(t * columns)], columns, 1.0f, digits, tokens, span_of(type, digits), bytes.as<int8_t>() + t * kGroup * k.digit_bytes, &sums[size_t(t)]);
   }
-  static int64_t blocks(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+  static int64_t blocks(int64_t columns, int64_t span = 1) { return (columns + span * kGroup - 1) / (span * kGroup); }
 };
 
 void multiply_tiles(int64_t round, const Kernels& k, const bf16* tile_0, const bf16* tile_1, int64_t pairs, bool guarded) {
@@ -205,14 +205,15 @@ void one_round(int64_t round, const std::vector<const Kernels*>& kernels) {
     attend_to_cache(round, *k, guarded);
     multiply_rows(round, *k, guarded);
     const bool rounds = k->bytes && pick(0, 1);
-    const Inputs inputs(*k, pick(1, rounds ? kByteTokens : k->stream_tokens(type)), words, group, rounds ? 1 : pick(2, 3) + 1 - k->digit_bytes, guarded);
-    const size_t sums = size_t(inputs.in.tokens * kStrip);
+    const Inputs inputs(*k, type, pick(1, rounds ? kByteTokens : k->stream_tokens(type)), words, group, rounds ? 1 : pick(2, 3) + 1 - k->digit_bytes, guarded);
+    const size_t room = size_t(kStrips * inputs.in.tokens * kStrip);
     for (int64_t s = 0; s < strips; ++s) {
-      const Exact found(sums * sizeof(float), guarded), expected(sums * sizeof(float), guarded);
-      const bool found_ok = k->stream(p, inputs.in, s, found.as<float>());
-      const bool expected_ok = portable_kernels().stream(p, inputs.in, s, expected.as<float>());
+      const Exact found(room * sizeof(float), guarded), expected(room * sizeof(float), guarded);
+      const int64_t together = pick(1, std::min(kStrips, strips - s));
+      const bool found_ok = k->stream(p, inputs.in, s, together, found.as<float>());
+      const bool expected_ok = portable_kernels().stream(p, inputs.in, s, together, expected.as<float>());
       if (found_ok != expected_ok || (!corrupt && !found_ok)) fail("the verdict", *k, round);
-      for (size_t i = 0; i < sums; ++i)
+      for (size_t i = 0; i < size_t(together * inputs.in.tokens * kStrip); ++i)
         if (found.as<float>()[i] != expected.as<float>()[i]) fail("a sum", *k, round);
 
       Cursor cursor{p.offsets[s], true}, expected_cursor = cursor;
