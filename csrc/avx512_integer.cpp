@@ -196,9 +196,8 @@ inline __m512 activations_at(const bf16* x, int64_t columns, int64_t from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// What sums over a block begin with: -128 times the sum of its digits.
-inline int32_t start_of(__m512i digits) {
-  return -128 * _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digits));
+inline __m512i sum_of(const __m512i (&q)[4]) {
+  return _mm512_add_epi32(_mm512_add_epi32(q[0], q[1]), _mm512_add_epi32(q[2], q[3]));
 }
 
 // ---- tiles of bfloat16 -------------------------------------------------------------------------------------------
@@ -286,14 +285,17 @@ void integer_digits(const bf16* x, int64_t columns, float steps, int64_t digits,
       const __m512 f = activations_at(x, columns, b * kGroup + 16 * i);
       q[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(f, times), low), high));
     }
-    for (int64_t d = 0; d < digits; ++d) {
-      const int64_t place = (b * digits + d) * tokens;
+    __m512i sum = sum_of(q);
+    for (int64_t d = 0; d < digits; ++d) {  // q is its low byte and 256 times what is above it
       for (int64_t i = 0; i < 4; ++i) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i),
-                         _mm512_cvtepi32_epi8(q[i]));  // the low bytes
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + (b * digits + d) * tokens * kGroup + 16 * i),
+                         _mm512_cvtepi32_epi8(q[i]));
         q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], _mm512_set1_epi32(128)), 8);
       }
-      starts[(b / span * digits + d) * tokens] += start_of(_mm512_loadu_si512(bytes + place * kGroup));
+      const __m512i above = sum_of(q);
+      starts[(b / span * digits + d) * tokens] +=
+          -128 * _mm512_reduce_add_epi32(_mm512_sub_epi32(sum, _mm512_slli_epi32(above, 8)));
+      sum = above;
     }
   }
 }
@@ -307,11 +309,13 @@ void integer_bytes(const bf16* x, int64_t columns, int64_t tokens, int8_t* bytes
     }
     const float most = _mm512_reduce_max_ps(largest);
     const int64_t place = b * tokens;
-    for (int64_t i = 0; i < 4; ++i)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i),
-                       _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(f[i], _mm512_set1_ps(127 / most)))));
+    __m512i q[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(f[i], _mm512_set1_ps(127 / most)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + place * kGroup + 16 * i), _mm512_cvtepi32_epi8(q[i]));
+    }
     scales[place] = most / 127;
-    starts[place] = start_of(_mm512_loadu_si512(bytes + place * kGroup));
+    starts[place] = -128 * _mm512_reduce_add_epi32(sum_of(q));
   }
 }
 
