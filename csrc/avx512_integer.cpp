@@ -100,9 +100,9 @@ inline __m512i unsigned_flip() { return _mm512_set1_epi8(-128); }
 
 constexpr int64_t kTogether = 4;  // tokens at once
 
-// More are multiplied part by part, the largest first: 9 tokens are 3 + 3 + 3, 10 are 4 + 3 + 3. Where a part begins.
+// More are multiplied part by part, the largest first: 9 tokens are 3 + 3 + 3, 10 are 4 + 3 + 3.
 constexpr int64_t parts_of(int64_t tokens) { return (tokens + kTogether - 1) / kTogether; }
-constexpr int64_t part_of(int64_t tokens, int64_t part) {
+constexpr int64_t part_of(int64_t tokens, int64_t part) {  // its first token
   return (tokens * part + parts_of(tokens) - 1) / parts_of(tokens);
 }
 
@@ -182,19 +182,16 @@ void add_sums_as(const Packed& p, const Activations& in, int64_t strip, int64_t 
   }
 }
 
-using Stream = bool (*)(const Packed&, const Activations&, int64_t, int64_t, float*);
-
-// By the tokens of the first part.
 template <ValueType V, int D>
-constexpr Stream kStream[kTogether] = {stream_as<V, 1, D>, stream_as<V, 2, D>, stream_as<V, 3, D>, stream_as<V, 4, D>};
+bool stream_token(const Packed& p, const Activations& in, int64_t strip, float* out) {
+  return stream_as<V, 1, D>(p, in, strip, strip, out);
+}
 
 template <ValueType V, int D>
 bool stream_digits(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out) {
-  const Stream stream = kStream<V, D>[part_of(in.tokens, 1) - 1];
-  if (in.tokens > 1) return stream(p, in, strip, strip + n - 1, out);
-  bool ok = true;
-  for (int64_t s = strip; s < strip + n; ++s, out += kStrip) ok = stream(p, in, s, s, out) && ok;
-  return ok;
+  if (in.tokens == 1) return each_strip<stream_token<V, D>>(p, in, strip, n, out);
+  static constexpr decltype(&stream_as<V, 2, D>) kBy[] = {stream_as<V, 2, D>, stream_as<V, 3, D>, stream_as<V, 4, D>};
+  return kBy[part_of(in.tokens, 1) - 2](p, in, strip, strip + n - 1, out);
 }
 
 // Sixteen activations from `from` on, zeros past the last column.
