@@ -128,7 +128,7 @@ void configure_bytes(int64_t tokens) {
 
 // Expanded words of integers are what the unit wants of its second factor: 16 of them are 64 columns.
 bool stream_strip(const Packed& p, const Activations& in, int64_t strip, float* out) {
-  const int64_t drain = row_of(p.type).grouped ? kBlock : kFeed, digit = in.tokens * kGroup;
+  const int64_t drain = span_of(p.type, in.digits) * kBlock, digit = in.tokens * kGroup;
   alignas(64) int8_t bytes[kFeed * kWordBits8];
   alignas(64) int32_t sums[3][kIntegerTokens * kStrip];
   Cursor cursor{p.offsets[strip], true};

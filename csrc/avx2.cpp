@@ -140,8 +140,7 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, float* out
   return end.ok && end.value == p.offsets[strip + 1];
 }
 
-using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
-constexpr Stream kStream[4] = {stream_as<1>, stream_as<2>, stream_as<3>, stream_as<4>};
+constexpr StripStream kStream[4] = {stream_as<1>, stream_as<2>, stream_as<3>, stream_as<4>};
 
 bool stream(const Packed& p, const Activations& in, int64_t strip, float* out) {
   if (is_integer(p.type)) return avx2_stream_integers(p, in, strip, out);
@@ -214,7 +213,7 @@ void multiply(const bf16* tile_0, const bf16* tile_1, int64_t pairs, const bf16*
               float* sum) {
   constexpr int64_t kRow = 2 * kTilePairs;
   alignas(32) float wide[kTokens * kRow];  // x of a block of tokens
-  const int64_t blocks = (tokens + kTokens - 1) / kTokens;
+  const int64_t blocks = divide_up(tokens, kTokens);
   for (int64_t b = 0; b < blocks; ++b) {  // even blocks: 8 tokens are 4 + 4
     const int64_t from = tokens * b / blocks, n = tokens * (b + 1) / blocks - from;
     for (int64_t i = 0; i < n * kRow; i += 8) _mm256_store_ps(wide + i, floats(x + from * kRow + i));

@@ -185,8 +185,8 @@ void decode_as(const Packed& p, Cursor& cursor, int64_t strip, int64_t first, in
 }
 
 template <ValueType V, int D>
-constexpr bool (*kStream[kAvx2IntegerTokens])(const Packed&, const Activations&, int64_t, float*) = {
-    stream_as<V, 1, D>, stream_as<V, 2, D>, stream_as<V, 3, D>, stream_as<V, 4, D>};
+constexpr StripStream kStream[kAvx2IntegerTokens] = {stream_as<V, 1, D>, stream_as<V, 2, D>, stream_as<V, 3, D>,
+                                                     stream_as<V, 4, D>};
 
 }  // namespace
 

@@ -102,10 +102,9 @@ bool stream16(const Packed& p, const Activations& in, int64_t strip, float* out)
   return end.ok && end.value == p.offsets[strip + 1];
 }
 
-using Stream = bool (*)(const Packed&, const Activations&, int64_t, float*);
-constexpr Stream kStream16[16] = {stream16<1>,  stream16<2>,  stream16<3>,  stream16<4>,  stream16<5>,  stream16<6>,
-                                  stream16<7>,  stream16<8>,  stream16<9>,  stream16<10>, stream16<11>, stream16<12>,
-                                  stream16<13>, stream16<14>, stream16<15>, stream16<16>};
+constexpr StripStream kStream16[16] = {
+    stream16<1>, stream16<2>,  stream16<3>,  stream16<4>,  stream16<5>,  stream16<6>,  stream16<7>,  stream16<8>,
+    stream16<9>, stream16<10>, stream16<11>, stream16<12>, stream16<13>, stream16<14>, stream16<15>, stream16<16>};
 
 bool stream_pairs(const Packed& p, const Activations& in, int64_t strip, float* out) {
   return kStream16[in.tokens - 1](p, in, strip, out);
@@ -313,7 +312,7 @@ void attend(const bf16* q, int64_t heads, const bf16* keys, const bf16* values, 
   constexpr int64_t kMost = 4;
   static constexpr decltype(&attend_together<1>) kTogether[kMost] = {attend_together<1>, attend_together<2>,
                                                                      attend_together<3>, attend_together<4>};
-  const int64_t parts = (heads + kMost - 1) / kMost;
+  const int64_t parts = divide_up(heads, kMost);
   for (int64_t part = 0; part < parts; ++part) {  // even parts: 6 heads are 3 + 3
     const int64_t from = heads * part / parts, some = heads * (part + 1) / parts - from;
     kTogether[size_t(some - 1)](q + from * width, keys, values, n, width, scaling, scores, out + from * width);

@@ -80,7 +80,7 @@ inline Ahead ahead_of(const Packed& p, int64_t strip, int64_t first, int64_t end
   const int64_t fed = end - first;
   int64_t word = end + kLead, known = end;
   if (word >= p.words) {
-    strip = std::min(strip + kStrips, (p.rows + kStrip - 1) / kStrip);
+    strip = std::min(strip + kStrips, divide_up(p.rows, kStrip));
     value = p.offsets[strip];
     word = std::min(word - p.words, p.words);
     known = 0;
@@ -88,7 +88,7 @@ inline Ahead ahead_of(const Packed& p, int64_t strip, int64_t first, int64_t end
   value += (word - known) * n / fed;
   const int64_t value_lines = n * kMost / fed * kBits / 8 / kLine + 1;
   return {static_cast<const char*>(p.values) + value * kBits / 8, reinterpret_cast<const char*>(p.mask_of(strip, word)),
-          (value_lines + shares - 1) / shares, (kMaskLines + shares - 1) / shares};
+          divide_up(value_lines, shares), divide_up(kMaskLines, shares)};
 }
 
 // The instruction multiplies unsigned by signed bytes: the weights become w + 128, which is w xor -128, the activations
@@ -101,9 +101,9 @@ inline __m512i unsigned_flip() { return _mm512_set1_epi8(-128); }
 constexpr int64_t kTogether = 4;  // tokens at once
 
 // More are multiplied part by part, the largest first: 9 tokens are 3 + 3 + 3, 10 are 4 + 3 + 3.
-constexpr int64_t parts_of(int64_t tokens) { return (tokens + kTogether - 1) / kTogether; }
+constexpr int64_t parts_of(int64_t tokens) { return divide_up(tokens, kTogether); }
 constexpr int64_t part_of(int64_t tokens, int64_t part) {  // its first token
-  return (tokens * part + parts_of(tokens) - 1) / parts_of(tokens);
+  return divide_up(tokens * part, parts_of(tokens));
 }
 
 // Tokens from t_0 on by words of two strips that were kept, expanded, when the first ones were multiplied by them.
@@ -143,7 +143,8 @@ bool stream_as(const Packed& p, const Activations& in, int64_t strip, int64_t la
       const int64_t n = feed.template next<V>(p.mask_of(strips[s], first), end - first, Unpack<S == 1>{flip});
       v[s] = feed.values;
       masks[s] = feed.mask;
-      ahead[s] = ahead_of<V, kMost, kLead>(p, strips[s], first, end, feed.value, n, parts * kMost / kBlock);
+      if constexpr (S > 1)
+        ahead[s] = ahead_of<V, kMost, kLead>(p, strips[s], first, end, feed.value, n, parts * kMost / kBlock);
     });
     const auto next = [&](auto s, int64_t b, int64_t i) LOSA_ALWAYS {
       const uint8_t* mask = masks[s] + 8 * (b * kBlock - first);

@@ -126,7 +126,7 @@ struct Product {
   template <typename Next>
   LOSA_ALWAYS inline void add(Next next, int64_t first, int64_t end) {
     constexpr int64_t kSpan = span_of(V, D);
-    const int64_t blocks = (end + kBlock - 1) / kBlock, row = D * in.tokens;
+    const int64_t blocks = divide_up(end, kBlock), row = D * in.tokens;
     for (int64_t begin = first / kBlock; begin < blocks; begin += kSpan) {
       Sums<S, T, D> sums;
       sums.begin(in.starts + begin / kSpan * row + t_0, in.tokens);

@@ -53,7 +53,7 @@ class Feed {
       if (last) values = static_cast<const int8_t*>(std::memcpy(copied_, values, size_t(n)));
     } else {
       const uint8_t* codes = static_cast<const uint8_t*>(p_.values) + value / row.shared();
-      const int64_t early = value % row.shared(), bytes = (early + n + row.shared() - 1) / row.shared();
+      const int64_t early = value % row.shared(), bytes = divide_up(early + n, row.shared());
       if (last) codes = static_cast<const uint8_t*>(std::memcpy(codes_, codes, size_t(bytes)));
       unpack(Bits<row.bits>(), codes, bytes, copied_);
       values = copied_ + early;

@@ -31,6 +31,8 @@ using bf16 = uint16_t;  // bfloat16 by its bits
 
 constexpr int64_t score_room(int64_t tokens) { return (tokens + 15) / 16 * 16; }  // floats, of a head in attention
 
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 static inline float to_float(bf16 v) {
   const uint32_t bits = uint32_t(v) << 16;
   float f;
@@ -116,7 +118,7 @@ struct Packed {
   const uint8_t* mask_of(int64_t strip, int64_t word) const { return mask + (strip * words + word) * word_bytes(); }
   // The 16 scales of a block of kBlock words.
   const uint8_t* groups_of(int64_t strip, int64_t block) const {
-    return groups + (strip * ((words + kBlock - 1) / kBlock) + block) * kStrip;
+    return groups + (strip * divide_up(words, kBlock) + block) * kStrip;
   }
   // Ask for the values of the next `pairs` column pairs, half of them expected to be zero.
   void prefetch(int64_t value, int64_t pairs) const {
@@ -186,7 +188,8 @@ struct Kernels {
 };
 
 // Kernels::stream, by what takes one strip at a time.
-template <auto kOne>
+using StripStream = bool (*)(const Packed&, const Activations&, int64_t strip, float* out_TS);
+template <StripStream kOne>
 bool each_strip(const Packed& p, const Activations& in, int64_t strip, int64_t n, float* out) {
   bool ok = true;
   for (int64_t i = 0; i < n; ++i) ok = kOne(p, in, strip + i, out + i * in.tokens * kStrip) && ok;

@@ -9,8 +9,6 @@
 namespace losa {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---- activations in fixed point ----------------------------------------------------------------------------------
 
 // What a token's activations can be turned into.

@@ -54,8 +54,6 @@ inline int64_t cpu_kernels() {  // bit k set: kernel k runs here
   return bits;
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr ScalarType stored_as(const TypeRow& row) {
   return row.bits == 16 ? ScalarType::BFloat16 : row.bits == 8 ? ScalarType::Char : ScalarType::Byte;
 }

@@ -35,7 +35,7 @@ bool streams(std::mt19937& random, ValueType type, int64_t tokens, int64_t words
       sums[size_t(place)] += x;
     }
   const Activations in{tokens, pairs.data(), digits, bytes.data(), sums.data(), unit.data(), nullptr};
-  std::vector<float> found(size_t(tokens * kStrip)), expected(found);
+  std::vector<float> found(size_t(kStrips * tokens * kStrip)), expected(found);
   const bool ok = amx_kernels().stream(p, in, 0, 1, found.data()) && portable_kernels().stream(p, in, 0, 1, expected.data());
   return ok && found == expected && !amx_emulator::state.configured;
 }
